@@ -1,0 +1,59 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both do their own set-up in .venv.
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    takes torch from that index (e.g. a small CPU build)
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep -m1 '^torch==' constraints.txt)
+TORCH_INDEX ?=
+ARGS ?=
+# a new-enough interpreter, the one the constraints were frozen with first; or name one: make demo PYTHON=/path/to/python
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+    $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: help demo test lint docs bench clean
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "nestling needs Python 3.11 or newer with the venv module (e.g. apt install python3 python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: so an index that serves a CPU build decides which build it is
+$(VENV)/.torch-$(TORCH): | $(BIN)/python
+	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	@touch '$@'
+
+$(VENV)/.base: pyproject.toml constraints.txt $(VENV)/.torch-$(TORCH)
+	$(PIP) install -q -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) install -q -e '.[test]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) install -q -e '.[docs]' -c constraints.txt
+	@touch $@
+
+demo: $(VENV)/.base  ## train a small Hope and a Transformer side by side, write an HTML report
+	$(BIN)/nestling demo $(ARGS)
+
+test: $(VENV)/.test  ## run the tests (ARGS="-k name" chooses)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test  ## ruff
+	$(BIN)/ruff check .
+
+docs: $(VENV)/.docs  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.base  ## measure speed on this machine, correctness first
+	$(BIN)/nestling bench $(ARGS)
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
