@@ -1,0 +1,165 @@
+"""Configuration of the Hope models."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import GenerationConfig, PreTrainedConfig
+
+from nestling.layers.continuum import ACTIVATIONS, VARIANTS
+from nestling.levels.schedule import Level, check_order
+from nestling.models.hope.cache import LAYER_TYPE
+from nestling.models.hope.mixers import check_options
+
+# what Hugging Face itself hands to a configuration besides its fields
+_PASSED_ON = {
+    "torch_dtype",
+    "name_or_path",
+    "num_labels",
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "auto_map",
+    "custom_pipelines",
+    "model_type",
+    "tie_last_hidden_states",
+    "task_specific_params",
+    "finetuning_task",
+    "tokenizer_class",
+    *GenerationConfig._get_default_generation_params(),
+}
+
+
+@strict
+class HopeConfig(PreTrainedConfig):
+    """Configuration of a Hope model: a sequence layer and a continuum memory per decoder layer (NL Sec. 8.3).
+
+    Args:
+        vocab_size: tokens of the vocabulary (256: bytes).
+        hidden_size: model width D.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: heads of the sequence layer.
+        intermediate_size: hidden width of each level's MLP; None is 8/3 of the width, up to a multiple of 32.
+        mixer: the sequence layer: "selfmod" is Hope, "attention" Hope-Attention; the baselines by their names.
+        mixer_options: keyword arguments of the sequence layer.
+        cms_levels: levels of the continuum memory, fastest first, as dicts of `nestling.Level`'s fields; None is one
+            level that the outer loop trains, the MLP of a Transformer.
+        cms_variant: "sequential", "nested" or "independent".
+        hidden_act: activation of the MLPs.
+        gated_mlp: MLPs with a gate, as Llama's.
+        rms_norm_eps: of every RMS norm of the model.
+        initializer_range: standard deviation of the embedding (and of an untied output matrix) at the start; layers
+            draw their own weights by their own widths.
+        tie_word_embeddings: one matrix for embedding and output.
+        max_position_embeddings: longest text the model may see; None sets no limit.
+
+    Raises:
+        ValueError, TypeError: a value out of range, an unknown option, a field of another type.
+    """
+
+    model_type = "hope"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - read by Hugging Face
+
+    vocab_size: int = 256
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int | None = None
+    mixer: str = "selfmod"
+    mixer_options: dict | None = None
+    cms_levels: list | tuple | None = None
+    cms_variant: str = "sequential"
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int | None = None
+    use_cache: bool = True
+    layer_types: list[str] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("intermediate_size", "max_position_embeddings"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or None; got {getattr(self, name)}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.cms_variant not in VARIANTS:
+            raise ValueError(f"cms_variant must be one of {', '.join(VARIANTS)}; got {self.cms_variant!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}")
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // 96) * 32
+        levels = [Level()] if self.cms_levels is None else self.cms_levels
+        self.cms_levels = [level.to_dict() for level in check_order(levels)]
+        self.mixer_options = json_options(self.mixer_options or {})
+        check_options(self.mixer, self.hidden_size, self.num_attention_heads, self.mixer_options)
+        self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        """Hugging Face would keep any name as an attribute: a misspelt option would be silently without effect."""
+        for name in kwargs:
+            if name in _PASSED_ON or name.startswith("_"):
+                continue
+            near = difflib.get_close_matches(name, type(self).__dataclass_fields__, n=1)
+            hint = f"did you mean {near[0]}?" if near else "options of the sequence layer go into mixer_options"
+            raise ValueError(f"HopeConfig has no option {name!r}: {hint}")
+
+    def validate_layer_type(self) -> None:
+        """Every layer keeps its state in this package's own kind of cache layer."""
+        if self.layer_types != [LAYER_TYPE] * self.num_hidden_layers:
+            raise ValueError(f"layer_types must be {LAYER_TYPE!r} for each of the {self.num_hidden_layers} layers")
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The continuum memory's levels."""
+        return check_order(self.cms_levels)
+
+    def state_signature(self) -> str:
+        """What decides the shape and the meaning of a state: two models that share it can share a cache."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mixer", "mixer_options")
+        return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
+
+
+def json_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON keeps them: sets and tuples become lists, so that a saved configuration equals the original."""
+    plain = {
+        name: sorted(value) if isinstance(value, set | frozenset) else [*value] if isinstance(value, tuple) else value
+        for name, value in options.items()
+    }
+    try:
+        json.dumps(plain)
+    except TypeError as error:
+        raise TypeError(f"mixer_options must be plain numbers, strings, lists and dicts: {error}") from error
+    return plain
+
+
+def _raise_type_errors(config: type) -> None:
+    """A field of another type raises TypeError (the strict dataclass has an exception of its own)."""
+    assign = config.__setattr__
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        try:
+            assign(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise TypeError(str(error.__cause__ or error)) from error
+
+    config.__setattr__ = __setattr__
+
+
+_raise_type_errors(HopeConfig)

@@ -1,0 +1,231 @@
+"""Hope as a Hugging Face model: HopeModel, HopeForCausalLM (NL Sec. 8.3, Eqs. 94-97)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from nestling.layers.continuum import ContinuumMemory
+from nestling.levels.schedule import Schedule
+from nestling.models.hope.cache import check_cache
+from nestling.models.hope.configuration import HopeConfig
+from nestling.models.hope.inputs import check_ids, check_positions, padding_mask
+from nestling.models.hope.mixers import build_mixer
+
+
+class HopeDecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then the continuum memory's residual blocks."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config.mixer, config.hidden_size, config.num_attention_heads, **config.mixer_options)
+        self.memory = ContinuumMemory(
+            config.hidden_size,
+            config.levels,
+            config.cms_variant,
+            intermediate_size=config.intermediate_size,
+            activation=config.hidden_act,
+            gated=config.gated_mlp,
+            norm_eps=config.rms_norm_eps,
+        )
+
+    def reset_parameters(self) -> None:
+        """Each part by its own rule: the mixer knows its initial states and gate biases."""
+        for part in (self.norm, self.mixer, self.memory):
+            part.reset_parameters()
+
+    # the state goes in and comes out as a value, by position: checkpointing drops a cache, and recomputes with values
+    def forward(self, hidden: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """hidden [B, T, D], the layer's state and padding mask -> hidden [B, T, D] and the new state."""
+        mixer_state, memory_state = (None, None) if state is None else state
+        mixed, mixer_state = self.mixer(self.norm(hidden), mixer_state, mask)
+        hidden, memory_state = self.memory(hidden + mixed, memory_state)
+        return hidden, (mixer_state, memory_state)
+
+
+class HopePreTrainedModel(PreTrainedModel):
+    """Weights, saving and loading, common to all Hope models."""
+
+    config_class = HopeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HopeDecoderLayer"]  # noqa: RUF012 - read by Hugging Face
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": HopeDecoderLayer}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HopeDecoderLayer):
+            # called after the layer's parts, whose linear maps the base class filled its own way
+            _reset_unloaded(module)
+        else:
+            super()._init_weights(module)
+
+    def level_parameters(self) -> dict[int, list[nn.Parameter]]:
+        """Each level of the continuum memory: its parameters in all layers."""
+        levels: dict[int, list[nn.Parameter]] = {}
+        for module in self.modules():
+            if isinstance(module, ContinuumMemory):
+                for index, parameters in module.level_parameters().items():
+                    levels.setdefault(index, []).extend(parameters)
+        return levels
+
+    def slow_level_parameters(self, schedule: Schedule | None = None) -> dict[int, list[nn.Parameter]]:
+        """The parameters that the outer loop steps at a pace of their own, by level index.
+
+        Args:
+            schedule: decides which levels are slow; None returns every level with a finite chunk size and lr > 0.
+        """
+        if schedule is not None and schedule.levels != self.config.levels:
+            raise ValueError(f"the schedule is for other levels than the model's:\n{schedule}\n{self.config.levels}")
+        clocked = [i for i, level in enumerate(self.config.levels) if level.chunk_size is not None and not level.frozen]
+        slow = clocked if schedule is None else schedule.slow
+        return {index: parameters for index, parameters in self.level_parameters().items() if index in slow}
+
+
+def _reset_unloaded(module: nn.Module) -> None:
+    """`reset_parameters`, but what a checkpoint has filled stays as it is."""
+    tensors = [*module.parameters(), *module.buffers()]
+    loaded = [tensor for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
+    if len(loaded) < len(tensors):
+        kept = [tensor.clone() for tensor in loaded]
+        module.reset_parameters()
+        for tensor, value in zip(loaded, kept):
+            tensor.copy_(value)
+
+
+class HopeModel(HopePreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(HopeDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the input, given everything the cache has seen.
+
+        Args:
+            input_ids: [B, T], or inputs_embeds [B, T, D].
+            attention_mask: [B, T], or [B, seen + T]; 0 at padding, which writes nothing and takes no position.
+            position_ids: not needed (positions are counted in the state), and checked to agree.
+            past_key_values: the cache an earlier call returned. It is brought up to date.
+            use_cache: return the cache; None follows the configuration, and is False in training.
+
+        Raises:
+            ValueError, TypeError: ids outside the vocabulary, an empty input, a mask or cache that does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            check_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        hidden = inputs_embeds
+        batch, tokens = hidden.shape[:2]
+        if batch == 0 or tokens == 0:
+            raise ValueError(f"the input is empty ({batch} sequences of {tokens} tokens): give at least one token")
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        signature = self.config.state_signature()
+        if past_key_values is not None:
+            check_cache(past_key_values, len(self.layers), signature, batch)
+        elif use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        limit = self.config.max_position_embeddings
+        if limit is not None and seen + tokens > limit:
+            raise ValueError(f"{seen + tokens} tokens are more than max_position_embeddings ({limit})")
+        mask = padding_mask(attention_mask, batch, tokens, seen)
+        check_positions(position_ids, mask)
+
+        states = []
+        for index, layer in enumerate(self.layers):
+            state = None if past_key_values is None else past_key_values.layers[index].state
+            hidden, state = layer(hidden, state, mask)
+            states.append(state)
+        # only after every layer went well: a failed call leaves the cache as it was
+        if use_cache:
+            for cached, state in zip(past_key_values.layers, states):
+                cached.store(state, tokens, signature)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
+    """HopeModel with an output matrix over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read by Hugging Face
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__(config)
+        self.model = HopeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the mean next-token loss if there are labels.
+
+        Args:
+            labels: [B, T], input_ids with -100 where no loss is taken; shifted inside.
+            logits_to_keep: compute logits for the last so many tokens (0: all), or for these indices.
+            Others as in HopeModel.
+        """
+        if labels is not None:
+            check_ids(labels, self.config.vocab_size, name="labels", ignore=-100)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
