@@ -156,7 +156,7 @@ class Attention(nn.Module):
         if self.window is None or state.keys.shape[1] < self.window:
             return state
         # stable: the real columns move to the end in their order, so that padding is what falls out first
-        order = state.valid.to(torch.uint8).argsort(1, stable=True)[:, state.keys.shape[1] - self.window + 1 :]
+        order = state.valid.to(torch.uint8).argsort(dim=1, stable=True)[:, state.keys.shape[1] - self.window + 1 :]
         wide = order[:, :, None, None].expand(-1, -1, *state.keys.shape[2:])
         return state._replace(
             keys=state.keys.gather(1, wide),
