@@ -99,6 +99,11 @@ def _solve(system: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
     return torch.linalg.solve_triangular(system, rhs, upper=transposed, unitriangular=True)
 
 
+def _read_part(x: Tensor, reads: Tensor) -> Tensor:
+    """What belongs to the memories that are read: all, or the last of a stack [B, n, ...]."""
+    return x if x.dim() < 4 or x.shape[1] == reads.shape[1] else x[:, -1:]
+
+
 def _forward(after, w, s, p, ps, gram, x, u, beta, a, k, m, qw, qs, scores):
     """The chunk form in plain operations: (W', S', reads, d, system, base)."""
     base = a[..., :-1, :1] * p
@@ -118,9 +123,9 @@ def _forward(after, w, s, p, ps, gram, x, u, beta, a, k, m, qw, qs, scores):
     reads = None
     if qw is not None:
         rows = slice(1, None) if after else slice(None, -1)
-        reads = a[..., rows, :1] * qw + (scores * a[..., rows, 1:]) @ d
+        reads = a[..., rows, :1] * qw + (scores * a[..., rows, 1:]) @ _read_part(d, qw)
         if s is not None:
-            reads = reads + k[..., rows, :1] * qs + (scores * k[..., rows, 1:]) @ u
+            reads = reads + k[..., rows, :1] * qs + (scores * k[..., rows, 1:]) @ _read_part(u, qw)
     return weight, velocity, reads, d, system, base, out
 
 
@@ -183,19 +188,21 @@ def _backward(after, args, d, system, base, out, g_w, g_s, g_r):
     g_qw = g_qs = g_scores = None
     if g_r is not None and qw is not None:
         rows = slice(1, None) if after else slice(None, -1)
-        rd = g_r @ d.transpose(-1, -2)
-        g_d = g_d + (scores * a[..., rows, 1:]).transpose(-1, -2) @ g_r
+        rd = g_r @ _read_part(d, qw).transpose(-1, -2)
+        _read_part(g_d, qw).add_((scores * a[..., rows, 1:]).transpose(-1, -2) @ g_r)
         g_qw = _fit(a[..., rows, :1] * g_r, qw)
         g_scores = a[..., rows, 1:] * rd
-        g_a[..., rows, 0] += (g_r * qw).sum(-1)
-        g_a[..., rows, 1:] += scores * rd
+        g_a_read = _read_part(g_a, qw)
+        g_a_read[..., rows, 0] += (g_r * qw).sum(-1)
+        g_a_read[..., rows, 1:] += scores * rd
         if moves:
-            ru = g_r @ u.transpose(-1, -2)
-            g_u = g_u + (scores * k[..., rows, 1:]).transpose(-1, -2) @ g_r
+            ru = g_r @ _read_part(u, qw).transpose(-1, -2)
+            _read_part(g_u, qw).add_((scores * k[..., rows, 1:]).transpose(-1, -2) @ g_r)
             g_qs = _fit(k[..., rows, :1] * g_r, qs)
             g_scores = g_scores + k[..., rows, 1:] * ru
-            g_k[..., rows, 0] += (g_r * qs).sum(-1)
-            g_k[..., rows, 1:] += scores * ru
+            g_k_read = _read_part(g_k, qw)
+            g_k_read[..., rows, 0] += (g_r * qs).sum(-1)
+            g_k_read[..., rows, 1:] += scores * ru
         g_scores = _fit(g_scores, scores)
 
     # through the triangular system (I + beta (gram . A)) d = u - beta base

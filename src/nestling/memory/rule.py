@@ -1,0 +1,203 @@
+"""The inner learning rule of a stack of memories of one shape, written once for all of them.
+
+Every token writes a rank-one term into each linear layer, with that layer's own input as its key (decision D2), so the
+update of a layer over a chunk is the generalised delta rule. Gradients are taken at the weights of the chunk's start
+(NL Eq. 90); decay, erase and momentum run token by token. Leading dimensions are [B, n, H]: sequences, memories, heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nestling.memory.architectures import Architecture, plain, product
+from nestling.memory.objectives import OBJECTIVES
+from nestling.ops.chunk import Decays, Read, delta_chunk
+
+STEPS = ("joint", "layer", "plain")
+META_GRADS = ("full", "first_order", "none")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Choices of the inner optimiser.
+
+    Attributes:
+        objective: "l2" or "dot" (`memory.objectives`).
+        dgd: erase along the key as Delta Gradient Descent does (NL Eqs. 57, 88); False is gradient descent.
+        gated_erase: erase before the decay, W alpha (I - e k k^T), as Gated DeltaNet writes it.
+        step: size of a write for a learning rate eta (decision D2): "joint" e = eta / (1 + eta kappa) with kappa the
+            curvature along the error over all layers; "layer" e = eta / (1 + eta |x|^2) in each layer (decision D1);
+            "plain" e = eta.
+        meta_grad: how the outer loss is differentiated through the writes (decision D9): "full"; "first_order" takes
+            the inner gradient as independent of the weights; "none" stops at each chunk's start.
+    """
+
+    objective: str = "l2"
+    dgd: bool = True
+    gated_erase: bool = False
+    step: str = "joint"
+    meta_grad: str = "full"
+
+    def __post_init__(self):
+        for name, allowed in (("objective", tuple(OBJECTIVES)), ("step", STEPS), ("meta_grad", META_GRADS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+
+
+class FastWeights(NamedTuple):
+    """Fast weights of a stack of memories; one tensor [B, n, H, o, i] per linear layer in each field."""
+
+    start: tuple[Tensor, ...]  # at the open chunk's start: where forwards and gradients are taken
+    now: tuple[Tensor, ...]  # after the last token
+    velocity: tuple[Tensor, ...]  # empty without momentum
+
+
+class Context(NamedTuple):
+    """What the tokens of one chunk, or a part of one, say to every memory: [B, 1, H, C, ...]."""
+
+    keys: Tensor  # [B, 1, H, C, i]
+    values: Tensor  # [B, 1, H, C, i], or targets [B, 1, H, C, o] if not self-generated
+    rate: Tensor  # eta [B, 1, H, C]
+    decay: Tensor  # alpha [B, 1, H, C]
+    momentum: Tensor | None  # mu [B, 1, H, C]
+    decays: Decays  # tables of the two, [B, 1, H, C + 1, C + 1]
+
+
+class Report(NamedTuple):
+    """Per-token figures of a chunk, for plots: [B, n, H, C]."""
+
+    loss: Tensor
+    rate: Tensor
+
+
+def advance(
+    architecture: Architecture,
+    rule: Rule,
+    fast: FastWeights,
+    context: Context,
+    *,
+    fresh: bool,
+    self_targets: bool,
+    queries: Tensor | None = None,
+    after: bool = False,
+) -> tuple[FastWeights, Tensor | None, Report]:
+    """Write a chunk's tokens into the memories and read the last one's running state.
+
+    Args:
+        fresh: `now` equals `start`, so the inner forward's products serve the recurrence too.
+        self_targets: the target of a memory is its own output for `values` (NL Eqs. 84-88).
+        queries: [B, 1, H, C, i], read by the last memory of the stack: NL Eq. 86, W_{t-1}, or W_t if `after`.
+
+    Returns:
+        The weights with `now` and `velocity` advanced, the reads [B, 1, H, C, o], and a report.
+    """
+    inner = fast.start if rule.meta_grad == "full" else tuple(w.detach() for w in fast.start)
+    inputs, products, error, loss = _inner_gradient(architecture, rule, inner, context, self_targets)
+    errors = architecture.errors(inner, products, error)
+    rates = _rates(rule, context.rate, inputs, errors)
+    damp = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average: same step, less noise
+    shared = fresh and rule.meta_grad == "full"
+    now, velocity = [], []
+
+    def write(layer: int, q: Tensor | None) -> Tensor | None:
+        x, rate, w = inputs[layer], rates[layer], fast.now[layer]
+        s = fast.velocity[layer] if fast.velocity else None
+        base = products[layer] if shared else product(w, x)
+        key = x[:, :1] if layer == 0 else x  # all memories share their keys
+        read = None
+        if q is not None:
+            last = w[:, -1:], (None if s is None else s[:, -1:])
+            scores = q @ x[:, -1:].transpose(-1, -2)
+            read = Read(product(last[0], q), None if s is None else product(last[1], q), scores, after)
+        erase = rate * context.decay if rule.gated_erase else rate if rule.dgd else torch.zeros_like(rate)
+        writes = (-damp * rate).unsqueeze(-1) * errors[layer]
+        gram = key @ key.transpose(-1, -2)
+        base_s = None if s is None else product(s, x)
+        w, s, reads = delta_chunk(w, s, base, base_s, gram, x, writes, erase, context.decays, read)
+        now.append(w)
+        if s is not None:
+            velocity.append(s)
+        return reads
+
+    reads = None
+    if queries is None:
+        for layer in range(len(inputs)):
+            write(layer, None)
+    else:  # the read of layer l + 1 takes the read of layer l as its query
+        reads = architecture.forward(queries, write)
+    return FastWeights(fast.start, tuple(now), tuple(velocity)), reads, Report(loss, rates[-1].detach())
+
+
+def _inner_gradient(architecture, rule, weights, context, self_targets):
+    """Each layer's input and product for the keys, and the objective's error at the output."""
+    tokens, memories = context.keys.shape[-2], weights[0].shape[1]
+    rows = torch.cat([context.keys, context.values], -2) if self_targets else context.keys
+    rows = rows.expand(-1, memories, -1, -1, -1).contiguous()
+    inputs, products = [], []
+
+    def record(layer, x):
+        y = product(weights[layer], x)
+        inputs.append(x[..., :tokens, :])
+        products.append(y[..., :tokens, :])
+        return y
+
+    out = architecture.forward(rows, record)
+    prediction, target = (out[..., :tokens, :], out[..., tokens:, :]) if self_targets else (out, context.values)
+    objective = OBJECTIVES[rule.objective]
+    with torch.no_grad():
+        loss = objective.loss(prediction, target)
+    return inputs, products, objective.error(prediction, target).expand_as(prediction), loss
+
+
+def _rates(rule: Rule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
+    """Step e of each layer for each token, [B, n, H, C]."""
+    if rule.step == "plain":
+        return [eta.expand(x.shape[:-1]) for x in inputs]
+    sizes = [x.square().sum(-1) for x in inputs]
+    if rule.step == "layer":
+        return [eta / (1 + eta * size) for size in sizes]
+    # kappa: Rayleigh quotient of the memory's tangent kernel along its own error. The 1 keeps e |x|^2 < 1, so that the
+    # erase of every layer contracts even where the error does not reach that layer.
+    kappa = sizes[-1]
+    if len(inputs) > 1:
+        total = errors[-1].square().sum(-1) + 1e-6
+        for size, error in zip(sizes[:-1], errors[:-1], strict=True):
+            kappa = kappa + size * (1 + error.square().sum(-1) / total)
+    rate = eta / (1 + eta * kappa)
+    return [rate] * len(inputs)
+
+
+def settle(fast: FastWeights, closed: Tensor | None, limit: tuple[float, ...], meta_grad: str = "full") -> FastWeights:
+    """Begin the next chunk: `start` becomes `now`, its norm bounded so that no input can make a memory overflow.
+
+    Args:
+        closed: [B] bool, the sequences whose chunk is complete; None is all of them.
+        limit: bound on the Frobenius norm of each layer's weights.
+    """
+    now = tuple(_bounded(w, bound) for w, bound in zip(fast.now, limit, strict=True))
+    velocity = fast.velocity
+    if meta_grad == "none":
+        now, velocity = tuple(w.detach() for w in now), tuple(s.detach() for s in velocity)
+    if closed is None:
+        return FastWeights(now, now, velocity)
+    pick = closed.view(-1, 1, 1, 1, 1)
+    start = tuple(torch.where(pick, w, old) for w, old in zip(now, fast.start, strict=True))
+    kept = tuple(torch.where(pick, w, old) for w, old in zip(now, fast.now, strict=True))
+    return FastWeights(start, kept, velocity)
+
+
+def _bounded(weight: Tensor, bound: float) -> Tensor:
+    norm = torch.linalg.vector_norm(weight.detach(), dim=(-2, -1), keepdim=True)
+    if not weight.is_cuda and bool((norm <= bound).all()):  # the usual case costs one pass
+        return weight
+    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True)
+    return weight * (bound / norm.clamp_min(bound))
+
+
+def forward(architecture: Architecture, weights: tuple[Tensor, ...], z: Tensor) -> Tensor:
+    """A memory's output for inputs z [B, n, H, C, i] at fixed weights."""
+    return architecture.forward(z, plain(list(weights)))
