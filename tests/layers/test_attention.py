@@ -134,7 +134,7 @@ def test_bfloat16_autocast_carries_its_state():
         first, state = attention(x[:, :4])
         second, _ = attention(x[:, 4:], state)
     torch.testing.assert_close(torch.cat([first, second], 1).float(), whole, rtol=0.1, atol=0.05)
-    with pytest.raises(ValueError, match="state is torch.bfloat16"):
+    with pytest.raises(ValueError, match="state is torch"):
         attention(x[:, 4:], state)
 
 

@@ -6,14 +6,15 @@ import difflib
 import json
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nestling.layers.continuum import ACTIVATIONS, VARIANTS
+from nestling.layers.settings import build_mixer
 from nestling.levels.schedule import Level, check_order
 from nestling.models.hope.cache import LAYER_TYPE
-from nestling.models.hope.mixers import check_options
 
 # what Hugging Face itself hands to a configuration besides its fields
 _PASSED_ON = {
@@ -107,7 +108,8 @@ class HopeConfig(PreTrainedConfig):
         levels = [Level()] if self.cms_levels is None else self.cms_levels
         self.cms_levels = [level.to_dict() for level in check_order(levels)]
         self.mixer_options = json_options(self.mixer_options or {})
-        check_options(self.mixer, self.hidden_size, self.num_attention_heads, self.mixer_options)
+        with torch.device("meta"):  # the layer checks its own options; nothing is allocated
+            build_mixer(self.mixer, self.hidden_size, self.num_attention_heads, **self.mixer_options)
         self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 

@@ -13,11 +13,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from nestling.layers.continuum import ContinuumMemory
+from nestling.layers.settings import build_mixer
 from nestling.levels.schedule import Schedule
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.inputs import check_ids, check_positions, padding_mask
-from nestling.models.hope.mixers import build_mixer
 
 
 class HopeDecoderLayer(GradientCheckpointingLayer):
