@@ -1,0 +1,6 @@
+"""Generating text token by token, with a state that can be carried on and kept on disk."""
+
+from nestling.generation.state import load_state, save_state
+from nestling.generation.stream import Sampling, Session
+
+__all__ = ["Sampling", "Session", "load_state", "save_state"]

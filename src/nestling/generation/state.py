@@ -1,0 +1,140 @@
+"""A model's state on disk: one file, whole or absent, that knows which model it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nestling.training.files import write_bytes
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+FORMAT = "nestling-state-1"
+
+
+def save_state(path: str | Path, cache: Cache, model: PreTrainedModel) -> None:
+    """Write the state of a text begun with `model`; the old file stays if the disk is full."""
+    from safetensors.torch import save
+
+    tensors: list[Tensor] = []
+    layers = [_layer_content(layer, tensors) for layer in cache.layers]
+    named = {f"t{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(tensors)}
+    metadata = {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers), "digest": _digest(named)}
+    write_bytes(path, save(named, metadata))
+
+
+def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
+    """The state in a file, as a cache on the model's device.
+
+    Raises:
+        ValueError: no such file, a damaged one, or the state of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no state at {path}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no state file ({error}); start without it") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no state file of this version (format {metadata.get('format')!r})")
+    if metadata.get("model") != fingerprint(model):
+        raise ValueError(f"{path} is the state of another model: load the model that wrote it, or start without it")
+    if metadata.get("digest") != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its content does not match its digest; start without it")
+    device = next(model.parameters()).device
+    ordered = [tensors[f"t{i}"].to(device) for i in range(len(tensors))]
+    return _make_cache(model, json.loads(metadata["layers"]), ordered)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of a model's kind and weights: a state means something only to the weights that made it."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(_bytes(parameter))
+    return digest.hexdigest()[:32]
+
+
+def _layer_content(layer: Any, tensors: list[Tensor]) -> dict[str, Any]:
+    if hasattr(layer, "origin"):  # a layer that holds its state as one value
+        return {"kind": "value", "state": _plain(layer.state, tensors), "tokens": layer.tokens, "origin": layer.origin}
+    if getattr(layer, "keys", None) is not None and not getattr(layer, "is_sliding", False):
+        return {"kind": "keys", "state": _plain((layer.keys, layer.values), tensors)}
+    raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be kept on disk")
+
+
+def _make_cache(model: PreTrainedModel, layers: list[dict[str, Any]], tensors: list[Tensor]) -> Cache:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for index, content in enumerate(layers):
+        state = _rebuilt(content["state"], tensors)
+        if content["kind"] == "value":
+            cache.layers[index].store(state, content["tokens"], content["origin"])
+        else:
+            cache.update(*state, index)
+    return cache
+
+
+def _plain(value: Any, tensors: list[Tensor]) -> Any:
+    """A nest of tensors, numbers and named tuples as JSON; tensors go to the list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"named": kind, "items": [_plain(item, tensors) for item in value]}
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [_plain(item, tensors) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[key, _plain(item, tensors)] for key, item in value.items()]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise ValueError(f"a state holds a {type(value).__name__}, which cannot be kept on disk")
+
+
+def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
+    if "tensor" in content:
+        return tensors[content["tensor"]]
+    if "named" in content:
+        return _named_tuple(content["named"])(*(_rebuilt(item, tensors) for item in content["items"]))
+    for kind, make in (("list", list), ("tuple", tuple)):
+        if kind in content:
+            return make(_rebuilt(item, tensors) for item in content[kind])
+    if "dict" in content:
+        return {key: _rebuilt(item, tensors) for key, item in content["dict"]}
+    return content["value"]
+
+
+def _named_tuple(kind: str) -> type:
+    """A named tuple of this package by its name; a file can name nothing else."""
+    module, _, name = kind.partition(":")
+    if module.split(".")[0] == "nestling":
+        found = getattr(importlib.import_module(module), name, None)
+        if isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields"):
+            return found
+    raise ValueError(f"the state holds a {kind}, which this version does not know")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}{list(tensors[name].shape)}{tensors[name].dtype}".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,64 @@
+"""Which windows make batch i: a pure function of the seed and i, so that a run resumes anywhere without replay."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from nestling.training.data import Tokens
+
+
+class Batches:
+    """Windows of seq_len + 1 tokens in random order, without repetition inside an epoch.
+
+    Epoch e cuts the stream into windows at a random phase and visits them in a random order, both drawn from (seed, e).
+
+    Args:
+        tokens: the token stream.
+        seq_len: tokens predicted per window.
+        batch_size: windows per batch.
+        seed: what the order depends on.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, batch_size: int, seed: int = 0) -> None:
+        if len(tokens) < seq_len + 1:
+            raise ValueError(f"{len(tokens)} tokens are too few for one window of seq_len {seq_len} + 1")
+        self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
+        self._num_windows = max(1, (len(tokens) - 1) // seq_len - 1)  # one less than fits: room for the phase
+        self._order = functools.lru_cache(maxsize=2)(self._draw)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows until the order is drawn anew."""
+        return self._num_windows
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Batch `index` [batch_size, seq_len + 1], int64."""
+        starts = [self.start(index * self.batch_size + row) for row in range(self.batch_size)]
+        return windows(self.tokens, starts, self.seq_len)
+
+    def start(self, sequence: int) -> int:
+        """Where the window of the given number (counted over all batches) starts in the stream."""
+        epoch, place = divmod(sequence, self._num_windows)
+        phase, order = self._order(epoch)
+        return phase + int(order[place]) * self.seq_len
+
+    def _draw(self, epoch: int) -> tuple[int, np.ndarray]:
+        generator = np.random.default_rng([self.seed, epoch])
+        last = len(self.tokens) - 1 - self._num_windows * self.seq_len  # the largest phase that fits
+        phase = int(generator.integers(0, min(last, self.seq_len - 1) + 1))
+        return phase, generator.permutation(self._num_windows)
+
+
+def windows(tokens: Tokens, starts: list[int], seq_len: int) -> torch.Tensor:
+    """The windows of seq_len + 1 tokens at `starts`, [len(starts), seq_len + 1], int64."""
+    return torch.from_numpy(np.stack([np.asarray(tokens.ids[s : s + seq_len + 1], dtype=np.int64) for s in starts]))
+
+
+def spread(tokens: Tokens, seq_len: int, count: int) -> list[int]:
+    """Starts of up to `count` windows spread evenly over a stream without overlap (for evaluation)."""
+    fit = (len(tokens) - 1) // seq_len
+    count = min(count, fit)
+    return [int(i * fit // count) * seq_len for i in range(count)]

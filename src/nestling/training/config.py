@@ -1,0 +1,282 @@
+"""What a training run is, as nested dataclasses that hold every number, and how they are read and written.
+
+Unknown keys and values of the wrong kind are refused by name, with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained.
+
+    `name` is a size of `nestling.models.sizes`, a saved model's folder (training goes on from its weights) or a
+    `config.json` (fresh weights); `options` are changes to its configuration, e.g. `{"hidden_size": 128, "mixer":
+    "attention"}`.
+    """
+
+    name: str = "tiny"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """What is read: text, tokenizer, windows and the part held out.
+
+    `text` names files, folders or one `datasets` data set. `tokenizer` is "bytes", "bpe:4096" (trained on the data), a
+    Hugging Face tokenizer's path, or "auto": a saved model's own, else bytes. `val_text` names held-out files; without
+    it the last `val_fraction` of every file is held out (`val_split="tail"`), or whole files (`val_split="documents"`).
+    """
+
+    text: list[str] = field(default_factory=list)
+    val_text: list[str] = field(default_factory=list)
+    val_fraction: float = 0.05
+    val_split: str = "tail"
+    pattern: str = "**/*"  # which files of a folder, as a glob
+    dataset_config: str | None = None  # the configuration of a `datasets` data set
+    column: str = "text"  # its text column
+    tokenizer: str = "auto"
+    seq_len: int = 256  # tokens of one window
+    batch_size: int = 8  # windows of one micro-batch
+    cache_dir: str | None = None  # where token files are kept; None: the user's cache folder
+
+    def __post_init__(self) -> None:
+        _positive(self, "seq_len", "batch_size")
+        _within(self, "val_fraction", 0.0, 0.9)
+        _one_of(self, "val_split", ("tail", "documents"))
+
+
+@dataclass
+class OptimConfig:
+    """How weights move: the optimiser by name, its options, gradient accumulation and clipping.
+
+    `name` is "adamw", "muon" or any class as `package.module.Class`; `options` go to its constructor.
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.1  # on matrices only
+    options: dict[str, Any] = field(default_factory=dict)
+    accumulate: int = 1  # micro-batches of one step
+    clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+
+    def __post_init__(self) -> None:
+        _positive(self, "accumulate")
+        _not_negative(self, "lr", "weight_decay", "clip")
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the run, as a factor on `optim.lr`: "cosine", "wsd" (warm-up, stable, decay) or
+    "constant"."""
+
+    name: str = "cosine"
+    warmup: float = 0.05  # fraction of the steps
+    decay: float = 0.2  # wsd: fraction of the steps
+    final: float = 0.1  # the factor at the end
+
+    def __post_init__(self) -> None:
+        _one_of(self, "name", ("cosine", "wsd", "constant"))
+        for name in ("warmup", "decay", "final"):
+            _within(self, name, 0.0, 1.0)
+
+
+@dataclass
+class LoggingConfig:
+    """What is written and when, in steps (0: never)."""
+
+    log_every: int = 10
+    eval_every: int = 250  # and always at the end
+    eval_batches: int = 20
+    position_bins: int = 8  # the loss by position in the context is averaged in so many bins
+    save_every: int = 250  # and always at the end
+    keep: int = 2  # checkpoints kept
+    trackers: list[str] = field(default_factory=list)  # "trackio", "tensorboard", "wandb"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "log_every", "eval_every", "save_every")
+        _positive(self, "eval_batches", "position_bins", "keep")
+
+
+@dataclass
+class TrainConfig:
+    """A whole run. `precision` is "float32" or "bf16" (autocast; weights stay float32)."""
+
+    out: str = "runs/default"
+    steps: int = 1000
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "float32"
+    compile: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps")
+        _one_of(self, "precision", ("float32", "bf16"))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.data.seq_len * self.data.batch_size * self.optim.accumulate
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain nested dictionaries."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Build a configuration; unknown keys and wrong kinds raise ValueError with the key's full name."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Read a JSON or YAML file."""
+        return cls.from_dict(read_mapping(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON (or YAML, by the file's ending)."""
+        from nestling.training.files import write_text
+
+        if Path(path).suffix in (".yaml", ".yml"):
+            import yaml
+
+            write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        else:
+            write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def changed(self, **options: Any) -> TrainConfig:
+        """A copy with some values replaced, named by dotted path: `config.changed(**{"optim.lr": 1e-3})`."""
+        values = self.to_dict()
+        for path, value in options.items():
+            *parents, last = path.split(".")
+            inner, kind = values, type(self)
+            for depth, name in enumerate(parents):
+                kinds = typing.get_type_hints(kind)
+                if name not in kinds or not dataclasses.is_dataclass(kinds[name]):
+                    sections = [n for n, k in kinds.items() if dataclasses.is_dataclass(k)]
+                    raise ValueError(unknown("section", ".".join(parents[: depth + 1]), sections))
+                inner, kind = inner[name], kinds[name]
+            names = list(typing.get_type_hints(kind))
+            if last not in names:
+                raise ValueError(unknown("option", path, [".".join([*parents, n]) for n in names]))
+            inner[last] = value
+        return self.from_dict(values)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds a mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no configuration file at {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except Exception as error:
+        raise ValueError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of options, not {type(values).__name__}")
+    return values
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str | None:
+    """The valid name closest to a mistyped one, or None if nothing is close."""
+    names = list(names)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if not found:  # the last part alone: "lr" for "optim.lr"
+        found = [n for n in names if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+    return found[0] if found else None
+
+
+def unknown(what: str, name: str, names: typing.Iterable[str]) -> str:
+    """The message for an unknown name: the nearest valid one, and all of them."""
+    names = list(names)
+    close = nearest(name, names)
+    hint = f"did you mean {close!r}? " if close else ""
+    return f"unknown {what} {name!r}: {hint}(valid: {', '.join(names)})"
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be a mapping, not {values!r}")
+    kinds = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(unknown("option", f"{prefix}{key}", [f"{prefix}{name}" for name in kinds]))
+        arguments[key] = _convert(kinds[key], value, f"{prefix}{key}")
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, name + ".")
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(k for k in typing.get_args(kind) if k is not type(None))
+        return None if value is None else _convert(inner, value, name)
+    if origin is list:
+        if isinstance(value, (list, tuple)):
+            return [_convert(typing.get_args(kind)[0], item, name) for item in value]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return dict(value)
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):  # YAML reads 1e-3 as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, kind):
+        return value
+    wanted = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}
+    raise ValueError(f"{name} must be {wanted.get(getattr(kind, '__name__', ''), str(kind))}, not {value!r}")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must not be negative, not {getattr(config, name)}")
+
+
+def _within(config: Any, name: str, low: float, high: float) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie between {low} and {high}, not {value}")
+
+
+def _one_of(config: Any, name: str, names: tuple[str, ...]) -> None:
+    if getattr(config, name) not in names:
+        raise ValueError(unknown(name, getattr(config, name), names))

@@ -1,0 +1,188 @@
+"""Token files: text, tokenised once, as a memory-mapped array on disk, cached by content and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nestling.training import tokenizers
+from nestling.training.config import DataConfig
+from nestling.training.files import new_folder, write_text
+from nestling.training.sources import Document, content_hash, split_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+PIECE = 1 << 20  # bytes of text encoded at once
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A token stream: `ids` [N] (uint16 or uint32, memory-mapped) and the bytes of text it stands for."""
+
+    ids: np.ndarray
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Average bytes of text per token, by which bits per byte are counted."""
+        return self.num_bytes / max(1, len(self.ids))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens to train on, tokens held out, their tokenizer, and a fingerprint of all three."""
+
+    train: Tokens
+    val: Tokens
+    tokenizer: PreTrainedTokenizerFast
+    fingerprint: str
+    folder: Path
+
+
+def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> Corpus:
+    """Tokenise the text of a configuration, or find it in the cache.
+
+    Args:
+        config: what to read; see `DataConfig`.
+        tokenizer: used instead of `config.tokenizer` (a model brings its own).
+
+    Raises:
+        ValueError: no text, an empty or too short one, a file that is not UTF-8 under a tokenizer other than bytes.
+    """
+    split = split_documents(config)
+    digest = hashlib.sha256(f"{FORMAT}".encode())
+    for part in (split.train, split.val):
+        digest.update(b"|part|" + b"".join(content_hash(part)))
+    text_key = digest.hexdigest()[:16]
+    root = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache()
+    if tokenizer is None:
+        tokenizer = _tokenizer(config.tokenizer, split.train, root, text_key)
+    key = f"{text_key}-{tokenizers.fingerprint(tokenizer)}"
+    folder = root / "tokens" / key
+    if not _is_whole(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        _build(folder, split.train, split.val, tokenizer, key)
+    manifest = _manifest(folder)
+    parts = {}
+    for name in ("train", "val"):
+        entry = manifest[name]
+        ids = np.empty(0, dtype=manifest["dtype"])
+        if entry["tokens"]:
+            ids = np.memmap(folder / f"{name}.bin", dtype=manifest["dtype"], mode="r", shape=(entry["tokens"],))
+        parts[name] = Tokens(ids, entry["bytes"])
+    if len(parts["train"]) < config.seq_len + 1:
+        raise ValueError(
+            f"the text is too short: {len(parts['train'])} training tokens, but one window of seq_len "
+            f"{config.seq_len} needs "
+            f"{config.seq_len + 1}; give more text or a smaller seq_len"
+        )
+    return Corpus(parts["train"], parts["val"], tokenizer, key, folder)
+
+
+def default_cache() -> Path:
+    """The folder for derived data: `NESTLING_CACHE`, else `nestling` in the user's cache folder."""
+    if given := os.environ.get("NESTLING_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or (
+        Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    )
+    return Path(base) / "nestling"
+
+
+def _tokenizer(name: str, documents: list[Document], root: Path, text_key: str) -> PreTrainedTokenizerFast:
+    if name in ("bytes", "auto"):
+        return tokenizers.byte_tokenizer()
+    if name.startswith("bpe"):
+        size = name.removeprefix("bpe").removeprefix(":")
+        if not size.isdigit():
+            raise ValueError(f"tokenizer {name!r} must name its size, e.g. 'bpe:4096'")
+        folder = root / "tokenizers" / f"{text_key}-bpe-{size}"
+        if not (folder / "tokenizer.json").is_file():
+            texts = (piece for document in documents for piece in _pieces(document))
+            trained = tokenizers.train_bpe(texts, int(size))
+            with new_folder(folder) as aside:
+                trained.save_pretrained(aside)
+        return tokenizers.load_tokenizer(folder)
+    return tokenizers.load_tokenizer(name)
+
+
+def _build(
+    folder: Path, train: list[Document], val: list[Document], tokenizer: PreTrainedTokenizerFast, key: str
+) -> None:
+    size = max(len(tokenizer), tokenizer.eos_token_id + 1)
+    dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32).newbyteorder("<")
+    manifest = {"format": FORMAT, "key": key, "dtype": dtype.str, "vocab_size": size}
+    with new_folder(folder) as aside:
+        for name, documents in (("train", train), ("val", val)):
+            tokens = total = 0
+            with open(aside / f"{name}.bin", "wb") as file:
+                for document in documents:
+                    for ids, length in _encoded(document, tokenizer, dtype):
+                        ids.tofile(file)
+                        tokens, total = tokens + len(ids), total + length
+            manifest[name] = {"tokens": tokens, "bytes": total, "documents": [d.name for d in documents][:1000]}
+        write_text(aside / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def _encoded(
+    document: Document, tokenizer: PreTrainedTokenizerFast, dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, int]]:
+    """A document's ids piece by piece, each with its length in bytes; the end-of-text token closes it."""
+    if tokenizers.is_bytes(tokenizer):
+        text = document.read()
+        yield np.frombuffer(text, dtype=np.uint8).astype(dtype), len(text)
+    else:
+        for piece in _pieces(document):
+            yield np.array(tokenizers.encode(tokenizer, piece), dtype=dtype), len(piece.encode())
+    yield np.array([tokenizer.eos_token_id], dtype=dtype), 0
+
+
+def _pieces(document: Document) -> Iterator[str]:
+    """A document's text in pieces that end with a line, where pre-tokenizers split anyway."""
+    raw = document.read()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{document.name} is not UTF-8 text (byte {error.start}); convert it, leave it out, or use the "
+            "'bytes' tokenizer, which takes anything"
+        ) from error
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        while end < len(text) and not (text[end - 1] == "\n" and not text[end].isspace()):
+            end += 1
+        yield text[start:end]
+        start = end
+
+
+def _manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cached token file can be used: it is derived data, so a damaged one is simply built again."""
+    try:
+        manifest = _manifest(folder)
+        width = np.dtype(manifest["dtype"]).itemsize
+        sizes = [
+            (folder / f"{name}.bin").stat().st_size == manifest[name]["tokens"] * width for name in ("train", "val")
+        ]
+        return manifest["format"] == FORMAT and manifest["key"] == folder.name and all(sizes)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

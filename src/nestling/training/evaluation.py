@@ -1,0 +1,99 @@
+"""Held-out loss: overall, in bits per byte, and by position in the context."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.training.batches import spread, windows
+from nestling.training.data import Tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss. `loss_at` [T] is the mean loss (nats per token) of the prediction made after 1..T tokens."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    loss_at: Tensor
+
+    def binned(self, bins: int) -> list[dict[str, float]]:
+        """The loss by position in bins that widen geometrically: `first` and `last` position (from 1) and mean
+        `loss`."""
+        edges = bin_edges(len(self.loss_at), bins)
+        return [
+            {"first": first + 1, "last": last, "loss": float(self.loss_at[first:last].mean())}
+            for first, last in itertools.pairwise(edges)
+        ]
+
+
+def bin_edges(length: int, bins: int) -> list[int]:
+    """Edges 0 = e_0 < e_1 < ... = length of at most `bins` bins that widen geometrically."""
+    edges = {0, length} | {round(length ** (i / bins)) for i in range(1, bins)}
+    return sorted(edges)
+
+
+def token_losses(model: nn.Module, window: Tensor, precision: str = "float32") -> Tensor:
+    """The loss of every prediction in windows [B, T + 1], in nats: [B, T], float32."""
+    with autocast(window.device, precision):
+        logits = model(input_ids=window[:, :-1], use_cache=False).logits
+    targets = window[:, 1:]
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def autocast(device: torch.device, precision: str):
+    """Mixed precision for "bf16", nothing for "float32"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: Tokens,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_batches: int | None = None,
+    precision: str = "float32",
+) -> Evaluation:
+    """The loss of a model on windows spread evenly over a token stream.
+
+    Args:
+        model: a causal language model in the Hugging Face convention; its training mode is restored.
+        tokens: the held-out stream; shorter than a window is fine, shorter than two tokens a ValueError.
+        seq_len: tokens predicted per window, each window read afresh.
+        batch_size: windows at once.
+        max_batches: at most so many batches; None: every window that fits.
+        precision: "float32" or "bf16".
+    """
+    if len(tokens) < 2:
+        raise ValueError(
+            f"{len(tokens)} held-out tokens are too few to evaluate; hold out more (data.val_fraction or data.val_text)"
+        )
+    seq_len = min(seq_len, len(tokens) - 1)
+    starts = spread(tokens, seq_len, batch_size * max_batches if max_batches else len(tokens))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(seq_len, dtype=torch.float64)
+    try:
+        for first in range(0, len(starts), batch_size):
+            window = windows(tokens, starts[first : first + batch_size], seq_len).to(device)
+            total += token_losses(model, window, precision).double().sum(0).cpu()
+    finally:
+        model.train(was_training)
+    loss_at = total / len(starts)
+    loss = float(loss_at.mean())
+    return Evaluation(loss, bits_per_byte(loss, tokens), seq_len * len(starts), loss_at)
+
+
+def bits_per_byte(loss: float, tokens: Tokens) -> float:
+    """Nats per token as bits per byte of the text the tokens stand for."""
+    return loss / math.log(2) / max(tokens.bytes_per_token, 1e-9)

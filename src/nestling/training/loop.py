@@ -1,0 +1,358 @@
+"""The outer loop: from text to a checkpoint, one optimiser step at a time, over levels of different speed."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nestling.levels.schedule import Schedule
+from nestling.training import checkpoint
+from nestling.training.batches import Batches
+from nestling.training.build import build_model, load_saved
+from nestling.training.config import TrainConfig
+from nestling.training.data import Corpus, load_corpus
+from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
+from nestling.training.metrics import Metrics
+from nestling.training.optimizers import LevelOptimizers
+from nestling.training.progress import Progress
+from nestling.training.schedules import lr_factor
+from nestling.training.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAY_CHANGE = ("out", "steps", "device", "compile", "logging", "data.cache_dir")  # in a resumed run
+
+
+@dataclass(frozen=True)
+class Report:
+    """One training step. `loss` in nats per token, `grad_norm` before clipping, `tokens` since the run began."""
+
+    step: int
+    tokens: int
+    loss: float
+    bits_per_byte: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    skipped: bool
+    slow_levels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `skipped` counts steps without a finite gradient; `evaluation` is None without held-out text."""
+
+    step: int
+    tokens: int
+    evaluation: Evaluation | None
+    checkpoint: Path
+    seconds: float
+    skipped: int
+    interrupted: bool
+
+    def to_dict(self, bins: int = 8) -> dict:
+        """The result as JSON types."""
+        values = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "interrupted": self.interrupted,
+            "checkpoint": str(self.checkpoint),
+        }
+        if self.evaluation is not None:
+            values["loss"] = self.evaluation.loss
+            values["bits_per_byte"] = self.evaluation.bits_per_byte
+            values["loss_by_position"] = self.evaluation.binned(bins)
+        return values
+
+
+class Trainer:
+    """A training run that can be driven step by step or as a whole.
+
+    Args:
+        config: the run.
+        model: trained instead of `config.model` (e.g. any Hugging Face causal language model).
+        corpus: read instead of `config.data` (several runs can share one).
+        resume: go on from the newest whole checkpoint in `config.out`; the end is bit for bit that of an uninterrupted
+            run.
+
+    Raises:
+        ValueError: a configuration that does not fit (before anything is written), a folder that already holds a run
+            without `resume`, a checkpoint of another run or text with it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: PreTrainedModel | None = None,
+        corpus: Corpus | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.config = config
+        self.device = _device(config.device)
+        self.warnings: list[str] = []
+        source = self._find_checkpoint(resume)
+        own = Path(config.model.name)
+        tokenizer = (
+            load_tokenizer(checkpoint.resolve(own)) if config.data.tokenizer == "auto" and own.is_dir() else None
+        )
+        self.corpus = corpus if corpus is not None else load_corpus(config.data, tokenizer)
+        state = checkpoint.load_state(source) if source else None
+        if state:
+            self._check_resumable(state)
+        self.model = self._make_model(model, source).to(self.device)
+        self.model.train()
+        self._called = torch.compile(self.model) if config.compile else self.model
+        self.schedule = self._make_schedule()
+        self.optimizers = LevelOptimizers(self.model, config.optim, self.schedule)
+        data = config.data
+        self.batches = Batches(self.corpus.train, data.seq_len, data.batch_size, config.seed)
+        self.step = self.tokens = self.skipped = 0
+        self._speed = 0.0
+        torch.manual_seed(config.seed)
+        if state:
+            self.optimizers.load_state_dict(state["optimizers"])
+            self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+            checkpoint.set_random_state(state["random"])
+        self.resumed_at = self.step
+
+    def train_step(self) -> Report:
+        """Take one optimiser step; returns its figures."""
+        config, started = self.config, time.perf_counter()
+        accumulate = config.optim.accumulate
+        loss = 0.0
+        for micro in range(accumulate):
+            window = self.batches[self.step * accumulate + micro].to(self.device)
+            part = token_losses(self._called, window, config.precision).mean() / accumulate
+            part.backward()
+            loss += part.item()
+        factor = lr_factor(self.step, config.steps, config.schedule)
+        done = self.optimizers.step(self.tokens, self.tokens + config.tokens_per_step, factor)
+        self.step += 1
+        self.tokens += config.tokens_per_step
+        self.skipped += done.skipped
+        speed = config.tokens_per_step / (time.perf_counter() - started)
+        self._speed = speed if not self._speed else 0.9 * self._speed + 0.1 * speed
+        return Report(
+            self.step,
+            self.tokens,
+            loss,
+            bits_per_byte(loss, self.corpus.train),
+            config.optim.lr * factor,
+            done.grad_norm,
+            self._speed,
+            done.skipped,
+            done.slow_levels,
+        )
+
+    def evaluate(self) -> Evaluation | None:
+        """The held-out loss now; None if nothing is held out."""
+        config = self.config
+        if len(self.corpus.val) < 2:
+            return None
+        return evaluate(
+            self.model,
+            self.corpus.val,
+            seq_len=config.data.seq_len,
+            batch_size=config.data.batch_size,
+            max_batches=config.logging.eval_batches,
+            precision=config.precision,
+        )
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment; returns its folder. OSError if it cannot be written, with nothing lost."""
+        state = {
+            "config": self.config.to_dict(),
+            "corpus": self.corpus.fingerprint,
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "optimizers": self.optimizers.state_dict(),
+            "random": checkpoint.random_state(),
+        }
+        return checkpoint.save_checkpoint(
+            self.config.out, self.step, self.model, self.corpus.tokenizer, state, self.config.logging.keep
+        )
+
+    def run(self) -> Result:
+        """Train to the end, with figures, evaluations and checkpoints on the way.
+
+        SIGINT and SIGTERM end the run after the current step with a checkpoint. A checkpoint that cannot be written on
+        the way is reported and training goes on; at the end it is an OSError.
+        """
+        config, every = self.config, self.config.logging
+        checkpoint.clean(config.out)
+        config.save(Path(config.out) / "config.json")
+        metrics = Metrics(config, self.step)
+        progress = Progress(config.steps, self.step, Path(config.out).name, every.log_every, every.progress)
+        for warning in self.warnings:
+            progress.say(warning)
+        started, losses, evaluation = time.monotonic(), [], None
+        with _stop_requests() as stop:
+            try:
+                while self.step < config.steps and not stop.is_set():
+                    report = self.train_step()
+                    losses.append(report.loss)
+                    progress.step(report)
+                    if report.skipped:
+                        progress.say(f"step {report.step}: the gradient is not finite; skipped ({self.skipped} so far)")
+                    last = self.step == config.steps
+                    if last or (every.log_every and self.step % every.log_every == 0):
+                        self._log(metrics, report, losses)
+                        losses = []
+                    if last or (every.eval_every and self.step % every.eval_every == 0):
+                        evaluation = self._evaluated(metrics, progress)
+                    if not last and every.save_every and self.step % every.save_every == 0:
+                        self._save_on_the_way(progress)
+                if evaluation is None:
+                    evaluation = self._evaluated(metrics, progress)
+                path = self.save()
+            finally:
+                progress.close()
+                metrics.close()
+        interrupted = self.step < config.steps
+        return Result(self.step, self.tokens, evaluation, path, time.monotonic() - started, self.skipped, interrupted)
+
+    def _log(self, metrics: Metrics, report: Report, losses: list[float]) -> None:
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        mean = sum(finite) / len(finite) if finite else None
+        metrics.write(
+            "train",
+            report.step,
+            tokens=report.tokens,
+            loss=mean,
+            bits_per_byte=None if mean is None else bits_per_byte(mean, self.corpus.train),
+            lr=report.lr,
+            grad_norm=report.grad_norm if math.isfinite(report.grad_norm) else None,
+            tokens_per_second=report.tokens_per_second,
+            skipped=self.skipped,
+        )
+
+    def _evaluated(self, metrics: Metrics, progress: Progress) -> Evaluation | None:
+        evaluation = self.evaluate()
+        if evaluation is not None:
+            progress.held_out(evaluation.bits_per_byte)
+            metrics.write(
+                "eval",
+                self.step,
+                tokens=self.tokens,
+                loss=evaluation.loss,
+                bits_per_byte=evaluation.bits_per_byte,
+                eval_tokens=evaluation.tokens,
+                loss_by_position=evaluation.binned(self.config.logging.position_bins),
+            )
+        return evaluation
+
+    def _save_on_the_way(self, progress: Progress) -> None:
+        try:
+            self.save()
+        except OSError as error:
+            progress.say(f"step {self.step}: no checkpoint could be written ({error}); training goes on")
+
+    def _find_checkpoint(self, resume: bool) -> Path | None:
+        found = checkpoint.list_checkpoints(self.config.out)
+        if not resume:
+            if found:
+                raise ValueError(
+                    f"{self.config.out} already holds a run ({found[-1].name}): resume it (--resume) or write "
+                    "elsewhere (--out)"
+                )
+            return None
+        if not found:
+            self.warnings.append(f"{self.config.out} holds no checkpoint yet: starting from the beginning")
+            return None
+        path, problems = checkpoint.newest(self.config.out)
+        self.warnings += [f"{problem}; resuming from {path}" for problem in problems]
+        return path
+
+    def _check_resumable(self, state: dict) -> None:
+        before = TrainConfig.from_dict(state["config"])
+        changes = differences(before.to_dict(), self.config.to_dict())
+        refused = [c for c in changes if not any(c[0] == name or c[0].startswith(name + ".") for name in MAY_CHANGE)]
+        if refused:
+            listed = ", ".join(f"{name} (was {old!r}, now {new!r})" for name, old, new in refused)
+            raise ValueError(f"a resumed run cannot change {listed}; keep it, or start a new run with another --out")
+        if state["corpus"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"the text or tokenizer changed since the run in {self.config.out} began; start a new run with "
+                "another --out"
+            )
+        if state["step"] > self.config.steps:
+            raise ValueError(
+                f"steps must be at least {state['step']}, which the run has already taken, not {self.config.steps}"
+            )
+
+    def _make_model(self, model: PreTrainedModel | None, source: Path | None) -> PreTrainedModel:
+        if source is not None:
+            return load_saved(source, type(model) if model is not None else None)
+        if model is not None:
+            return model
+        return build_model(self.config.model, self.corpus.tokenizer, self.config.seed)
+
+    def _make_schedule(self) -> Schedule | None:
+        levels = getattr(self.model.config, "levels", None)
+        if not levels or not hasattr(self.model, "level_parameters"):
+            return None
+        config = self.config
+        return Schedule(levels, config.data.seq_len, config.tokens_per_step, config.tokens_per_step * config.steps)
+
+
+def train(config: TrainConfig, resume: bool = False) -> Result:
+    """Train from text to checkpoint; see `Trainer`."""
+    return Trainer(config, resume=resume).run()
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+    """(dotted name, old value, new value) of everything that differs between two nested dictionaries."""
+    found = []
+    for name in [*old, *(n for n in new if n not in old)]:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append((f"{prefix}{name}", before, after))
+    return found
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+@contextmanager
+def _stop_requests():
+    """An event that SIGINT or SIGTERM sets; a second signal acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {}
+
+    def request(number, _frame) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
