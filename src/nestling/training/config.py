@@ -172,7 +172,8 @@ class TrainConfig:
                 inner, kind = inner[name], kinds[name]
             names = list(typing.get_type_hints(kind))
             if last not in names:
-                raise ValueError(unknown("option", path, [".".join([*parents, n]) for n in names]))
+                valid = [".".join([*parents, n]) for n in names] if parents else option_names()
+                raise ValueError(unknown("option", path, valid))
             inner[last] = value
         return self.from_dict(values)
 
@@ -207,11 +208,19 @@ def nearest(name: str, names: typing.Iterable[str]) -> str | None:
 
 
 def unknown(what: str, name: str, names: typing.Iterable[str]) -> str:
-    """The message for an unknown name: the nearest valid one, and all of them."""
+    """The message for an unknown name: the nearest valid one, and all of them if they are few or none is near."""
     names = list(names)
     close = nearest(name, names)
-    hint = f"did you mean {close!r}? " if close else ""
-    return f"unknown {what} {name!r}: {hint}(valid: {', '.join(names)})"
+    listed = f"(valid: {', '.join(names)})" if close is None or len(names) <= 12 else ""
+    return " ".join([f"unknown {what} {name!r}:", *([f"did you mean {close!r}?"] if close else []), listed]).rstrip()
+
+
+def option_names(cls: type = TrainConfig, prefix: str = "") -> list[str]:
+    """The dotted names of every option of a configuration."""
+    names = []
+    for name, kind in typing.get_type_hints(cls).items():
+        names += option_names(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return names
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
