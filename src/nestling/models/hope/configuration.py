@@ -1,7 +1,6 @@
 """Configuration of the Hope models."""
 
-from __future__ import annotations
-
+# no `from __future__ import annotations`: the strict dataclass checks types, and would see only their names
 import difflib
 import json
 from typing import Any

@@ -65,11 +65,16 @@ class HopePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """A decoder layer draws its own weights; the base class fills the embedding, the output matrix and the norm."""
         if isinstance(module, HopeDecoderLayer):
-            # called after the layer's parts, whose linear maps the base class filled its own way
             _reset_unloaded(module)
-        else:
+        elif isinstance(module, nn.RMSNorm) or module in (self.get_input_embeddings(), self.get_output_embeddings()):
             super()._init_weights(module)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # for code outside its own package the base class passes over modules without parameters of their own, such as a
+        # decoder layer, and would leave what a loaded checkpoint lacks as uninitialised memory
+        super()._initialize_weights(module, False)
 
     def level_parameters(self) -> dict[int, list[nn.Parameter]]:
         """Each level of the continuum memory: its parameters in all layers."""

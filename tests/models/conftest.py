@@ -1,0 +1,65 @@
+"""Tiny models of each kind of sequence layer, in float64."""
+
+import pytest
+import torch
+
+from nestling.models import HopeConfig, HopeForCausalLM
+
+# chunks of 4 tokens, so that a short text has several and stops inside one
+MIXERS = {
+    "selfmod": ("selfmod", {"chunk_size": 4}),
+    "deltanet": ("deltanet", {"chunk_size": 4}),
+    "attention": ("attention", {"num_kv_heads": 1}),
+    "window": ("attention", {"window": 5}),
+}
+
+
+def tiny_config(mixer="attention", **changes):
+    name, options = MIXERS[mixer]
+    return HopeConfig(
+        **{
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "mixer": name,
+            "mixer_options": options,
+            **changes,
+        }
+    )
+
+
+def tiny_model(mixer="attention", **changes):
+    torch.manual_seed(0)
+    return HopeForCausalLM(tiny_config(mixer, **changes)).double().eval()
+
+
+@pytest.fixture(params=MIXERS)
+def mixer(request):
+    """The name of each kind of sequence layer in turn."""
+    return request.param
+
+
+@pytest.fixture
+def model(mixer):
+    """A tiny model of each kind in turn."""
+    return tiny_model(mixer)
+
+
+@pytest.fixture
+def make_config():
+    """`tiny_config(mixer, **changes)`."""
+    return tiny_config
+
+
+@pytest.fixture
+def make_model():
+    """`tiny_model(mixer, **changes)`."""
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def mixer_models():
+    """One tiny model of each kind, for tests that only read them."""
+    return {mixer: tiny_model(mixer) for mixer in MIXERS}
