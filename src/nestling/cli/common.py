@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -56,6 +57,20 @@ def assignments(items: list[str], option: str) -> dict[str, Any]:
             raise ValueError(f"{option} takes NAME=VALUE, not {item!r}")
         values[name.strip()] = parse_value(text)
     return values
+
+
+def nested(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """`base` changed by values whose dotted names reach into dictionaries: `{"mixer_options.chunk_size": 32}`."""
+    result = copy.deepcopy(base)
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        inner = result
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{name!r} reaches into {parent!r}, which is {inner!r}")
+        inner[last] = value
+    return result
 
 
 def parse_value(text: str) -> Any:

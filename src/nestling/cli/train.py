@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.cli.common import assignments, print_json
+from nestling.cli.common import assignments, nested, print_json
 
 MODEL, DATA, OPTIMISER, RUN = "Model", "Data", "Optimiser", "Run"
 
@@ -107,6 +107,9 @@ def main(
     The same size with softmax attention, for comparison:
       nestling train book.txt --out runs/attention --set mixer=attention
 
+    The memory's own options:
+      nestling train book.txt --out runs/chunks --set mixer_options.chunk_size=32
+
     A folder of texts, two files held out, a tokenizer trained on the data:
       nestling train texts/ --val a.txt --val b.txt --tokenizer bpe:4096 --out runs/texts
 
@@ -151,7 +154,7 @@ def main(
         base = TrainConfig.load(stored)
         options.setdefault("out", str(stored.parent))  # the folder may have moved
     if set_:
-        options["model.options"] = {**base.model.options, **assignments(set_, "--set")}
+        options["model.options"] = nested(assignments(set_, "--set"), base.model.options)
     final = base.changed(**options)
 
     from nestling.training.loop import train

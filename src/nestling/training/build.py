@@ -76,11 +76,13 @@ def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> P
 
 
 def _sized(config: ModelConfig, special: dict[str, Any]) -> PreTrainedConfig:
-    from nestling.models.sizes import SIZES, hope_config
+    from nestling.models import sizes
 
-    if config.name not in SIZES:
-        raise ValueError(unknown("model", config.name, SIZES) + "; or give a saved model's folder or a config.json")
-    return _with_options(lambda options: hope_config(config.name, **options), special, config.options)
+    if config.name not in sizes.NAMES:
+        raise ValueError(
+            unknown("model", config.name, sizes.NAMES) + "; or give a saved model's folder or a config.json"
+        )
+    return _with_options(lambda options: sizes.config(config.name, **options), special, config.options)
 
 
 def _with_options(make, values: dict[str, Any], options: dict[str, Any]) -> PreTrainedConfig:
