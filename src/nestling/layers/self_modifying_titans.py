@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nestling.layers.stream import Segment, segments
 from nestling.memory.architectures import LinearMemory, MLPMemory
+from nestling.memory.fused import fused_advance, is_fused
 from nestling.memory.rule import Context, FastWeights, Rule, advance, forward, settle
 from nestling.ops.chunk import decay_table
 from nestling.ops.conv import short_convolution
@@ -102,10 +103,10 @@ class SelfModifyingTitans(nn.Module):
         self.dim, self.num_heads = dim, num_heads
         self.head_dim = head_dim or dim // num_heads
         self.adaptive = tuple(name for name in ADAPTIVE if name in adaptive)
-        self.self_targets, self.momentum, self.decay, self.rate = self_targets, momentum, decay, rate
+        self.momentum, self.decay, self.rate = momentum, decay, rate
         self.read, self.normalize_values = read, normalize_values
         self.segment_size, self.norm_limit = segment_size, norm_limit
-        self.rule = Rule(objective, dgd, gated_erase, step, meta_grad)
+        self.rule = Rule(objective, dgd, gated_erase, step, self_targets, meta_grad)
         self.groups = self._plan(architecture, gates, expansion, chunk_size, memory_chunk_size or chunk_size)
 
         inner = num_heads * self.head_dim
@@ -172,7 +173,11 @@ class SelfModifyingTitans(nn.Module):
         """The learned state that every one of `batch_size` streams begins with."""
         memories = []
         for weights in self.initial:
-            start = tuple(_state_dtype(w).expand(batch_size, *w.shape) for w in weights)
+            # laid out as the scan wants it, seen as the state does
+            start = tuple(
+                _state_dtype(w).unsqueeze(1).expand(-1, batch_size, -1, -1, -1).contiguous().transpose(0, 1)
+                for w in weights
+            )
             velocity = tuple(torch.zeros_like(w) for w in start) if self.momentum else ()
             memories.append(FastWeights(start, start, velocity))
         size = 0 if self.conv_weight is None else self.conv_weight.shape[1] - 1
@@ -231,7 +236,7 @@ class SelfModifyingTitans(nn.Module):
         pieces = [plan]
         if self.segment_size and torch.is_grad_enabled() and max(lengths) > self.segment_size and not inspect:
             pieces = _pieces(plan, self.segment_size)
-        memories, outputs, report = state.memories, [], []
+        memories, outputs, report = _swap(state.memories), [], []
         for piece in pieces:
             args = (piece, memories, tensors, report if inspect else None)
             if len(pieces) > 1:
@@ -240,10 +245,10 @@ class SelfModifyingTitans(nn.Module):
                 y, memories = self._scan_piece(*args)
             outputs.append(y)
         if not plan:
-            return None, memories, report
+            return None, state.memories, report
         missing = next(iter(tensors.values())).shape[2] - max(lengths)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-        return (F.pad(y, (0, 0, 0, missing)) if missing else y), memories, report
+        return (F.pad(y, (0, 0, 0, missing)) if missing else y), _swap(memories), report
 
     def _scan_piece(self, plan: list[Segment], memories, tensors, report):
         reads = []
@@ -257,34 +262,33 @@ class SelfModifyingTitans(nn.Module):
         """One segment: project with the chunk's first weights, write to every memory, read the main one."""
         part = self._project(part, memories)
         eta, alpha, mu = self._gates(part)
-        decays = decay_table(alpha, mu)
-        decays = type(decays)(*(None if t is None else t.unsqueeze(1) for t in decays))
-        values = part["v"].unsqueeze(1)
-        context = Context(
-            part["k"].unsqueeze(1), values, eta.unsqueeze(1), alpha.unsqueeze(1),
-            None if mu is None else mu.unsqueeze(1), decays,
-        )  # fmt: skip
-        q, updated, y = part["q"].unsqueeze(1), [], None
+        context = Context(part["k"], part["v"], eta, alpha, mu, decay_table(alpha, mu))
+        q, updated, y = part["q"], [], None
         for i, (group, fast) in enumerate(zip(self.groups, memories, strict=True)):
             main = group.names[-1] == "memory"
             running = main and self.read != "chunk"
-            if main and self.read == "chunk":
-                y = forward(group.architecture, tuple(w[:, -1:] for w in fast.start), q)
-            new, reads, figures = advance(
-                group.architecture, self.rule, fast, context, fresh=segment.fresh[i], self_targets=self.self_targets,
-                queries=q if running else None, after=self.read == "after",
-            )  # fmt: skip
+            if main and not running:
+                y = forward(group.architecture, tuple(w[-1] for w in fast.start), q)
+            new, reads, figures = self._advance(group, fast, context, segment.fresh[i], q if running else None, report)
             y = reads if running else y
             updated.append(self._close(new, fast, segment, i))
             if report is not None and main:
                 report.append(self._figures(figures, new, eta, alpha, mu))
-        return y.squeeze(1), tuple(updated)
+        return y, tuple(updated)
+
+    def _advance(self, group: Group, fast: FastWeights, context: Context, fresh: bool, q: Tensor | None, report):
+        """Write one segment, by the hand-differentiated step where it applies."""
+        if fresh and report is None and is_fused(group.architecture, self.rule):
+            return fused_advance(group.architecture, self.rule, fast, context, q, self.read == "after")
+        return advance(
+            group.architecture, self.rule, fast, context, fresh=fresh, queries=q, after=self.read == "after"
+        )
 
     def _close(self, new: FastWeights, old: FastWeights, segment: Segment, i: int) -> FastWeights:
         """Open the next chunk where this one is complete; keep the state of sequences that have ended."""
         device = new.now[0].device
         if segment.active is not None:
-            on = segment.active.to(device).view(-1, 1, 1, 1, 1)
+            on = segment.active.to(device).view(1, -1, 1, 1, 1)
             now = tuple(torch.where(on, a, b) for a, b in zip(new.now, old.now, strict=True))
             velocity = tuple(torch.where(on, a, b) for a, b in zip(new.velocity, old.velocity, strict=True))
             new = FastWeights(new.start, now, velocity)
@@ -301,9 +305,9 @@ class SelfModifyingTitans(nn.Module):
             names = [name for name in group.names if name != "memory"]
             if not names:
                 continue
-            weights = tuple(w[:, : len(names)] for w in fast.start)
-            x = part["x"].unsqueeze(1).expand(-1, len(names), -1, -1, -1)
-            for name, out in zip(names, forward(group.architecture, weights, x).unbind(1), strict=True):
+            weights = tuple(w[: len(names)] for w in fast.start)
+            x = part["x"].expand(len(names), *part["x"].shape)
+            for name, out in zip(names, forward(group.architecture, weights, x).unbind(0), strict=True):
                 if name in ("eta", "alpha"):
                     part[name] = out.squeeze(-1)
                 else:
@@ -327,8 +331,8 @@ class SelfModifyingTitans(nn.Module):
         return eta, alpha, mu
 
     def _figures(self, figures, new, eta, alpha, mu) -> dict[str, Tensor]:
-        norm = sum(w[:, -1].detach().square().sum((-1, -2)) for w in new.now).sqrt()
-        values = dict(loss=figures.loss[:, -1], step=figures.rate[:, -1], eta=eta, alpha=alpha)
+        norm = sum(w[-1].detach().square().sum((-1, -2)) for w in new.now).sqrt()
+        values = dict(loss=figures.loss[-1], step=figures.rate[-1], eta=eta, alpha=alpha)
         values["momentum"] = torch.zeros_like(eta) if mu is None else mu
         values["norm"] = norm.unsqueeze(-1).expand_as(eta)
         return {name: value.detach() for name, value in values.items()}
@@ -401,6 +405,11 @@ def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:
             begin = segment.start
         pieces[-1].append(segment)
     return pieces
+
+
+def _swap(memories: tuple[FastWeights, ...]) -> tuple[FastWeights, ...]:
+    """Between the state's layout [B, n, H, ...] and the scan's [n, B, H, ...], by views."""
+    return tuple(FastWeights(*(tuple(w.transpose(0, 1) for w in part) for part in fast)) for fast in memories)
 
 
 def _state_dtype(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Every token writes a rank-one term into each linear layer, with that layer's own input as its key (decision D2), so the
 update of a layer over a chunk is the generalised delta rule. Gradients are taken at the weights of the chunk's start
-(NL Eq. 90); decay, erase and momentum run token by token. Leading dimensions are [B, n, H]: sequences, memories, heads.
+(NL Eq. 90); decay, erase and momentum run token by token. Leading dimensions are [n, B, H]: memories, sequences, heads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nestling.memory.architectures import Architecture, plain, product
 from nestling.memory.objectives import OBJECTIVES
-from nestling.ops.chunk import Decays, Read, delta_chunk
+from nestling.ops.chunk import Chunk, Decays, delta_chunk
 
 STEPS = ("joint", "layer", "plain")
 META_GRADS = ("full", "first_order", "none")
@@ -32,6 +32,7 @@ class Rule:
         step: size of a write for a learning rate eta (decision D2): "joint" e = eta / (1 + eta kappa) with kappa the
             curvature along the error over all layers; "layer" e = eta / (1 + eta |x|^2) in each layer (decision D1);
             "plain" e = eta.
+        self_targets: the target of a memory is its own output for the value (NL Eqs. 84-88), else the value.
         meta_grad: how the outer loss is differentiated through the writes (decision D9): "full"; "first_order" takes
             the inner gradient as independent of the weights; "none" stops at each chunk's start.
     """
@@ -40,6 +41,7 @@ class Rule:
     dgd: bool = True
     gated_erase: bool = False
     step: str = "joint"
+    self_targets: bool = True
     meta_grad: str = "full"
 
     def __post_init__(self):
@@ -49,7 +51,7 @@ class Rule:
 
 
 class FastWeights(NamedTuple):
-    """Fast weights of a stack of memories; one tensor [B, n, H, o, i] per linear layer in each field."""
+    """Fast weights of a stack of memories; one tensor [n, B, H, o, i] per linear layer in each field."""
 
     start: tuple[Tensor, ...]  # at the open chunk's start: where forwards and gradients are taken
     now: tuple[Tensor, ...]  # after the last token
@@ -57,18 +59,18 @@ class FastWeights(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What the tokens of one chunk, or a part of one, say to every memory: [B, 1, H, C, ...]."""
+    """What the tokens of a chunk, or of a part of one, say to every memory."""
 
-    keys: Tensor  # [B, 1, H, C, i]
-    values: Tensor  # [B, 1, H, C, i], or targets [B, 1, H, C, o] if not self-generated
-    rate: Tensor  # eta [B, 1, H, C]
-    decay: Tensor  # alpha [B, 1, H, C]
-    momentum: Tensor | None  # mu [B, 1, H, C]
-    decays: Decays  # tables of the two, [B, 1, H, C + 1, C + 1]
+    keys: Tensor  # [B, H, C, i]
+    values: Tensor  # [B, H, C, i], or targets [B, H, C, o] if not self-generated
+    rate: Tensor  # eta [B, H, C]
+    decay: Tensor  # alpha [B, H, C]
+    momentum: Tensor | None  # mu [B, H, C]
+    decays: Decays  # tables of the two, [B, H, C + 1, C + 1]
 
 
 class Report(NamedTuple):
-    """Per-token figures of a chunk, for plots: [B, n, H, C]."""
+    """Figures of each token, for plots: [n, B, H, C]."""
 
     loss: Tensor
     rate: Tensor
@@ -81,7 +83,6 @@ def advance(
     context: Context,
     *,
     fresh: bool,
-    self_targets: bool,
     queries: Tensor | None = None,
     after: bool = False,
 ) -> tuple[FastWeights, Tensor | None, Report]:
@@ -89,39 +90,41 @@ def advance(
 
     Args:
         fresh: `now` equals `start`, so the inner forward's products serve the recurrence too.
-        self_targets: the target of a memory is its own output for `values` (NL Eqs. 84-88).
-        queries: [B, 1, H, C, i], read by the last memory of the stack: NL Eq. 86, W_{t-1}, or W_t if `after`.
+        queries: [B, H, C, i], read by the last memory of the stack: W_{t-1} (NL Eq. 86), or W_t if `after`.
 
     Returns:
-        The weights with `now` and `velocity` advanced, the reads [B, 1, H, C, o], and a report.
+        The weights with `now` and `velocity` advanced, the reads [B, H, C, o], and a report.
     """
     inner = fast.start if rule.meta_grad == "full" else tuple(w.detach() for w in fast.start)
-    inputs, products, error, loss = _inner_gradient(architecture, rule, inner, context, self_targets)
+    inputs, products, error, loss = _inner_gradient(architecture, rule, inner, context)
     errors = architecture.errors(inner, products, error)
     rates = _rates(rule, context.rate, inputs, errors)
-    damp = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average: same step, less noise
+    damp = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average keeps the step's size
     shared = fresh and rule.meta_grad == "full"
+    memories = error.shape[0]
+    decays = [None if t is None else _flat(t.expand(memories, *t.shape)) for t in context.decays]
     now, velocity = [], []
 
     def write(layer: int, q: Tensor | None) -> Tensor | None:
-        x, rate, w = inputs[layer], rates[layer], fast.now[layer]
+        x, w = inputs[layer], fast.now[layer]
         s = fast.velocity[layer] if fast.velocity else None
+        key = x[:1] if layer == 0 else x  # all memories share their keys
+        gram = (key @ key.mT).expand(memories, *x.shape[1:-1], -1)
         base = products[layer] if shared else product(w, x)
-        key = x[:, :1] if layer == 0 else x  # all memories share their keys
-        read = None
+        erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
+        erase = erase if rule.dgd or rule.gated_erase else torch.zeros_like(erase)
+        writes = (-damp * rates[layer]).unsqueeze(-1) * errors[layer]
+        source = (None, None, None)
         if q is not None:
-            last = w[:, -1:], (None if s is None else s[:, -1:])
-            scores = q @ x[:, -1:].transpose(-1, -2)
-            read = Read(product(last[0], q), None if s is None else product(last[1], q), scores, after)
-        erase = rate * context.decay if rule.gated_erase else rate if rule.dgd else torch.zeros_like(rate)
-        writes = (-damp * rate).unsqueeze(-1) * errors[layer]
-        gram = key @ key.transpose(-1, -2)
-        base_s = None if s is None else product(s, x)
-        w, s, reads = delta_chunk(w, s, base, base_s, gram, x, writes, erase, context.decays, read)
-        now.append(w)
+            source = product(w[-1], q), None if s is None else product(s[-1], q), q @ x[-1].mT
+        pull = None if s is None else product(s, x)
+        fields = [None if t is None else _flat(t) for t in (w, s, base, pull, gram, x, writes)]
+        reading = [None if t is None else t.flatten(0, 1) for t in source]
+        out_w, out_s, reads = delta_chunk(Chunk(*fields, erase.flatten(0, 2), *decays, *reading), after)
+        now.append(out_w.view(w.shape))
         if s is not None:
-            velocity.append(s)
-        return reads
+            velocity.append(out_s.view(w.shape))
+        return None if q is None else reads.view(*q.shape[:-1], -1)
 
     reads = None
     if queries is None:
@@ -132,11 +135,15 @@ def advance(
     return FastWeights(fast.start, tuple(now), tuple(velocity)), reads, Report(loss, rates[-1].detach())
 
 
-def _inner_gradient(architecture, rule, weights, context, self_targets):
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, 2)
+
+
+def _inner_gradient(architecture, rule, weights, context):
     """Each layer's input and product for the keys, and the objective's error at the output."""
-    tokens, memories = context.keys.shape[-2], weights[0].shape[1]
-    rows = torch.cat([context.keys, context.values], -2) if self_targets else context.keys
-    rows = rows.expand(-1, memories, -1, -1, -1).contiguous()
+    tokens, memories = context.keys.shape[-2], weights[0].shape[0]
+    rows = torch.cat([context.keys, context.values], -2) if rule.self_targets else context.keys
+    rows = rows.expand(memories, *rows.shape).contiguous()
     inputs, products = [], []
 
     def record(layer, x):
@@ -146,7 +153,8 @@ def _inner_gradient(architecture, rule, weights, context, self_targets):
         return y
 
     out = architecture.forward(rows, record)
-    prediction, target = (out[..., :tokens, :], out[..., tokens:, :]) if self_targets else (out, context.values)
+    prediction = out[..., :tokens, :]
+    target = out[..., tokens:, :] if rule.self_targets else context.values
     objective = OBJECTIVES[rule.objective]
     with torch.no_grad():
         loss = objective.loss(prediction, target)
@@ -154,50 +162,55 @@ def _inner_gradient(architecture, rule, weights, context, self_targets):
 
 
 def _rates(rule: Rule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
-    """Step e of each layer for each token, [B, n, H, C]."""
+    """Step e of each layer for each token, [n, B, H, C]."""
     if rule.step == "plain":
         return [eta.expand(x.shape[:-1]) for x in inputs]
     sizes = [x.square().sum(-1) for x in inputs]
     if rule.step == "layer":
         return [eta / (1 + eta * size) for size in sizes]
-    # kappa: Rayleigh quotient of the memory's tangent kernel along its own error. The 1 keeps e |x|^2 < 1, so that the
-    # erase of every layer contracts even where the error does not reach that layer.
-    kappa = sizes[-1]
-    if len(inputs) > 1:
-        total = errors[-1].square().sum(-1) + 1e-6
-        for size, error in zip(sizes[:-1], errors[:-1], strict=True):
-            kappa = kappa + size * (1 + error.square().sum(-1) / total)
-    rate = eta / (1 + eta * kappa)
+    rate, _ = joint_step(eta, sizes, [error.square().sum(-1) for error in errors])
     return [rate] * len(inputs)
 
 
-def settle(fast: FastWeights, closed: Tensor | None, limit: tuple[float, ...], meta_grad: str = "full") -> FastWeights:
+def joint_step(eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """e = eta / (1 + eta kappa) for squared norms of each layer's input and error; also the last error's, guarded.
+
+    kappa is the Rayleigh quotient of the memory's tangent kernel along its own error, sum_l |x_l|^2 |d_l|^2 / |d|^2. The
+    1 beside the ratio keeps e |x_l|^2 < 1, so that every layer's erase contracts even where no error reaches the layer.
+    """
+    kappa, total = inputs[-1], errors[-1] + 1e-6
+    for size, error in zip(inputs[:-1], errors[:-1], strict=True):
+        kappa = kappa + size * (1 + error / total)
+    return eta / (1 + eta * kappa), total
+
+
+def settle(fast: FastWeights, closed: Tensor | None, limits: tuple[float, ...], meta_grad: str = "full") -> FastWeights:
     """Begin the next chunk: `start` becomes `now`, its norm bounded so that no input can make a memory overflow.
 
     Args:
         closed: [B] bool, the sequences whose chunk is complete; None is all of them.
-        limit: bound on the Frobenius norm of each layer's weights.
+        limits: bound on the Frobenius norm of each layer's weights.
     """
-    now = tuple(_bounded(w, bound) for w, bound in zip(fast.now, limit, strict=True))
+    now = tuple(_bounded(w, limit) for w, limit in zip(fast.now, limits, strict=True))
     velocity = fast.velocity
     if meta_grad == "none":
         now, velocity = tuple(w.detach() for w in now), tuple(s.detach() for s in velocity)
     if closed is None:
         return FastWeights(now, now, velocity)
-    pick = closed.view(-1, 1, 1, 1, 1)
+    pick = closed.view(1, -1, 1, 1, 1)
     start = tuple(torch.where(pick, w, old) for w, old in zip(now, fast.start, strict=True))
     kept = tuple(torch.where(pick, w, old) for w, old in zip(now, fast.now, strict=True))
     return FastWeights(start, kept, velocity)
 
 
-def _bounded(weight: Tensor, bound: float) -> Tensor:
-    norm = torch.linalg.vector_norm(weight.detach(), dim=(-2, -1), keepdim=True)
-    if not weight.is_cuda and bool((norm <= bound).all()):  # the usual case costs one pass
+def _bounded(weight: Tensor, limit: float) -> Tensor:
+    norm = torch.linalg.vector_norm(weight.detach(), dim=(-2, -1))
+    if not weight.is_cuda and bool((norm <= limit).all()):  # the usual case costs one pass
         return weight
     norm = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True)
-    return weight * (bound / norm.clamp_min(bound))
+    return weight * (limit / norm.clamp_min(limit))
 
 
 def forward(architecture: Architecture, weights: tuple[Tensor, ...], z: Tensor) -> Tensor:
-    """A memory's output for inputs z [B, n, H, C, i] at fixed weights."""
+    """A memory's output for inputs z [..., C, i] at fixed weights."""
     return architecture.forward(z, plain(list(weights)))

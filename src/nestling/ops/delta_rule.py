@@ -10,12 +10,13 @@ self-modifying memory (NL Eqs. 88, 93) are settings of it.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nestling.ops.chunk import Read, decay_table, delta_chunk
+from nestling.ops.chunk import Chunk, decay_table, delta_chunk
 
 
 class DeltaRule(NamedTuple):
@@ -96,28 +97,37 @@ def delta_rule(
     weight, keys, writes, decay, erase, queries, momentum, velocity = _prepare(
         weight, keys, writes, decay, erase, queries, momentum, velocity, read
     )
-    reads = []
-    for start in range(0, keys.shape[-2], chunk_size):
-        chunk = slice(start, start + chunk_size)
-        x = keys[..., chunk, :]
-        decays = decay_table(decay[..., chunk], None if momentum is None else momentum[..., chunk])
-        source = None
+    lead, reads = weight.shape[:-2], []
+    weight, velocity, keys, writes, queries = (_flat(t, 2) for t in (weight, velocity, keys, writes, queries))
+    decay, erase, momentum = (_flat(t, 1) for t in (decay, erase, momentum))
+    for start in range(0, keys.shape[1], chunk_size):
+        span = slice(start, start + chunk_size)
+        x, q = keys[:, span], None
+        decays = decay_table(decay[:, span], None if momentum is None else momentum[:, span])
+        source = (None, None, None)
         if queries is not None:
-            q = queries[..., chunk, :]
-            source = Read(_apply(weight, q), _apply(velocity, q), q @ x.transpose(-1, -2), read == "after")
-        products = _apply(weight, x), _apply(velocity, x)
-        gram = x @ x.transpose(-1, -2)
-        weight, velocity, out = delta_chunk(
-            weight, velocity, *products, gram, x, writes[..., chunk, :], erase[..., chunk], decays, source
-        )
+            q = queries[:, span]
+            source = (_apply(weight, q), _apply(velocity, q), q @ x.mT)
+        chunk = Chunk(
+            weight, velocity, _apply(weight, x), _apply(velocity, x), x @ x.mT, x, writes[:, span], erase[:, span],
+            *decays, *source,
+        )  # fmt: skip
+        weight, velocity, out = delta_chunk(chunk, read == "after")
         reads.append(out)
+    weight, velocity = (None if t is None else t.view(*lead, *t.shape[1:]) for t in (weight, velocity))
     if queries is None:
         return DeltaRule(weight, velocity, None)
-    return DeltaRule(weight, velocity, (torch.cat(reads, -2) if reads else writes).to(out_dtype))
+    out = torch.cat(reads, 1) if reads else writes
+    return DeltaRule(weight, velocity, out.view(*lead, *out.shape[1:]).to(out_dtype))
+
+
+def _flat(x: Tensor | None, keep: int) -> Tensor | None:
+    """All leading dimensions as one; the last `keep` stay."""
+    return None if x is None else x.reshape(math.prod(x.shape[:-keep]), *x.shape[-keep:])
 
 
 def _apply(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else x @ weight.transpose(-1, -2)
+    return None if weight is None else x @ weight.mT
 
 
 def _prepare(weight, keys, writes, decay, erase, queries, momentum, velocity, read):
