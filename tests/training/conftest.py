@@ -22,14 +22,18 @@ def text(tmp_path):
     return path
 
 
+HOPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
 @pytest.fixture
 def config(tmp_path, text):
-    """A run of a few steps that takes well under a second."""
+    """A run of a few steps of a tiny Hope that takes well under a second."""
     return TrainConfig.from_dict(
         {
             "out": str(tmp_path / "run"),
             "steps": 12,
             "device": "cpu",
+            "model": {"options": HOPE},
             "data": {"text": [str(text)], "seq_len": 16, "batch_size": 2},
             "optim": {"lr": 3e-3},
             "logging": {"log_every": 1, "eval_every": 6, "eval_batches": 2, "save_every": 4, "progress": False},
@@ -41,18 +45,14 @@ def config(tmp_path, text):
 def llama():
     """Makes a tiny Llama, a model this package knows nothing of."""
 
-    def make(vocab_size=259, **options):
+    def make(**options):
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=vocab_size,
+                **{"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, **options},
                 hidden_size=16,
                 intermediate_size=32,
                 num_hidden_layers=1,
                 num_attention_heads=2,
-                bos_token_id=256,
-                eos_token_id=257,
-                pad_token_id=258,
-                **options,
             )
         )
 

@@ -6,26 +6,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestling.training import TrainConfig, Trainer, checkpoint, train
+from nestling.training.build import load_saved
 from nestling.training.loop import differences
 from nestling.training.metrics import read_metrics
 
-HOPE = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "cms_levels": [{"chunk_size": None}, {"chunk_size": 5 * 64}],  # 5 steps of 2 x 2 x 16 tokens
-}
+SLOW_LEVEL = [{"chunk_size": None}, {"chunk_size": 5 * 64}]  # 5 steps of 2 x 2 x 16 tokens
 
 
 @pytest.fixture
 def hope(config):
     """A run of a tiny Hope with a slow level and gradient accumulation."""
-    return config.changed(**{"model.options": HOPE, "optim.accumulate": 2})
+    options = {**config.model.options, "cms_levels": SLOW_LEVEL}
+    return config.changed(**{"model.options": options, "optim.accumulate": 2})
 
 
 def weights(folder):
-    return AutoModelForCausalLM.from_pretrained(checkpoint.resolve(folder)).state_dict()
+    return load_saved(checkpoint.resolve(folder)).state_dict()
 
 
 def same(a, b):
@@ -229,7 +225,7 @@ def test_steps_without_a_finite_gradient_are_counted(config, llama, capsys):
     ids=lambda options: next(iter(options.values())),
 )
 def test_options_train_and_resume(config, options):
-    config = config.changed(**{"model.options": HOPE, **options})
+    config = config.changed(**options)
     trainer = Trainer(config)
     losses = [trainer.train_step().loss for _ in range(4)]
     trainer.save()
@@ -242,8 +238,8 @@ def test_options_train_and_resume(config, options):
 
 
 def test_a_saved_model_is_trained_further_with_its_own_tokenizer(config, tmp_path):
-    train(config.changed(**{"data.tokenizer": "bpe:270", "model.options": HOPE}))
-    further = config.changed(**{"out": str(tmp_path / "further"), "model.name": config.out, "steps": 2})
+    train(config.changed(**{"data.tokenizer": "bpe:270"}))
+    further = config.changed(**{"out": str(tmp_path / "further"), "model.name": config.out, "model.options": {}})
     trainer = Trainer(further)
     assert len(trainer.corpus.tokenizer) == 270
     assert same(trainer.model.state_dict(), weights(config.out))
@@ -272,9 +268,10 @@ def test_bad_options_are_refused_before_anything_is_written(config, options, wor
 
 
 def test_a_model_with_too_small_a_vocabulary_is_refused(config, tmp_path, llama):
-    llama(vocab_size=200).save_pretrained(tmp_path / "small")
+    llama(vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=3).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="vocabulary of 200, but the tokenizer makes 259"):
-        train(config.changed(**{"model.name": str(tmp_path / "small"), "data.tokenizer": "bytes"}))
+        options = {"model.name": str(tmp_path / "small"), "model.options": {}, "data.tokenizer": "bytes"}
+        train(config.changed(**options))
 
 
 def test_differences():

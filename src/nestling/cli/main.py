@@ -1,21 +1,18 @@
-"""The `nestling` command. To add a command, write `nestling/cli/NAME.py` with a function `main` and add NAME below.
+"""The `nestling` command. To add a command, write `nestling/cli/NAME.py` with a function `main` and add its name below.
 
 Heavy imports (torch, transformers) belong inside a command's function, so that `nestling --help` answers at once.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated
 
 import typer
 
-from nestling.cli import generate, train
 from nestling.cli.common import friendly
 
-COMMANDS = {
-    "train": train.main,
-    "generate": generate.main,
-}
+COMMANDS = ("train", "generate")  # in the order of the help
 
 app = typer.Typer(
     name="nestling",
@@ -26,8 +23,8 @@ app = typer.Typer(
     help="Nested Learning: train and use language models whose layers learn while they read.\n\n"
     "Every command has examples in its --help and machine-readable output with --json.",
 )
-for name, function in COMMANDS.items():
-    app.command(name)(friendly(function))
+for name in COMMANDS:
+    app.command(name)(friendly(importlib.import_module(f"nestling.cli.{name}").main))
 
 
 def _version(wanted: bool) -> None:

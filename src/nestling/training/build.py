@@ -70,9 +70,13 @@ def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> P
         from transformers import AutoModelForCausalLM as kind
     try:
         with no_bars():
-            return kind.from_pretrained(path)
+            model = kind.from_pretrained(path)
     except Exception as error:
         raise CheckpointError(f"the model in {path} cannot be loaded: {error}") from error
+    # Weights come as views of the file: own them, at the alignment of fresh weights (products may round by alignment).
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _sized(config: ModelConfig, special: dict[str, Any]) -> PreTrainedConfig:
