@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nestling.memory.architectures import Architecture, MLPMemory
 from nestling.memory.rule import Context, FastWeights, Rule, advance, joint_step
-from nestling.ops.chunk import Chunk, Decays, Solved, chunk_backward, chunk_forward, differentiate
+from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
 
 
 def is_fused(architecture: Architecture, rule: Rule) -> bool:
@@ -83,7 +83,8 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        args, saved = ctx.saved_tensors[: len(Step._fields)], ctx.saved_tensors[len(Step._fields) :]
+        tensors = ctx.saved_tensors  # once: recomputation allows one unpacking
+        args, saved = tensors[: len(Step._fields)], tensors[len(Step._fields) :]
         if torch.is_grad_enabled():  # a second derivative is wanted
             return None, None, *differentiate(ctx.definition, args, grads, ctx.needs_input_grad[2:])
         return None, None, *_backward(Step(*args), ctx.after, _Saved(*saved), *grads)
@@ -94,10 +95,9 @@ class _Saved(NamedTuple):
     hidden: Tensor  # silu of it
     error: Tensor  # M(k) - M(v), [N, C, p]
     pulled: Tensor  # W1^T error, [N, C, h]
+    out: Tensor  # W1 hidden for the keys, [N, C, p]
     d2: Tensor
-    base2: Tensor
     d1: Tensor
-    base1: Tensor
     read: Tensor | None  # W2's read of q, [G, C, h]
 
 
@@ -114,10 +114,6 @@ def _curve_(grad: Tensor, pre: Tensor) -> Tensor:
     return grad.mul_(bend).mul_(s.addcmul_(s, s, value=-1))
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(-1)
-
-
 class _Parts(NamedTuple):
     """Cheap quantities both passes build anew."""
 
@@ -131,46 +127,28 @@ class _Parts(NamedTuple):
     tables: tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def _parts(step: Step, rows: Tensor, pre: Tensor, hidden: Tensor, error: Tensor, pulled: Tensor) -> _Parts:
+def _parts(step: Step, rows: Tensor, saved: _Saved) -> _Parts:
     n, size = step.w2.shape[0] // step.keys.shape[0], step.keys.shape[1]
-    h = hidden[:, :size]
-    slope = _slope(pre[:, :size], h)
-    error2 = pulled * slope
-    key_size = _dot(step.keys, step.keys).repeat(n, 1)
-    sizes = _dot(h, h), key_size, _dot(error, error), _dot(error2, error2)
-    eta = step.eta.repeat(n, 1)
-    rate, total = joint_step(eta, [sizes[1], sizes[0]], [sizes[3], sizes[2]])
+    h = saved.hidden[:, :size]
+    slope = _slope(saved.pre[:, :size], h)
+    error2 = saved.pulled * slope
+    h_size, key_size = dot(h, h), dot(step.keys, step.keys).repeat(n, 1)
+    size2, eta = dot(error2, error2), step.eta.repeat(n, 1)
+    rate, total = joint_step(eta, [key_size, h_size], [size2, dot(saved.error, saved.error)])
     damp = 1.0 if step.mu is None else (1 - step.mu).repeat(n, 1)
     tables = tuple(None if t is None else t.repeat(n, 1, 1) for t in (step.decay, step.mixed, step.momentum))
-    return _Parts(rows, slope, error2, (sizes[0], sizes[1], total, sizes[3]), eta, rate, damp, tables)
+    return _Parts(rows, slope, error2, (h_size, key_size, total, size2), eta, rate, damp, tables)
 
 
-def _chunks(step: Step, saved: _Saved, parts: _Parts) -> tuple[Chunk, Chunk]:
-    """The delta rule of either layer, without reads."""
-    n, size = step.w2.shape[0] // step.keys.shape[0], step.keys.shape[1]
-    keys, h = parts.rows[:, :size], saved.hidden[:, :size]
+def _chunks(step: Step, saved: _Saved, parts: _Parts, read: Tensor | None) -> tuple[Chunk, Chunk]:
+    """The delta rule of either layer; `read` are the second layer's queries."""
+    size = step.keys.shape[1]
     scale = (-parts.rate * parts.damp).unsqueeze(-1)
-    gram = torch.bmm(step.keys, step.keys.mT).repeat(n, 1, 1)
-    out = torch.bmm(h, step.w1.mT)
-    moves = step.s2 is not None
-    pulls = (torch.bmm(keys, step.s2.mT), torch.bmm(h, step.s1.mT)) if moves else (None, None)
-    first = Chunk(
-        step.w2, step.s2, saved.pre[:, :size], pulls[0], gram, keys, parts.error2 * scale, parts.rate, *parts.tables
-    )
-    second = Chunk(
-        step.w1, step.s1, out, pulls[1], torch.bmm(h, h.mT), h, saved.error * scale, parts.rate, *parts.tables
-    )
+    keys, h, pre = parts.rows[:, :size], saved.hidden[:, :size], saved.pre[:, :size]
+    rest = (parts.rate, *parts.tables)
+    first = Chunk(step.w2, step.s2, pre, keys, parts.error2 * scale, *rest, step.queries)
+    second = Chunk(step.w1, step.s1, saved.out, h, saved.error * scale, *rest, read)
     return first, second
-
-
-def _with_reads(chunk: Chunk, q: Tensor) -> Chunk:
-    last = slice(-q.shape[0], None)
-    pull = None if chunk.velocity is None else torch.bmm(q, chunk.velocity[last].mT)
-    return chunk._replace(
-        query_products=torch.bmm(q, chunk.weight[last].mT),
-        query_velocity_products=pull,
-        scores=torch.bmm(q, chunk.keys[last].mT),
-    )
 
 
 def _forward(step: Step, after: bool):
@@ -178,102 +156,71 @@ def _forward(step: Step, after: bool):
     rows = torch.cat([step.keys, step.values], 1).repeat(n, 1, 1)
     pre = torch.bmm(rows, step.w2.mT)
     hidden = F.silu(pre)
-    out = torch.bmm(hidden, step.w1.mT).add_(rows)  # the residual
-    error = out[:, :size] - out[:, size:]
+    out = torch.bmm(hidden, step.w1.mT)
+    error = (rows[:, :size] - rows[:, size:]).add_(out[:, :size]).sub_(out[:, size:])  # M(k) - M(v)
     pulled = torch.bmm(error, step.w1)
-    parts = _parts(step, rows, pre, hidden, error, pulled)
-    saved = _Saved(pre, hidden, error, pulled, *[None] * 5)
-    first, second = _chunks(step, saved, parts)
-    q, read, y = step.queries, None, None
-    w2, s2, read, solved2 = chunk_forward(first if q is None else _with_reads(first, q), after)
-    w1, s1, y, solved1 = chunk_forward(second if q is None else _with_reads(second, F.silu(read)), after)
-    saved = saved._replace(d2=solved2.d, base2=solved2.base, d1=solved1.d, base1=solved1.base, read=read)
-    return (w2, w1, s2, s1, None if q is None else y.add_(q)), saved
-
-
-def _read_backward(chunk: Chunk, g: Chunk, q: Tensor) -> Tensor:
-    """Gradient of the queries; what reaches the weights and keys is added to g in place."""
-    last = slice(-q.shape[0], None)
-    g_q = torch.bmm(g.query_products, chunk.weight[last])
-    g_q.baddbmm_(g.scores, chunk.keys[last])
-    g.weight[last].baddbmm_(g.query_products.mT, q)
-    g.keys[last].baddbmm_(g.scores.mT, q)
-    if chunk.velocity is not None:
-        g_q.baddbmm_(g.query_velocity_products, chunk.velocity[last])
-        g.velocity[last].baddbmm_(g.query_velocity_products.mT, q)
-    return g_q
-
-
-def _key_backward(chunk: Chunk, g: Chunk):
-    """What Gram matrix and velocity products send to the keys and the velocity, added to g in place."""
-    g.keys.baddbmm_(g.gram + g.gram.mT, chunk.keys)
-    if chunk.velocity is not None:
-        g.keys.baddbmm_(g.velocity_products, chunk.velocity)
-        g.velocity.baddbmm_(g.velocity_products.mT, chunk.keys)
+    saved = _Saved(pre, hidden, error, pulled, out[:, :size], None, None, None)
+    first, second = _chunks(step, saved, _parts(step, rows, saved), None)
+    w2, s2, read, d2 = chunk_forward(first, after)
+    if read is not None:
+        second = second._replace(queries=F.silu(read))
+    w1, s1, y, d1 = chunk_forward(second, after)
+    return (w2, w1, s2, s1, None if y is None else y.add_(step.queries)), saved._replace(d2=d2, d1=d1, read=read)
 
 
 def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_y):
     groups, size = step.keys.shape[:2]
     n = step.w2.shape[0] // groups
     rows = torch.cat([step.keys, step.values], 1).repeat(n, 1, 1)
-    parts = _parts(step, rows, saved.pre, saved.hidden, saved.error, saved.pulled)
-    first, second = _chunks(step, saved, parts)
-    q, g_q = step.queries, None
-    if q is not None:
-        hidden_q = F.silu(saved.read)
-        first, second = _with_reads(first, q), _with_reads(second, hidden_q)
+    parts = _parts(step, rows, saved)
+    read = None if saved.read is None else F.silu(saved.read)
+    first, second = _chunks(step, saved, parts, read)
 
     # the recurrences, second layer first: its read is the last thing computed
-    g1 = chunk_backward(second, after, Solved(saved.d1, saved.base1), g_w1, g_s1, g_y)
-    g_read = None
-    if q is not None:
-        g_read = _read_backward(second, g1, hidden_q).mul_(_slope(saved.read, hidden_q))
-    g2 = chunk_backward(first, after, Solved(saved.d2, saved.base2), g_w2, g_s2, g_read)
-    if q is not None:
-        g_q = _read_backward(first, g2, q).add_(g_y)
-    _key_backward(second, g1)
-    _key_backward(first, g2)
+    g1 = chunk_backward(second, after, saved.d1, g_w1, g_s1, g_y)
+    g_read = None if read is None else g1.queries.mul_(_slope(saved.read, read))
+    g2 = chunk_backward(first, after, saved.d2, g_w2, g_s2, g_read)
     g_h, g_k = g1.keys, g2.keys
 
     # writes u = -e (1 - mu) error, erase e
-    reach = _dot(g1.writes, saved.error).add_(_dot(g2.writes, parts.error2))
+    reach = dot(g1.writes, saved.error).add_(dot(g2.writes, parts.error2))
     g_rate = g1.erase.add_(g2.erase) - reach * parts.damp
     scale = (-parts.rate * parts.damp).unsqueeze(-1)
-    g_error, g_error2 = g1.writes.mul_(scale), g2.writes.mul_(scale)
     # e = eta / (1 + eta kappa), kappa = |h|^2 + |k|^2 (1 + |error2|^2 / |error|^2)
-    _, key_size, total, size2 = parts.sizes
+    h_size, key_size, total, size2 = parts.sizes
     ratio = size2 / total
-    g_kappa = (-parts.rate.square() * g_rate).unsqueeze(-1)
-    g_eta = g_rate / (1 + parts.eta * (parts.sizes[0] + key_size * (1 + ratio))).square()
+    g_kappa = -2 * parts.rate.square() * g_rate
+    g_eta = g_rate / (1 + parts.eta * (h_size + key_size * (1 + ratio))).square()
+    g_ratio = g_kappa * key_size / total
     h, keys = saved.hidden[:, :size], rows[:, :size]
-    g_h.addcmul_(h, 2 * g_kappa)
-    g_k.addcmul_(keys, 2 * g_kappa * (1 + ratio).unsqueeze(-1))
-    g_ratio = g_kappa * (2 * key_size / total).unsqueeze(-1)
-    g_error2.addcmul_(parts.error2, g_ratio)
-    g_error.addcmul_(saved.error, g_ratio * -ratio.unsqueeze(-1))
+    g_h.addcmul_(h, g_kappa.unsqueeze(-1))
+    g_k.addcmul_(keys, (g_kappa * (1 + ratio)).unsqueeze(-1))
+    g_error = g1.writes.mul_(scale).addcmul_(saved.error, (-g_ratio * ratio).unsqueeze(-1))
+    g_error2 = g2.writes.mul_(scale).addcmul_(parts.error2, g_ratio.unsqueeze(-1))
     # error2 = (W1^T error) * silu'(W2 k)
     g_pulled = g_error2 * parts.slope
-    g_bend = _curve_(g_error2.mul_(saved.pulled), saved.pre[:, :size]).add_(g2.products)
+    g_pre_keys = _curve_(g_error2.mul_(saved.pulled), saved.pre[:, :size]).add_(g2.products)
     g_error.baddbmm_(g_pulled, step.w1.mT)
     g_w1 = g1.weight.baddbmm_(saved.error.mT, g_pulled)
     # error = M(k) - M(v); W1's products for the keys serve the recurrence too
     g_out = torch.cat([g_error + g1.products, -g_error], 1)
     g_w1.baddbmm_(g_out.mT, saved.hidden)
-    g_hidden = torch.bmm(g_out, step.w1)
-    g_hidden[:, :size].add_(g_h)
-    g_pre = g_hidden.mul_(_slope(saved.pre, saved.hidden))
-    g_pre[:, :size].add_(g_bend)
+    g_pre = torch.bmm(g_out, step.w1)
+    g_pre[:, :size].add_(g_h)
+    g_pre.mul_(_slope(saved.pre, saved.hidden))
+    g_pre[:, :size].add_(g_pre_keys)
     g_w2 = g2.weight.baddbmm_(g_pre.mT, rows)
     g_rows = torch.bmm(g_pre, step.w2)
     g_rows[:, :size].add_(g_k).add_(g_error)
     g_rows[:, size:].sub_(g_error)
 
-    def shared(g: Tensor | None) -> Tensor | None:
-        return None if g is None else g.unflatten(0, (n, groups)).sum(0)
+    def shared(g: Tensor) -> Tensor:
+        """What all memories of a head were given is given once."""
+        return g.unflatten(0, (n, groups)).sum(0)
 
     g_rows = shared(g_rows)
+    tables = [None if a is None else shared(a.add_(b)) for a, b in zip(g1[6:9], g2[6:9], strict=True)]
     g_mu = None if step.mu is None else shared(reach * parts.rate)
-    tables = [None if a is None else shared(a.add_(b)) for a, b in ((g1.decay, g2.decay), (g1.mixed, g2.mixed), (g1.momentum, g2.momentum))]
-    return (
-        g_w2, g_w1, g2.velocity, g1.velocity, g_rows[:, :size], g_rows[:, size:], g_q, shared(g_eta), g_mu, *tables
-    )  # fmt: skip
+    g_q = None if g_y is None or read is None else g2.queries.add_(g_y)
+    keys_values = g_rows[:, :size], g_rows[:, size:]
+    return g_w2, g_w1, g2.velocity, g1.velocity, *keys_values, g_q, shared(g_eta), g_mu, *tables

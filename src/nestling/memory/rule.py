@@ -102,25 +102,18 @@ def advance(
     damp = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average keeps the step's size
     shared = fresh and rule.meta_grad == "full"
     memories = error.shape[0]
-    decays = [None if t is None else _flat(t.expand(memories, *t.shape)) for t in context.decays]
+    decays = [None if t is None else t.expand(memories, *t.shape).flatten(0, 2) for t in context.decays]
     now, velocity = [], []
 
     def write(layer: int, q: Tensor | None) -> Tensor | None:
         x, w = inputs[layer], fast.now[layer]
         s = fast.velocity[layer] if fast.velocity else None
-        key = x[:1] if layer == 0 else x  # all memories share their keys
-        gram = (key @ key.mT).expand(memories, *x.shape[1:-1], -1)
         base = products[layer] if shared else product(w, x)
         erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
         erase = erase if rule.dgd or rule.gated_erase else torch.zeros_like(erase)
         writes = (-damp * rates[layer]).unsqueeze(-1) * errors[layer]
-        source = (None, None, None)
-        if q is not None:
-            source = product(w[-1], q), None if s is None else product(s[-1], q), q @ x[-1].mT
-        pull = None if s is None else product(s, x)
-        fields = [None if t is None else _flat(t) for t in (w, s, base, pull, gram, x, writes)]
-        reading = [None if t is None else t.flatten(0, 1) for t in source]
-        out_w, out_s, reads = delta_chunk(Chunk(*fields, erase.flatten(0, 2), *decays, *reading), after)
+        fields = [None if t is None else t.flatten(0, 2) for t in (w, s, base, x, writes, erase)]
+        out_w, out_s, reads = delta_chunk(Chunk(*fields, *decays, None if q is None else q.flatten(0, 1)), after)
         now.append(out_w.view(w.shape))
         if s is not None:
             velocity.append(out_s.view(w.shape))
@@ -133,10 +126,6 @@ def advance(
     else:  # the read of layer l + 1 takes the read of layer l as its query
         reads = architecture.forward(queries, write)
     return FastWeights(fast.start, tuple(now), tuple(velocity)), reads, Report(loss, rates[-1].detach())
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(0, 2)
 
 
 def _inner_gradient(architecture, rule, weights, context):

@@ -57,30 +57,18 @@ class _Products(torch.autograd.Function):
 
 
 class Chunk(NamedTuple):
-    """All that one layer's update over a chunk depends on; the caller has the products and scores already."""
+    """One layer's weights and what a chunk of tokens does to them; a batch of N memories."""
 
     weight: Tensor  # W_0 [N, o, i]
     velocity: Tensor | None  # S_0 [N, o, i]
-    products: Tensor  # W_0 x_t [N, C, o]
-    velocity_products: Tensor | None  # S_0 x_t [N, C, o]
-    gram: Tensor  # x_t . x_j [N, C, C]
+    products: Tensor  # W_0 x_t [N, C, o], which the caller often has already
     keys: Tensor  # x [N, C, i]
     writes: Tensor  # u [N, C, o]
     erase: Tensor  # beta [N, C]
     decay: Tensor  # A [N, C + 1, C + 1]
     mixed: Tensor | None  # K
     momentum: Tensor | None  # M
-    # reads, of the last R <= N memories of the batch
-    query_products: Tensor | None = None  # W_0 q_t [R, C, o]
-    query_velocity_products: Tensor | None = None  # S_0 q_t [R, C, o]
-    scores: Tensor | None = None  # q_t . x_j [R, C, C]
-
-
-class Solved(NamedTuple):
-    """What the gradient needs from the forward."""
-
-    d: Tensor  # [N, C, o]
-    base: Tensor  # W_{t-1} x_t without the chunk's own d, [N, C, o]
+    queries: Tensor | None  # q [R, C, i], read from the last R <= N memories
 
 
 def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -91,19 +79,18 @@ def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | Non
 class _Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, after, *args):
-        weight, velocity, reads, solved = chunk_forward(Chunk(*args), after)
+        weight, velocity, reads, d = chunk_forward(Chunk(*args), after)
         ctx.after = after
-        ctx.save_for_backward(*args, *solved)
+        ctx.save_for_backward(*args, d)
         return weight, velocity, reads
 
     @staticmethod
-    def backward(ctx, g_w, g_s, g_r):
-        *args, d, base = ctx.saved_tensors
-        chunk = Chunk(*args)
+    def backward(ctx, *grads):
+        *args, d = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            grads = differentiate(lambda *a: _definition(Chunk(*a), ctx.after), chunk, (g_w, g_s, g_r), ctx.needs_input_grad[1:])
-            return None, *grads
-        return None, *chunk_backward(chunk, ctx.after, Solved(d, base), g_w, g_s, g_r)
+            needed = ctx.needs_input_grad[1:]
+            return None, *differentiate(lambda *a: _definition(Chunk(*a), ctx.after), args, grads, needed)
+        return None, *chunk_backward(Chunk(*args), ctx.after, d, *grads)
 
 
 def differentiate(function, args, grads, needed) -> list[Tensor | None]:
@@ -120,136 +107,157 @@ def differentiate(function, args, grads, needed) -> list[Tensor | None]:
 
 
 def _solve(system: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
-    """Solve with the unit-lower-triangular system, its diagonal implied, or with its transpose."""
-    if transposed:
-        system = system.transpose(-1, -2)
-    return torch.linalg.solve_triangular(system, rhs, upper=transposed, unitriangular=True)
+    """Solve with the unit-lower-triangular system, its diagonal implied, or with its transpose.
+
+    Written as d^T T^T = rhs^T: LAPACK counts columns first, so rows stay as they are and nothing is copied.
+    """
+    system = system if transposed else system.mT
+    return torch.linalg.solve_triangular(system, rhs.mT, upper=not transposed, left=False, unitriangular=True).mT
+
+
+def _read_rows(c: Chunk, after: bool) -> tuple[slice, slice]:
+    """The memories that are read, and the rows of the tables that tell what each token's read has seen."""
+    return slice(c.weight.shape[0] - c.queries.shape[0], None), slice(1, None) if after else slice(None, -1)
 
 
 def _definition(c: Chunk, after: bool):
     """The chunk form in plain operations."""
     a, k, m, beta = c.decay, c.mixed, c.momentum, c.erase.unsqueeze(-1)
+    gram = c.keys @ c.keys.mT
     base = a[:, :-1, :1] * c.products
     if c.velocity is not None:
-        base = base + k[:, :-1, :1] * c.velocity_products + (c.gram * k[:, :-1, 1:]) @ c.writes
-    d = _solve(beta * (c.gram * a[:, :-1, 1:]), c.writes - beta * base)
+        base = base + k[:, :-1, :1] * (c.keys @ c.velocity.mT) + (gram * k[:, :-1, 1:]) @ c.writes
+    d = _solve(beta * (gram * a[:, :-1, 1:]), c.writes - beta * base)
     left, weight, velocity = a[:, -1, 1:, None] * d, a[:, -1:, :1] * c.weight, None
     if c.velocity is not None:
         left = left + k[:, -1, 1:, None] * c.writes
         weight = weight + k[:, -1:, :1] * c.velocity
         velocity = m[:, -1:, :1] * c.velocity + (m[:, -1, 1:, None] * c.writes).mT @ c.keys
     weight = weight + left.mT @ c.keys
-    if c.query_products is None:
+    if c.queries is None:
         return weight, velocity, None
-    rows, last = slice(1, None) if after else slice(None, -1), slice(-c.scores.shape[0], None)
-    reads = a[last, rows, :1] * c.query_products + (c.scores * a[last, rows, 1:]) @ d[last]
+    last, rows = _read_rows(c, after)
+    scores = c.queries @ c.keys[last].mT
+    reads = a[last, rows, :1] * (c.queries @ c.weight[last].mT) + (scores * a[last, rows, 1:]) @ d[last]
     if c.velocity is not None:
-        reads = reads + k[last, rows, :1] * c.query_velocity_products
-        reads = reads + (c.scores * k[last, rows, 1:]) @ c.writes[last]
+        reads = reads + k[last, rows, :1] * (c.queries @ c.velocity[last].mT)
+        reads = reads + (scores * k[last, rows, 1:]) @ c.writes[last]
     return weight, velocity, reads
 
 
-def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Solved]:
-    """`_definition` with fewer temporaries, and what its gradient needs."""
-    a, k, m, u, beta = c.decay, c.mixed, c.momentum, c.writes, c.erase.unsqueeze(-1)
+def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """`_definition` with fewer temporaries, and d for its gradient."""
+    a, k, m, u, x, beta = c.decay, c.mixed, c.momentum, c.writes, c.keys, c.erase.unsqueeze(-1)
     moves = c.velocity is not None
+    gram = torch.bmm(x, x.mT)
+    base = c.products * a[:, :-1, :1]
     if moves:
-        base = torch.bmm(c.gram * k[:, :-1, 1:], u)
-        base.addcmul_(c.velocity_products, k[:, :-1, :1]).addcmul_(c.products, a[:, :-1, :1])
-    else:
-        base = c.products * a[:, :-1, :1]
-    d = _solve((c.gram * a[:, :-1, 1:]).mul_(beta), torch.addcmul(u, base, beta, value=-1))
+        base.addcmul_(torch.bmm(x, c.velocity.mT), k[:, :-1, :1]).baddbmm_(gram * k[:, :-1, 1:], u)
+    d = _solve(gram.mul_(a[:, :-1, 1:]).mul_(beta), torch.addcmul(u, base, beta, value=-1))
     weight, velocity = c.weight * a[:, -1:, :1], None
-    left = d * a[:, -1, 1:, None]
+    left = torch.mul(d, a[:, -1, 1:, None], out=base)
     if moves:
-        left.addcmul_(u, k[:, -1, 1:, None])
         weight.addcmul_(c.velocity, k[:, -1:, :1])
-        velocity = (c.velocity * m[:, -1:, :1]).baddbmm_((u * m[:, -1, 1:, None]).mT, c.keys)
-    weight.baddbmm_(left.mT, c.keys)
+        velocity = (c.velocity * m[:, -1:, :1]).baddbmm_((u * m[:, -1, 1:, None]).mT, x)
+        left.addcmul_(u, k[:, -1, 1:, None])
+    weight.baddbmm_(left.mT, x)
     reads = None
-    if c.query_products is not None:
-        rows, last = slice(1, None) if after else slice(None, -1), slice(-c.scores.shape[0], None)
-        reads = (a[last, rows, :1] * c.query_products).baddbmm_(c.scores * a[last, rows, 1:], d[last])
+    if c.queries is not None:
+        last, rows = _read_rows(c, after)
+        q, scores = c.queries, torch.bmm(c.queries, x[last].mT)
+        reads = torch.bmm(q, c.weight[last].mT).mul_(a[last, rows, :1])
         if moves:
-            reads.addcmul_(c.query_velocity_products, k[last, rows, :1])
-            reads.baddbmm_(c.scores * k[last, rows, 1:], u[last])
-    return weight, velocity, reads, Solved(d, base)
+            reads.addcmul_(torch.bmm(q, c.velocity[last].mT), k[last, rows, :1])
+            reads.baddbmm_(scores * k[last, rows, 1:], u[last])
+        reads.baddbmm_(scores.mul_(a[last, rows, 1:]), d[last])
+    return weight, velocity, reads, d
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """<x_t, y_t> of every row."""
     return (x * y).sum(-1)
 
 
-def chunk_backward(
-    c: Chunk, after: bool, solved: Solved, g_w: Tensor, g_s: Tensor | None, g_r: Tensor | None
-) -> Chunk:
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """<X, Y> of every matrix of a batch, [N]."""
+    return torch.bmm(x.reshape(len(x), 1, -1), y.reshape(len(y), -1, 1)).view(-1)
+
+
+def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | None, g_r: Tensor | None) -> Chunk:
     """Gradients of every field of the chunk, from those of the weight, the velocity and the reads."""
     a, k, m, u, x, beta = c.decay, c.mixed, c.momentum, c.writes, c.keys, c.erase.unsqueeze(-1)
-    d, base = solved
     moves = c.velocity is not None
-    g_a = torch.zeros_like(a)
-    g_k = g_m = g_qw = g_qs = g_scores = g_velocity = g_ps = None
+    g_a, g_k, g_m, g_velocity, g_q = torch.zeros_like(a), None, None, None, None
 
     # the state behind the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
     xw = torch.bmm(x, g_w.mT)
-    g_a[:, -1, 0] = (g_w * c.weight).sum((-1, -2))
-    g_a[:, -1, 1:] = _dot(xw, d)
+    g_a[:, -1, 0] = _inner(g_w, c.weight)
+    g_a[:, -1, 1:] = dot(xw, d)
     g_weight = g_w * a[:, -1:, :1]
     left = d * a[:, -1, 1:, None]
     if moves:
         g_k, g_m = torch.zeros_like(k), torch.zeros_like(m)
         xs = torch.bmm(x, g_s.mT)
-        g_k[:, -1, 0] = (g_w * c.velocity).sum((-1, -2))
-        g_k[:, -1, 1:] = _dot(xw, u)
-        g_m[:, -1, 0] = (g_s * c.velocity).sum((-1, -2))
-        g_m[:, -1, 1:] = _dot(xs, u)
+        g_k[:, -1, 0] = _inner(g_w, c.velocity)
+        g_k[:, -1, 1:] = dot(xw, u)
+        g_m[:, -1, 0] = _inner(g_s, c.velocity)
+        g_m[:, -1, 1:] = dot(xs, u)
         g_velocity = (g_s * m[:, -1:, :1]).addcmul_(g_w, k[:, -1:, :1])
         left.addcmul_(u, k[:, -1, 1:, None])
-        g_u = (xw * k[:, -1, 1:, None]).addcmul_(xs, m[:, -1, 1:, None])
+        g_u = xs.mul_(m[:, -1, 1:, None]).addcmul_(xw, k[:, -1, 1:, None])
     g_x = torch.bmm(left, g_w)
     if moves:
-        g_x.baddbmm_(u * m[:, -1, 1:, None], g_s)
+        g_x.baddbmm_(torch.mul(u, m[:, -1, 1:, None], out=left), g_s)
     g_d = xw.mul_(a[:, -1, 1:, None])
 
-    if g_r is not None and c.query_products is not None:
-        rows, last = slice(1, None) if after else slice(None, -1), slice(-c.scores.shape[0], None)
-        seen = a[last, rows, 1:]
+    if g_r is not None and c.queries is not None:
+        last, rows = _read_rows(c, after)
+        q, scores, seen = c.queries, torch.bmm(c.queries, x[last].mT), a[last, rows, 1:]
+        pull = torch.bmm(g_r, c.weight[last])
+        g_a[last, rows, 0] += dot(pull, q)
+        g_q = pull.mul_(a[last, rows, :1])
+        g_weight[last].baddbmm_((g_r * a[last, rows, :1]).mT, q)
+        g_d[last].baddbmm_((scores * seen).mT, g_r)
         rd = torch.bmm(g_r, d[last].mT)
-        g_d[last].baddbmm_((c.scores * seen).mT, g_r)
-        g_qw = g_r * a[last, rows, :1]
-        g_a[last, rows, 0] += _dot(g_r, c.query_products)
-        g_a[last, rows, 1:] += c.scores * rd
+        g_a[last, rows, 1:].addcmul_(scores, rd)
         g_scores = rd.mul_(seen)
         if moves:
             seen = k[last, rows, 1:]
+            pull = torch.bmm(g_r, c.velocity[last])
+            g_k[last, rows, 0] += dot(pull, q)
+            g_q.addcmul_(pull, k[last, rows, :1])
+            g_velocity[last].baddbmm_((g_r * k[last, rows, :1]).mT, q)
+            g_u[last].baddbmm_((scores * seen).mT, g_r)
             ru = torch.bmm(g_r, u[last].mT)
-            g_u[last].baddbmm_((c.scores * seen).mT, g_r)
-            g_qs = g_r * k[last, rows, :1]
-            g_k[last, rows, 0] += _dot(g_r, c.query_velocity_products)
-            g_k[last, rows, 1:] += c.scores * ru
+            g_k[last, rows, 1:].addcmul_(scores, ru)
             g_scores.addcmul_(ru, seen)
+        g_q.baddbmm_(g_scores, x[last])
+        g_x[last].baddbmm_(g_scores.mT, q)
 
-    # the triangular system (I + beta (gram . A)) d = u - beta base; z is the gradient of base
-    y = _solve((c.gram * a[:, :-1, 1:]).mul_(beta), g_d, transposed=True)
-    z = y * -beta
-    seen = a[:, :-1, 1:]
-    zd = torch.bmm(z, d.mT)
-    g_a[:, :-1, 1:].addcmul_(c.gram, zd)
-    g_a[:, :-1, 0] += _dot(z, c.products)
-    # -y . (base + (gram . A) d), the erase's own gradient, without dividing by beta
-    g_erase = -_dot(y, base).add_(_dot(torch.bmm(y, d.mT), c.gram * seen))
-    g_gram = zd.mul_(seen)
+    # the triangular system (I + beta (gram . A)) d = u - beta base, whose right side has the gradient y
+    gram, seen = torch.bmm(x, x.mT), a[:, :-1, 1:]
+    y = _solve((gram * seen).mul_(beta), g_d, transposed=True)
+    yp = dot(y, c.products)
+    g_erase = a[:, :-1, 0] * yp
+    g_a[:, :-1, 0].sub_(c.erase * yp)
+    yd = torch.bmm(y, d.mT)
+    g_a[:, :-1, 1:].addcmul_(gram * beta, yd, value=-1)
+    g_gram = yd.mul_(seen)
     if moves:
         seen = k[:, :-1, 1:]
-        zu = torch.bmm(z, u.mT)
-        g_k[:, :-1, 1:].addcmul_(c.gram, zu)
-        g_k[:, :-1, 0] += _dot(z, c.velocity_products)
-        g_u.add_(y).baddbmm_((c.gram * seen).mT, z)
-        g_gram.addcmul_(zu, seen)
-        g_ps = z * k[:, :-1, :1]
-    else:
-        g_u = y
-    g_products = z.mul_(a[:, :-1, :1])
-    return Chunk(
-        g_weight, g_velocity, g_products, g_ps, g_gram, g_x, g_u, g_erase, g_a, g_k, g_m, g_qw, g_qs, g_scores
-    )
+        pull = torch.bmm(y, c.velocity)  # through S_0 x_t
+        yp = dot(pull, x)
+        g_erase.addcmul_(k[:, :-1, 0], yp)
+        g_k[:, :-1, 0].sub_(c.erase * yp)
+        back = beta * k[:, :-1, :1]
+        g_x.addcmul_(pull, back, value=-1)
+        g_velocity.baddbmm_((y * back).mT, x, alpha=-1)
+        yu = torch.bmm(y, u.mT)
+        g_k[:, :-1, 1:].addcmul_(gram * beta, yu, value=-1)
+        g_gram.addcmul_(yu, seen)
+        g_u.add_(y).baddbmm_((gram * seen).mul_(beta).mT, y, alpha=-1)
+    g_erase = -g_erase.add_(dot(g_gram, gram))
+    g_gram.mul_(-beta)
+    g_x.baddbmm_(g_gram + g_gram.mT, x)
+    g_products = y * (-beta * a[:, :-1, :1])
+    return Chunk(g_weight, g_velocity, g_products, g_x, g_u if moves else y, g_erase, g_a, g_k, g_m, g_q)

@@ -102,16 +102,9 @@ def delta_rule(
     decay, erase, momentum = (_flat(t, 1) for t in (decay, erase, momentum))
     for start in range(0, keys.shape[1], chunk_size):
         span = slice(start, start + chunk_size)
-        x, q = keys[:, span], None
+        x, q = keys[:, span], None if queries is None else queries[:, span]
         decays = decay_table(decay[:, span], None if momentum is None else momentum[:, span])
-        source = (None, None, None)
-        if queries is not None:
-            q = queries[:, span]
-            source = (_apply(weight, q), _apply(velocity, q), q @ x.mT)
-        chunk = Chunk(
-            weight, velocity, _apply(weight, x), _apply(velocity, x), x @ x.mT, x, writes[:, span], erase[:, span],
-            *decays, *source,
-        )  # fmt: skip
+        chunk = Chunk(weight, velocity, x @ weight.mT, x, writes[:, span], erase[:, span], *decays, q)
         weight, velocity, out = delta_chunk(chunk, read == "after")
         reads.append(out)
     weight, velocity = (None if t is None else t.view(*lead, *t.shape[1:]) for t in (weight, velocity))
@@ -124,10 +117,6 @@ def delta_rule(
 def _flat(x: Tensor | None, keep: int) -> Tensor | None:
     """All leading dimensions as one; the last `keep` stay."""
     return None if x is None else x.reshape(math.prod(x.shape[:-keep]), *x.shape[-keep:])
-
-
-def _apply(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weight is None else x @ weight.mT
 
 
 def _prepare(weight, keys, writes, decay, erase, queries, momentum, velocity, read):
