@@ -8,7 +8,7 @@ TINY = ["--set", "hidden_size=16", "--set", "num_hidden_layers=1", "--set", "num
 
 
 def test_a_run_leaves_its_configuration_and_a_model(trained):
-    config = TrainConfig.load(trained / "config.json")
+    config = TrainConfig.load(trained / "run.json")
     assert config.model.options["hidden_size"] == 16
     assert config.data.seq_len == 16
     assert not config.logging.progress
@@ -38,7 +38,7 @@ def test_options_reach_every_part_of_the_configuration(call, text, tmp_path):
     arguments += ["--set", "mixer_options.conv_size=0", "--optimizer-options", '{"eps": 1e-6}']
     result = call(*arguments)
     assert result.exit_code == 0, result.stderr
-    config = TrainConfig.load(tmp_path / "r" / "config.json")
+    config = TrainConfig.load(tmp_path / "r" / "run.json")
     assert config.optim.weight_decay == 0.3
     assert config.optim.lr == 1e-3
     assert config.optim.options == {"eps": 1e-6}

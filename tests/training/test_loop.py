@@ -58,7 +58,7 @@ def test_figures_are_written(config, llama):
     ].keys()
     assert eval_rows[0]["loss_by_position"][0]["first"] == 1
     assert eval_rows[0]["loss_by_position"][-1]["last"] == 16
-    assert TrainConfig.load(f"{config.out}/config.json") == config
+    assert TrainConfig.load(f"{config.out}/run.json") == config
 
 
 def test_two_runs_of_one_seed_are_one(hope, tmp_path):
@@ -269,8 +269,8 @@ def test_bad_options_are_refused_before_anything_is_written(config, options, wor
 
 def test_a_model_with_too_small_a_vocabulary_is_refused(config, tmp_path, llama):
     llama(vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=3).save_pretrained(tmp_path / "small")
+    options = {"model.name": str(tmp_path / "small"), "model.options": {}, "data.tokenizer": "bytes"}
     with pytest.raises(ValueError, match="vocabulary of 200, but the tokenizer makes 259"):
-        options = {"model.name": str(tmp_path / "small"), "model.options": {}, "data.tokenizer": "bytes"}
         train(config.changed(**options))
 
 

@@ -40,6 +40,7 @@ def main(
         int | None, typer.Option(help="Decides weights and the order of the data.", rich_help_panel=RUN)
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=RUN)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (0: torch's choice).", rich_help_panel=RUN)] = None,
     precision: Annotated[str | None, typer.Option(help="float32, or bf16 (mixed).", rich_help_panel=RUN)] = None,
     compile: Annotated[bool | None, typer.Option(help="Use torch.compile.", rich_help_panel=RUN)] = None,
     track: Annotated[
@@ -55,7 +56,7 @@ def main(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A size (tiny, small, ...), a saved model's folder, or a config.json.", rich_help_panel=MODEL
+            help="A size (tiny, mini, 10m, ...), a saved model's folder, or a config.json.", rich_help_panel=MODEL
         ),
     ] = None,
     set_: Annotated[
@@ -116,16 +117,17 @@ def main(
     Go on with a run that was killed, or make it longer:
       nestling train --out runs/book --resume --steps 4000
 
-    Any option by its full name (see config.json in a run's folder):
+    Any option by its full name (see run.json in a run's folder):
       nestling train book.txt --out runs/book -o schedule.warmup=0.1 -o optim.clip=0.5
     """
-    from nestling.training.config import TrainConfig
+    from nestling.training.config import RUN_FILE, TrainConfig
 
     given = {
         "out": out,
         "steps": steps,
         "seed": seed,
         "device": device,
+        "threads": threads,
         "precision": precision,
         "compile": compile,
         "model.name": model,
@@ -149,7 +151,7 @@ def main(
     options = {name: value for name, value in given.items() if value is not None}
     options.update(assignments(option or [], "--option"))
     base = TrainConfig.load(config) if config else TrainConfig()
-    stored = Path(str(options.get("out", base.out))) / "config.json"
+    stored = Path(str(options.get("out", base.out))) / RUN_FILE
     if resume and config is None and stored.is_file():
         base = TrainConfig.load(stored)
         options.setdefault("out", str(stored.parent))  # the folder may have moved

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+RUN_FILE = "run.json"  # a run's configuration in its folder
+
 
 @dataclass
 class ModelConfig:
@@ -110,12 +112,17 @@ class LoggingConfig:
 
 @dataclass
 class TrainConfig:
-    """A whole run. `precision` is "float32" or "bf16" (autocast; weights stay float32)."""
+    """A whole run.
+
+    `precision` is "float32" or "bf16" (autocast; weights stay float32). `threads` limits the CPU threads (0: torch's
+    choice); with more threads than free cores small products become many times slower.
+    """
 
     out: str = "runs/default"
     steps: int = 1000
     seed: int = 0
     device: str = "auto"
+    threads: int = 0
     precision: str = "float32"
     compile: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -126,6 +133,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps")
+        _not_negative(self, "threads")
         _one_of(self, "precision", ("float32", "bf16"))
 
     @property

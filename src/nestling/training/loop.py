@@ -17,7 +17,7 @@ from nestling.levels.schedule import Schedule
 from nestling.training import checkpoint
 from nestling.training.batches import Batches
 from nestling.training.build import build_model, load_saved
-from nestling.training.config import TrainConfig
+from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
 from nestling.training.metrics import Metrics
@@ -29,7 +29,7 @@ from nestling.training.tokenizers import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAY_CHANGE = ("out", "steps", "device", "compile", "logging", "data.cache_dir")  # in a resumed run
+MAY_CHANGE = ("out", "steps", "device", "threads", "compile", "logging", "data.cache_dir")  # in a resumed run
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.device = _device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         self.warnings: list[str] = []
         source = self._find_checkpoint(resume)
         own = Path(config.model.name)
@@ -193,7 +195,7 @@ class Trainer:
         """
         config, every = self.config, self.config.logging
         checkpoint.clean(config.out)
-        config.save(Path(config.out) / "config.json")
+        config.save(Path(config.out) / RUN_FILE)
         metrics = Metrics(config, self.step)
         progress = Progress(config.steps, self.step, Path(config.out).name, every.log_every, every.progress)
         for warning in self.warnings:

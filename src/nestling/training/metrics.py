@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +33,7 @@ class Metrics:
 
     def __init__(self, config: TrainConfig, resume_step: int = 0) -> None:
         self.path = Path(config.out) / "metrics.jsonl"
-        self._trackers = [make_tracker(name, config) for name in config.logging.trackers]
+        self._trackers = [make_tracker(name, config, resumed=resume_step > 0) for name in config.logging.trackers]
         if resume_step and self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -49,8 +52,9 @@ class Metrics:
 
     def close(self) -> None:
         """Finish the trackers."""
-        for tracker in self._trackers:
-            tracker.close()
+        with redirect_stdout(sys.stderr):
+            for tracker in self._trackers:
+                tracker.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -64,12 +68,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def make_tracker(name: str, config: TrainConfig) -> Tracker:
+def make_tracker(name: str, config: TrainConfig, resumed: bool = False) -> Tracker:
     """A tracker by name; ValueError for an unknown or uninstalled one."""
     if name not in _TRACKERS:
         raise ValueError(unknown("tracker", name, _TRACKERS))
     try:
-        return _TRACKERS[name](config)
+        with redirect_stdout(sys.stderr):  # stdout is the result's
+            return _TRACKERS[name](config, resumed)
     except ImportError as error:
         raise ValueError(
             f"tracker {name!r} is not installed ({error}): pip install 'nestling[track]' or pip install {name}"
@@ -79,11 +84,10 @@ def make_tracker(name: str, config: TrainConfig) -> Tracker:
 class TrackioTracker:
     """Trackio, and wandb, whose interface is the same."""
 
-    def __init__(self, config: TrainConfig, module: str = "trackio") -> None:
-        import importlib
-
+    def __init__(self, config: TrainConfig, resumed: bool, module: str = "trackio") -> None:
         self._tracker = importlib.import_module(module)
-        self._tracker.init(project="nestling", name=Path(config.out).name, config=config.to_dict())
+        options = {"name": Path(config.out).name, "config": config.to_dict()}
+        self._tracker.init(project="nestling", resume="allow" if resumed else "never", **options)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Take the figures of a step."""
@@ -97,7 +101,7 @@ class TrackioTracker:
 class TensorboardTracker:
     """TensorBoard event files in the run's `tensorboard` folder."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, resumed: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(Path(config.out) / "tensorboard"))
@@ -115,5 +119,5 @@ class TensorboardTracker:
 _TRACKERS = {
     "trackio": TrackioTracker,
     "tensorboard": TensorboardTracker,
-    "wandb": lambda config: TrackioTracker(config, "wandb"),
+    "wandb": lambda config, resumed: TrackioTracker(config, resumed, "wandb"),
 }
