@@ -100,6 +100,17 @@ def test_padding_and_cuts_anywhere_change_nothing(data, window, conv_size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("past", [0, 2, 50])
+def test_a_window_is_computed_in_blocks(past):
+    """Texts of several blocks, with and without a state before them: as by one mask over everything."""
+    attention = layer(window=9)
+    x = torch.randn(2, past + 300, 16, dtype=torch.float64)
+    whole, _ = attention(x, None, torch.ones(2, past + 300, dtype=torch.bool))
+    state = attention(x[:, :past])[1] if past else None
+    torch.testing.assert_close(attention(x[:, past:], state)[0], whole[:, past:], rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
 def test_state_of_a_window_is_bounded_and_a_value():
     attention = layer(window=5)
     _, first = attention(torch.randn(2, 3, 16, dtype=torch.float64))

@@ -64,6 +64,16 @@ def test_a_level_runs_under_given_weights():
     assert all(weight.grad is None for weight in own.values())
 
 
+def test_each_sequence_may_have_weights_of_its_own():
+    memory = ContinuumMemory(8, LEVELS, intermediate_size=12).double()
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    weights = {name: torch.randn(3, *w.shape, dtype=w.dtype) for name, w in memory.blocks[0].named_parameters()}
+    together = torch.vmap(lambda x, w: memory.level_output(0, x, w))(x, weights)
+    for i in range(3):
+        alone = memory.level_output(0, x[i], {name: w[i] for name, w in weights.items()})
+        torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-12)
+
+
 def test_level_parameters_are_each_block_once():
     memory = ContinuumMemory(8, LEVELS, "independent", intermediate_size=12)
     levels = memory.level_parameters()

@@ -283,7 +283,10 @@ def test_input_that_does_not_fit(make_model):
         (lambda: make_model("window")(ids, past_key_values=cache), ValueError, "another configuration"),
         (lambda: make_model(num_hidden_layers=3)(ids, past_key_values=cache), ValueError, "2 layers"),
         (lambda: model.float()(ids, past_key_values=cache), ValueError, "float64"),
+        (lambda: model(ids, atention_mask=torch.ones(2, 5)), TypeError, "did you mean attention_mask"),
+        (lambda: model(ids, output_attentions=True), ValueError, "no attention maps"),
         (lambda: cache.crop(-1), ValueError, "cannot be cropped"),
+        (lambda: cache.update(ids, ids, 0), TypeError, "store"),
     ]:
         with pytest.raises(error, match=says):
             call()

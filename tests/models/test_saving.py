@@ -78,7 +78,8 @@ def test_layers_keep_their_own_initial_values(make_config, mixer):
             assert abs(parameter.std() / expected.std() - 1) < 0.3, name
     down = model.model.layers[0].memory.blocks[0].down_proj.weight
     assert abs(down.std() * 256**0.5 - 1) < 0.1
-    assert abs(model.get_input_embeddings().weight.std() / 0.02 - 1) < 0.1
+    assert abs(model.get_input_embeddings().weight.std() * 8 - 1) < 0.1
+    assert abs(HopeModel(make_config(initializer_range=0.5)).embed_tokens.weight.std() / 0.5 - 1) < 0.1
 
 
 def test_initial_values_follow_the_seed(make_config, mixer):
@@ -104,6 +105,14 @@ def test_save_and_load(tmp_path, make_model, mixer):
     assert torch.equal(model(ids).logits, again(ids).logits)
     base = HopeModel.from_pretrained(tmp_path)
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_a_larger_vocabulary(make_model):
+    model = make_model().float()
+    model.resize_token_embeddings(50)
+    assert model.config.vocab_size == 50
+    ids = torch.arange(50)[None]
+    assert model(ids, labels=ids).logits.shape == (1, 50, 50)
 
 
 def test_untied_output_matrix(tmp_path, make_model):
@@ -141,9 +150,10 @@ def test_on_the_meta_device_nothing_is_allocated(make_config, mixer):
     with torch.device("meta"):
         model = HopeForCausalLM(make_config(mixer))
     assert all(parameter.is_meta for parameter in model.parameters())
-    model.to_empty(device="cpu").apply(lambda module: setattr(module, "_is_hf_initialized", False))
-    model.initialize_weights()
-    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.to_empty(device="cpu").parameters():
+            parameter.fill_(math.nan)
+    model.init_weights()
     assert model(torch.randint(0, 40, (1, 9))).logits.isfinite().all()
 
 

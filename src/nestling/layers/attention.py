@@ -125,12 +125,21 @@ class Attention(nn.Module):
             values = torch.cat([state.values.transpose(1, 2), v], 2)
             valid = torch.cat([state.valid, real], 1)
             places = torch.cat([state.positions, positions], 1)
-        plain = state is None and mask is None and (self.window is None or tokens <= self.window)
-        allowed = None if plain else self._allowed(positions, valid, places)
-        repeat = self.num_heads // self.num_kv_heads
-        y = F.scaled_dot_product_attention(
-            q, _repeat_heads(keys, repeat), _repeat_heads(values, repeat), attn_mask=allowed, is_causal=plain
-        )
+        if state is None and mask is None and (self.window is None or tokens <= self.window):
+            y = self._attend(q, keys, values, causal=True)
+        else:
+            past, size = places.shape[1] - tokens, tokens
+            # padding may stand between a token and its window's first key: only without it is a window a slice
+            if self.window is not None and mask is None:
+                size = max(self.window, 128)
+            blocks = []
+            for start in range(0, tokens, size):
+                stop = min(start + size, tokens)
+                first = 0 if size == tokens or start < self.window else past + start - self.window + 1
+                part = slice(first, past + stop)
+                allowed = self._allowed(positions[:, start:stop], valid[:, part], places[:, part])
+                blocks.append(self._attend(q[:, :, start:stop], keys[:, :, part], values[:, :, part], allowed))
+            y = torch.cat(blocks, 2)
         y = y.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim)
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(mixed))
@@ -139,8 +148,14 @@ class Attention(nn.Module):
         )
         return self.o_proj(y), self._last(new)
 
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Softmax attention, each key-value head serving its group of query heads."""
+        if (repeat := self.num_heads // self.num_kv_heads) > 1:
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+
     def _allowed(self, positions: Tensor, valid: Tensor, places: Tensor) -> Tensor:
-        """[B, 1, T, S]: the key is real, not in the future, and inside the window."""
+        """[B, 1, T, S]: the key is real, not in the future, inside the window (the last T keys are the queries')."""
         distance = positions[:, :, None] - places[:, None, :]
         allowed = valid[:, None, :] & (distance >= 0)
         if self.window is not None:
@@ -206,8 +221,3 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.num_heads}, kv_heads={self.num_kv_heads}, window={self.window}"
-
-
-def _repeat_heads(x: Tensor, repeat: int) -> Tensor:
-    """[B, G, S, P] -> [B, G * repeat, S, P], each key-value head for `repeat` query heads."""
-    return x if repeat == 1 else x.repeat_interleave(repeat, 1)

@@ -54,8 +54,9 @@ class HopeConfig(PreTrainedConfig):
         hidden_act: activation of the MLPs.
         gated_mlp: MLPs with a gate, as Llama's.
         rms_norm_eps: of every RMS norm of the model.
-        initializer_range: standard deviation of the embedding (and of an untied output matrix) at the start; layers
-            draw their own weights by their own widths.
+        initializer_range: standard deviation of the embedding (and of an untied output matrix) at the start; None is
+            hidden_size^-1/2 (0.02 in a model of 96 to 256 channels learns markedly slower). Layers draw their own
+            weights by their own widths.
         tie_word_embeddings: one matrix for embedding and output.
         max_position_embeddings: longest text the model may see; None sets no limit.
 
@@ -78,7 +79,7 @@ class HopeConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     gated_mlp: bool = True
     rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     tie_word_embeddings: bool = True
     max_position_embeddings: int | None = None
     use_cache: bool = True
@@ -95,6 +96,8 @@ class HopeConfig(PreTrainedConfig):
         for name in ("intermediate_size", "max_position_embeddings"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None; got {getattr(self, name)}")
+        if self.initializer_range is None:
+            self.initializer_range = self.hidden_size**-0.5
         for name in ("rms_norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")

@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+import difflib
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_ARGUMENTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+    "output_hidden_states",
+    "return_dict",
+)
+
+
+def check_names(kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that looks like a misspelt one (others are the library's, and passed over).
+
+    Raises:
+        TypeError: a misspelt argument.  ValueError: attention maps are asked for, which no layer keeps.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is not available: the sequence layers keep no attention maps")
+    for name in kwargs:
+        if name not in _ARGUMENTS and (near := difflib.get_close_matches(name, _ARGUMENTS, n=1, cutoff=0.85)):
+            raise TypeError(f"the model has no argument {name!r}: did you mean {near[0]}?")
 
 
 def check_ids(ids: Tensor, vocab_size: int, name: str = "input_ids", ignore: int | None = None) -> None:

@@ -17,7 +17,7 @@ from nestling.layers.settings import build_mixer
 from nestling.levels.schedule import Schedule
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
-from nestling.models.hope.inputs import check_ids, check_positions, padding_mask
+from nestling.models.hope.inputs import check_ids, check_names, check_positions, padding_mask
 
 
 class HopeDecoderLayer(GradientCheckpointingLayer):
@@ -36,6 +36,8 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
             gated=config.gated_mlp,
             norm_eps=config.rms_norm_eps,
         )
+        for module in [m for m in self.modules() if m is not self]:
+            module._is_hf_initialized = True  # drawn by this layer: the library would fill linear maps its own way
 
     def reset_parameters(self) -> None:
         """Each part by its own rule: the mixer knows its initial states and gate biases."""
@@ -68,7 +70,7 @@ class HopePreTrainedModel(PreTrainedModel):
         """A decoder layer draws its own weights; the base class fills the embedding, the output matrix and the norm."""
         if isinstance(module, HopeDecoderLayer):
             _reset_unloaded(module)
-        elif isinstance(module, nn.RMSNorm) or module in (self.get_input_embeddings(), self.get_output_embeddings()):
+        else:
             super()._init_weights(module)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -141,8 +143,10 @@ class HopeModel(HopePreTrainedModel):
             use_cache: return the cache; None follows the configuration, and is False in training.
 
         Raises:
-            ValueError, TypeError: ids outside the vocabulary, an empty input, a mask or cache that does not fit.
+            ValueError, TypeError: ids outside the vocabulary, an empty input, a mask or cache that does not fit, a
+                misspelt argument.
         """
+        check_names(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
