@@ -77,6 +77,14 @@ def test_datasets_name(monkeypatch):
         load_corpus(options("some/dataset", column="body"))
 
 
+def test_the_last_rows_of_a_data_set_are_held_out(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": [f"row {i}\n" for i in range(10)]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows)
+    split = split_documents(options("some/dataset", val_fraction=0.2))
+    assert [d.name for d in split.val] == ["some/dataset[8]", "some/dataset[9]"]
+    assert len(split.train) == 8
+
+
 def test_cache_is_used_and_follows_content_and_tokenizer(text):
     first = load_corpus(options(text))
     stamp = (first.folder / "train.bin").stat().st_mtime_ns

@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nestling.training import TrainConfig, Trainer, checkpoint, train
 from nestling.training.build import load_saved
-from nestling.training.loop import differences
 from nestling.training.metrics import read_metrics
+from nestling.training.resume import differences
 
 SLOW_LEVEL = [{"chunk_size": None}, {"chunk_size": 5 * 64}]  # 5 steps of 2 x 2 x 16 tokens
 
@@ -138,6 +139,26 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_previous(config, capsys):
     assert "truncated" in message
     assert "resuming from" in message
     assert same(weights(config.out), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_ends_after_the_step_with_a_checkpoint(config, monkeypatch, number):
+    trainer = Trainer(config)
+    take = trainer.train_step
+
+    def step():
+        report = take()
+        if report.step == 7:
+            signal.raise_signal(number)
+        return report
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    result = trainer.run()
+    assert result.interrupted
+    assert result.step == 7
+    assert checkpoint.newest(config.out)[0].name == "step-00000007"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(config, resume=True).step == 12
 
 
 def test_figures_after_the_last_checkpoint_are_written_once(config):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from nestling.training.build import load_saved
 from nestling.training.checkpoint import resolve
+from nestling.training.machine import find_device
 from nestling.training.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -24,5 +23,4 @@ def load_model(path: str | Path, device: str = "auto") -> tuple[PreTrainedModel,
     """
     folder = resolve(path)
     model = load_saved(folder)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return model.to(name).eval(), load_tokenizer(folder)
+    return model.to(find_device(device)).eval(), load_tokenizer(folder)

@@ -36,7 +36,8 @@ class DataConfig:
 
     `text` names files, folders or one `datasets` data set. `tokenizer` is "bytes", "bpe:4096" (trained on the data), a
     Hugging Face tokenizer's path, or "auto": a saved model's own, else bytes. `val_text` names held-out files; without
-    it the last `val_fraction` of every file is held out (`val_split="tail"`), or whole files (`val_split="documents"`).
+    it the last `val_fraction` of every file and of a data set's rows is held out (`val_split="tail"`), or whole files
+    (`val_split="documents"`).
     """
 
     text: list[str] = field(default_factory=list)

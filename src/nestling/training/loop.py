@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,16 +17,16 @@ from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
+from nestling.training.machine import find_device, stop_requests
 from nestling.training.metrics import Metrics
 from nestling.training.optimizers import LevelOptimizers
 from nestling.training.progress import Progress
+from nestling.training.resume import check_same_run, find_checkpoint
 from nestling.training.schedules import lr_factor
 from nestling.training.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MAY_CHANGE = ("out", "steps", "device", "threads", "compile", "logging", "data.cache_dir")  # in a resumed run
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `skipped` counts steps without a finite gradient; `evaluation` is None without held-out text."""
+    """How a run ended. `skipped` counts steps without a finite gradient; `evaluation` is None without held-out text and
+    after an interruption."""
 
     step: int
     tokens: int
@@ -100,11 +98,10 @@ class Trainer:
         resume: bool = False,
     ) -> None:
         self.config = config
-        self.device = _device(config.device)
+        self.device = find_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.warnings: list[str] = []
-        source = self._find_checkpoint(resume)
+        source, self.warnings = find_checkpoint(config.out, resume)
         own = Path(config.model.name)
         tokenizer = (
             load_tokenizer(checkpoint.resolve(own)) if config.data.tokenizer == "auto" and own.is_dir() else None
@@ -112,7 +109,7 @@ class Trainer:
         self.corpus = corpus if corpus is not None else load_corpus(config.data, tokenizer)
         state = checkpoint.load_state(source) if source else None
         if state:
-            self._check_resumable(state)
+            check_same_run(state, config, self.corpus.fingerprint)
         self.model = self._make_model(model, source).to(self.device)
         self.model.train()
         self._called = torch.compile(self.model) if config.compile else self.model
@@ -201,7 +198,7 @@ class Trainer:
         for warning in self.warnings:
             progress.say(warning)
         started, losses, evaluation = time.monotonic(), [], None
-        with _stop_requests() as stop:
+        with stop_requests() as stop:
             try:
                 while self.step < config.steps and not stop.is_set():
                     report = self.train_step()
@@ -217,13 +214,15 @@ class Trainer:
                         evaluation = self._evaluated(metrics, progress)
                     if not last and every.save_every and self.step % every.save_every == 0:
                         self._save_on_the_way(progress)
-                if evaluation is None:
+                interrupted = self.step < config.steps
+                if interrupted:
+                    evaluation = None  # of an earlier step, if any
+                elif evaluation is None:
                     evaluation = self._evaluated(metrics, progress)
                 path = self.save()
             finally:
                 progress.close()
                 metrics.close()
-        interrupted = self.step < config.steps
         return Result(self.step, self.tokens, evaluation, path, time.monotonic() - started, self.skipped, interrupted)
 
     def _log(self, metrics: Metrics, report: Report, losses: list[float]) -> None:
@@ -262,39 +261,6 @@ class Trainer:
         except OSError as error:
             progress.say(f"step {self.step}: no checkpoint could be written ({error}); training goes on")
 
-    def _find_checkpoint(self, resume: bool) -> Path | None:
-        found = checkpoint.list_checkpoints(self.config.out)
-        if not resume:
-            if found:
-                raise ValueError(
-                    f"{self.config.out} already holds a run ({found[-1].name}): resume it (--resume) or write "
-                    "elsewhere (--out)"
-                )
-            return None
-        if not found:
-            self.warnings.append(f"{self.config.out} holds no checkpoint yet: starting from the beginning")
-            return None
-        path, problems = checkpoint.newest(self.config.out)
-        self.warnings += [f"{problem}; resuming from {path}" for problem in problems]
-        return path
-
-    def _check_resumable(self, state: dict) -> None:
-        before = TrainConfig.from_dict(state["config"])
-        changes = differences(before.to_dict(), self.config.to_dict())
-        refused = [c for c in changes if not any(c[0] == name or c[0].startswith(name + ".") for name in MAY_CHANGE)]
-        if refused:
-            listed = ", ".join(f"{name} (was {old!r}, now {new!r})" for name, old, new in refused)
-            raise ValueError(f"a resumed run cannot change {listed}; keep it, or start a new run with another --out")
-        if state["corpus"] != self.corpus.fingerprint:
-            raise ValueError(
-                f"the text or tokenizer changed since the run in {self.config.out} began; start a new run with "
-                "another --out"
-            )
-        if state["step"] > self.config.steps:
-            raise ValueError(
-                f"steps must be at least {state['step']}, which the run has already taken, not {self.config.steps}"
-            )
-
     def _make_model(self, model: PreTrainedModel | None, source: Path | None) -> PreTrainedModel:
         if source is not None:
             return load_saved(source, type(model) if model is not None else None)
@@ -313,48 +279,3 @@ class Trainer:
 def train(config: TrainConfig, resume: bool = False) -> Result:
     """Train from text to checkpoint; see `Trainer`."""
     return Trainer(config, resume=resume).run()
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """(dotted name, old value, new value) of everything that differs between two nested dictionaries."""
-    found = []
-    for name in [*old, *(n for n in new if n not in old)]:
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append((f"{prefix}{name}", before, after))
-    return found
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-@contextmanager
-def _stop_requests():
-    """An event that SIGINT or SIGTERM sets; a second signal acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {}
-
-    def request(number, _frame) -> None:
-        stop.set()
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -80,8 +80,14 @@ def content_hash(documents: list[Document]) -> Iterator[bytes]:
 
 
 def _by_tail(documents: list[Document], fraction: float) -> Split:
+    """The end of every file, and the last rows of a data set."""
     train, val = [], []
-    for document in documents:
+    rows = [document for document in documents if document.path is None]
+    left = sum(len(row.content) for row in rows) * (1 - fraction)
+    for row in rows:
+        (train if left > 0 else val).append(row)
+        left -= len(row.content)
+    for document in (document for document in documents if document.path is not None):
         text = document.read()
         cut = _boundary(text, round(len(text) * (1 - fraction)))
         for part, piece in ((train, text[:cut]), (val, text[cut:])):
