@@ -1,10 +1,10 @@
-"""Self-modifying Titans against their definition, token by token, and their meta-gradients against finite differences."""
+"""Self-modifying Titans against their definition, token by token; meta-gradients against finite differences."""
 
 import pytest
 import torch
-from reference import self_modifying_titans
 
 from nestling.layers.self_modifying_titans import SelfModifyingTitans
+from reference import self_modifying_titans
 
 DIM, HEADS = 6, 2
 
@@ -106,7 +106,9 @@ def entries(layer):
             yield name, p, tuple(int(torch.randint(s, (), generator=g)) for s in p.shape)
 
 
-@pytest.mark.parametrize("options", [{}, dict(gates="mlp", memory_chunk_size=8, adaptive=("k", "v", "q", "eta", "alpha"))])
+@pytest.mark.parametrize(
+    "options", [{}, dict(gates="mlp", memory_chunk_size=8, adaptive=("k", "v", "q", "eta", "alpha"))]
+)
 def test_meta_gradients_equal_finite_differences(options):
     layer = build(**options)
     x = inputs(14).detach()
@@ -124,7 +126,9 @@ def test_meta_gradients_equal_finite_differences(options):
                 ends.append(loss())
             p[at] = old
             difference = (ends[0] - ends[1]) / 2e-5
-            torch.testing.assert_close(grads[name][at], difference, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n} {m}")
+            torch.testing.assert_close(
+                grads[name][at], difference, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n} {m}"
+            )
 
 
 def test_meta_grad_changes_gradients_not_values():
@@ -151,7 +155,13 @@ def test_meta_grad_none_stops_at_the_chunk():
 def test_first_order_holds_the_inner_gradient_fixed():
     """One chunk, linear memory, plain step, no erase: dW_C/dW_0 is the decay alone, however long the chunk."""
     layer = build(
-        architecture="linear", adaptive=(), dgd=False, step="plain", momentum=False, meta_grad="first_order", chunk_size=16
+        architecture="linear",
+        adaptive=(),
+        dgd=False,
+        step="plain",
+        momentum=False,
+        meta_grad="first_order",
+        chunk_size=16,
     )
     x = inputs(8)
     _, state = layer(x)
@@ -177,7 +187,8 @@ def test_every_parameter_and_initial_state_learns(options):
     layer = SelfModifyingTitans(16, 2, chunk_size=4, **options)
     layer(torch.randn(2, 24, 16))[0].square().mean().backward()
     for name, p in layer.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
         assert p.grad.any(), name
     for group, weights in zip(layer.groups, layer.initial, strict=True):
         for weight in weights:
@@ -203,8 +214,12 @@ def test_inspect_tells_what_the_layer_did():
     figures = layer.inspect(x)
     assert set(figures) == {"loss", "step", "eta", "alpha", "momentum", "norm"}
     for name, value in figures.items():
-        assert value.shape == (2, HEADS, 11) and not value.requires_grad and value.isfinite().all(), name
-    assert (figures["alpha"] < 1).all() and (figures["eta"] > 0).all() and (figures["loss"] >= 0).all()
+        assert value.shape == (2, HEADS, 11), name
+        assert value.isfinite().all(), name
+        assert not value.requires_grad, name
+    assert (figures["alpha"] < 1).all()
+    assert (figures["eta"] > 0).all()
+    assert (figures["loss"] >= 0).all()
     state = layer(x[:, :6])[1]
     later = layer.inspect(x[:, 6:], state)
     close(later["loss"], figures["loss"][:, :, 6:])

@@ -199,10 +199,10 @@ class SelfModifyingTitans(nn.Module):
             x, order, count = pack(x, mask)
             lengths = count.tolist()
         features, conv = self._features(x, state.conv, None if order is None else lengths)
+        if max(lengths) == 0:  # nothing but padding
+            return torch.zeros_like(x), state, []
         with torch.autocast(x.device.type, enabled=False):
             y, memories, report = self._scan(features, state, lengths, inspect)
-        if y is None:  # nothing but padding
-            return torch.zeros_like(x), state, report
         y = y.transpose(1, 2)  # [B, T, H, p]
         y = F.rms_norm(y, (self.head_dim,), self.norm_weight.to(y.dtype), 1e-6).flatten(2).to(x.dtype)
         if "gate" in features:
@@ -244,8 +244,6 @@ class SelfModifyingTitans(nn.Module):
             else:
                 y, memories = self._scan_piece(*args)
             outputs.append(y)
-        if not plan:
-            return None, state.memories, report
         missing = next(iter(tensors.values())).shape[2] - max(lengths)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return (F.pad(y, (0, 0, 0, missing)) if missing else y), _swap(memories), report
@@ -280,9 +278,7 @@ class SelfModifyingTitans(nn.Module):
         """Write one segment, by the hand-differentiated step where it applies."""
         if fresh and report is None and is_fused(group.architecture, self.rule):
             return fused_advance(group.architecture, self.rule, fast, context, q, self.read == "after")
-        return advance(
-            group.architecture, self.rule, fast, context, fresh=fresh, queries=q, after=self.read == "after"
-        )
+        return advance(group.architecture, self.rule, fast, context, fresh=fresh, queries=q, after=self.read == "after")
 
     def _close(self, new: FastWeights, old: FastWeights, segment: Segment, i: int) -> FastWeights:
         """Open the next chunk where this one is complete; keep the state of sequences that have ended."""
@@ -339,7 +335,7 @@ class SelfModifyingTitans(nn.Module):
 
     @torch.no_grad()
     def inspect(self, x: Tensor, state: TitansState | None = None) -> dict[str, Tensor]:
-        """What the main memory does over a text: inner loss, eta, step, decay, momentum, weight norm, each [B, H, T]."""
+        """The main memory over a text: inner loss, eta, step, decay, momentum, weight norm, each [B, H, T]."""
         _, _, report = self._run(x, state, None, inspect=True)
         return {name: torch.cat([r[name] for r in report], -1) for name in report[0]}
 
@@ -351,6 +347,9 @@ class SelfModifyingTitans(nn.Module):
             raise ValueError(f"x must hold at least one sequence of one token; got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"x must be floating point; got {x.dtype}")
+        own = self.in_proj.weight.dtype
+        if x.dtype != own and (torch.float64 in (x.dtype, own) or not torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"x is {x.dtype}, but this layer's parameters are {own}: convert one, or use autocast")
         if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(f"mask must be bool {tuple(x.shape[:2])}; got {mask.dtype} {tuple(mask.shape)}")
         if state is None:
@@ -359,24 +358,47 @@ class SelfModifyingTitans(nn.Module):
             raise ValueError(f"state must be a TitansState of this layer's settings; got {type(state).__name__}")
         if state.position.shape[0] != x.shape[0]:
             raise ValueError(f"state is of a batch of {state.position.shape[0]}, but x has {x.shape[0]} sequences")
+        size = 0 if self.conv_weight is None else self.conv_weight.shape[1] - 1
+        if state.conv.shape[1:] != (size, self.dim):
+            raise ValueError(
+                f"state holds a convolution's last inputs {tuple(state.conv.shape[1:])}, this layer's are "
+                f"{(size, self.dim)}"
+            )
         for fast, weights in zip(state.memories, self.initial, strict=True):
-            for w, own in zip(fast.now, weights, strict=True):
-                if w.shape[1:] != own.shape:
-                    raise ValueError(f"state holds weights {tuple(w.shape[1:])}, this layer's are {tuple(own.shape)}")
-                if w.dtype != _state_dtype(own).dtype:
-                    raise ValueError(f"state is {w.dtype}, but this layer keeps its state in {_state_dtype(own).dtype}")
+            if bool(fast.velocity) != self.momentum:
+                raise ValueError(
+                    f"state is of a layer with momentum={bool(fast.velocity)}, this one's is {self.momentum}"
+                )
+            for part in fast:
+                if part and len(part) != len(weights):
+                    raise ValueError(f"state holds memories of {len(part)} layers, this layer's have {len(weights)}")
+                for w, initial in zip(part, weights, strict=False):  # no velocity without momentum
+                    if w.shape[1:] != initial.shape:
+                        own = tuple(initial.shape)
+                        raise ValueError(f"state holds weights {tuple(w.shape[1:])}, this layer's are {own}")
+                    if w.dtype != _state_dtype(initial).dtype:
+                        kept = _state_dtype(initial).dtype
+                        raise ValueError(f"state is {w.dtype}, but this layer keeps its state in {kept}")
+                    if w.device != x.device:
+                        raise ValueError(f"state is on {w.device}, but x is on {x.device}: move one of them")
 
 
 def _check_settings(settings: dict):
     """Every wrong option by name, before any parameter exists."""
     s = settings
-    for name in ("dim", "num_heads", "expansion", "chunk_size"):
-        if not isinstance(s[name], int) or s[name] < 1:
-            raise ValueError(f"{name} must be a positive integer; got {s[name]!r}")
+    least = dict(dim=1, num_heads=1, expansion=1, chunk_size=1, conv_size=0, segment_size=0)
+    optional = {name: 1 for name in ("head_dim", "memory_chunk_size") if s[name] is not None}
+    for name, smallest in (least | optional).items():
+        if not isinstance(s[name], int) or s[name] < smallest:
+            raise ValueError(f"{name} must be an integer of at least {smallest}; got {s[name]!r}")
+    if not s["norm_limit"] > 0:
+        raise ValueError(f"norm_limit must be positive; got {s['norm_limit']!r}")
     if s["head_dim"] is None and s["dim"] % s["num_heads"]:
-        raise ValueError(f"dim {s['dim']} is not a multiple of num_heads {s['num_heads']}: change one, or give head_dim")
+        raise ValueError(
+            f"dim {s['dim']} is not a multiple of num_heads {s['num_heads']}: change one, or give head_dim"
+        )
     own = s["memory_chunk_size"]
-    if own is not None and (own < 1 or (own % s["chunk_size"] and s["chunk_size"] % own)):
+    if own is not None and own % s["chunk_size"] and s["chunk_size"] % own:
         raise ValueError(
             f"memory_chunk_size {own} and chunk_size {s['chunk_size']}: one must be a multiple of the other"
         )
@@ -394,6 +416,12 @@ def _check_settings(settings: dict):
         raise ValueError(f'adaptive holds "eta", which needs rate="learned"; got {s["rate"]!r}')
     if "alpha" in s["adaptive"] and s["decay"] != "learned":
         raise ValueError(f'adaptive holds "alpha", which needs decay="learned"; got {s["decay"]!r}')
+    narrow = [name for name in ("eta", "alpha") if name in s["adaptive"]]
+    if narrow and not s["self_targets"]:
+        raise ValueError(
+            f"self_targets=False makes the value every memory's target, which {' and '.join(narrow)}, a number each, "
+            "cannot take: leave them out of adaptive"
+        )
 
 
 def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:

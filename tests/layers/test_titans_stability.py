@@ -1,0 +1,114 @@
+"""No input makes a memory overflow; low precision works."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from nestling.layers.settings import MIXERS, build_mixer
+
+DIM, HEADS = 8, 2
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    return build_mixer(name, DIM, HEADS, **options)
+
+
+def finite(*trees):
+    return all(leaf.isfinite().all() for leaf in tree_leaves(trees) if leaf is not None)
+
+
+def shape(kind, tokens):
+    x = torch.randn(1, tokens, DIM)
+    return {"zero": 0 * x, "huge": 1e4 * x, "constant": x[:, :1].expand_as(x), "random": x, "tiny": 1e-20 * x}[kind]
+
+
+@pytest.mark.parametrize("kind", ["zero", "huge", "constant", "tiny"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_finite_values_and_gradients(name, kind):
+    layer = build(name)
+    x = shape(kind, 300).clone().requires_grad_()
+    y, state = layer(x)
+    y.sum().backward()
+    assert finite(y, state, x.grad, [p.grad for p in layer.parameters()])
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "attention"])
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_finite_over_20_000_tokens(name, kind):
+    """In training, the loss at the end of a long text: values, state, and gradients through all of its chunks."""
+    layer = build(name, chunk_size=128)
+    x = shape(kind, 20_000)
+    y, state = layer(x)
+    assert finite(y, state)
+    if name in ("selfmod", "titans", "gated_deltanet") and kind == "random":
+        y[:, -1000:].square().mean().backward()
+        assert finite([p.grad for p in layer.parameters()])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dgd=False),
+        dict(normalize_values=False),
+        dict(step="layer"),
+        dict(step="layer", dgd=False),
+        dict(expansion=4),
+        dict(architecture="linear"),
+        dict(memory_chunk_size=512),
+    ],
+)
+@torch.no_grad()
+def test_finite_over_20_000_tokens_without_what_steadies_the_default(options):
+    y, state = build("selfmod", chunk_size=128, **options)(shape("random", 20_000))
+    assert finite(y, state)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bfloat16_parameters(name):
+    """State in float32 whatever the parameters' dtype; the result is near that of float32."""
+    layer, low = build(name), build(name).bfloat16()
+    x = torch.randn(2, 70, DIM)
+    want, _ = layer(x)
+    y, state = low(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    if name != "attention":  # whose state is keys and values
+        assert all(
+            w.dtype == torch.float32 for fast in state.memories for w in (*fast.now, *fast.start, *fast.velocity)
+        )
+    assert (y.float() - want).norm() < 0.1 * want.norm()
+    y.float().square().mean().backward()
+    assert finite([p.grad for p in low.parameters()])
+    assert finite(low(x[:, :3].bfloat16(), state))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bfloat16_autocast(name):
+    layer = build(name)
+    x = torch.randn(2, 70, DIM)
+    want, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, state = layer(x[:, :33])
+        second, state = layer(x[:, 33:], state)
+    y = torch.cat([first, second], 1).float()
+    assert (y - want).norm() < 0.1 * want.norm()
+    y.square().mean().backward()
+    assert finite([p.grad for p in layer.parameters()])
+    if name != "attention":
+        assert all(w.dtype == torch.float32 for fast in state.memories for w in fast.now)
+
+
+def test_training_at_a_high_learning_rate_stays_finite():
+    """100 outer steps at 1e-2 on random sequences, float32."""
+    layer = build("selfmod", chunk_size=8, expansion=4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    for _ in range(100):
+        x = torch.randn(2, 24, DIM)
+        y, _ = layer(x)
+        loss = (y[:, 1:] - x[:, :-1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+        assert loss.isfinite()
+    assert finite(list(layer.parameters()))
