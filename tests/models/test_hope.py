@@ -217,6 +217,12 @@ def test_logits_to_keep_hidden_states_and_tuples(model):
     assert torch.equal(model(ids, return_dict=False, use_cache=False)[0], whole.logits)
 
 
+def test_attention_compiles_in_one_graph(make_model):
+    model, ids = make_model("attention"), torch.randint(0, 40, (2, 9))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(ids, labels=ids, use_cache=False).loss, model(ids, labels=ids, use_cache=False).loss)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(model, reentrant):
     ids = torch.randint(0, 40, (2, 13))

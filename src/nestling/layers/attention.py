@@ -160,7 +160,7 @@ class Attention(nn.Module):
         allowed = valid[:, None, :] & (distance >= 0)
         if self.window is not None:
             allowed = allowed & (distance < self.window)
-        # a padding token sees at least its own column: a softmax over nothing is NaN
+        # a padding token sees at least its own column: in some kernels a softmax over nothing is NaN
         tokens, columns = allowed.shape[1:]
         itself = torch.ones(tokens, columns, dtype=torch.bool, device=valid.device)
         itself = itself.tril(columns - tokens).triu(columns - tokens)

@@ -120,6 +120,7 @@ class HopeModel(HopePreTrainedModel):
         self.layers = nn.ModuleList(HopeDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.signature = config.state_signature()
         self.post_init()
 
     @capture_outputs
@@ -158,9 +159,8 @@ class HopeModel(HopePreTrainedModel):
             raise ValueError(f"the input is empty ({batch} sequences of {tokens} tokens): give at least one token")
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        signature = self.config.state_signature()
         if past_key_values is not None:
-            check_cache(past_key_values, len(self.layers), signature, batch)
+            check_cache(past_key_values, len(self.layers), self.signature, batch)
         elif use_cache:
             past_key_values = DynamicCache(config=self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -178,7 +178,7 @@ class HopeModel(HopePreTrainedModel):
         # only after every layer went well: a failed call leaves the cache as it was
         if use_cache:
             for cached, state in zip(past_key_values.layers, states):
-                cached.store(state, tokens, signature)
+                cached.store(state, tokens, self.signature)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
