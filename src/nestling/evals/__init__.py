@@ -1,0 +1,16 @@
+"""Experiments, one file each: grids of small trainings that end in a table, a figure and a summary."""
+
+from nestling.evals.config import Contender, Experiment
+
+__all__ = ["EXPERIMENTS", "Contender", "Experiment", "run_experiment"]
+
+EXPERIMENTS = ("quality", "cost", "stability")
+
+
+def __getattr__(name: str):
+    """Bring in what needs torch only when it is asked for."""
+    if name == "run_experiment":
+        from nestling.evals.experiment import run_experiment
+
+        return run_experiment
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,105 @@
+"""What an experiment is: a training run, and the grid of contenders, learning rates and seeds around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from nestling.training.config import TrainConfig
+
+MACHINE = ("out", "device", "compile", "threads", "logging")  # options of a training run that decide no result
+
+
+@dataclass
+class Contender:
+    """One model of the comparison: a sequence layer with its options.
+
+    `model` changes other fields of the model's configuration; `seeds` replaces the experiment's. The MLPs' width is
+    set so that every contender has the parameters of the experiment's own model.
+    """
+
+    name: str
+    mixer: str = "selfmod"
+    options: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] | None = None
+
+
+@dataclass
+class Experiment(TrainConfig):
+    """A training run (what all contenders share) and the grid around it; `out` is the experiment's folder.
+
+    `test_text` names the file of the data folder that is held out whole; the tails of the others (`data.val_fraction`)
+    are for choosing. "" holds out the last file.
+    """
+
+    name: str = "quality"
+    contenders: list[Contender] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=lambda: [3e-3])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    precisions: list[str] = field(default_factory=lambda: ["float32"])
+    test: bool = False  # whether the finished runs are tested on the held-out text
+    test_text: str = "herman-melville--moby-dick.txt"
+    eval_windows: int = 96  # windows of seq_len tokens per held-out text
+    eval_batch_size: int = 8
+    position_bins: int = 8  # the loss by position is averaged in bins that widen geometrically
+    long_context: int = 0  # also evaluate windows that many times seq_len: does the memory stay stable?
+    divergence_margin: float = 0.5  # nats the last mean loss may lie above the best one
+    max_skips: int = 50  # steps in a row without a finite gradient after which a run is given up
+    curve_points: int = 60
+    speed_rounds: int = 0  # rounds of timing every contender's layer alone, at the end (0: none)
+    speed_shape: list[int] = field(default_factory=lambda: [2, 512, 256, 4])  # batch, tokens, width, heads
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [c.name for c in self.contenders]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"contenders must have names of their own; {', '.join(twice)} occurs twice")
+        for name in ("lrs", "seeds", "precisions"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must hold at least one value")
+        if len(self.speed_shape) != 4:
+            raise ValueError(f"speed_shape must be [batch, tokens, width, heads], not {self.speed_shape}")
+
+    def contender(self, name: str) -> Contender:
+        """The contender of that name."""
+        return next(c for c in self.contenders if c.name == name)
+
+    def run_config(self, job: Job) -> TrainConfig:
+        """The training run of a job."""
+        values = self.to_dict()
+        run = TrainConfig.from_dict({f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
+        return run.changed(**{"seed": job.seed, "precision": job.precision, "optim.lr": job.lr})
+
+    def fingerprint(self, job: Job, corpus: str) -> str:
+        """A digest of everything that decides the result of a job: a result of other settings does not count."""
+        run = self.run_config(job).to_dict()
+        for name in MACHINE:
+            run.pop(name, None)
+        run["data"] = {k: v for k, v in run["data"].items() if k in ("seq_len", "batch_size")}
+        contender = dataclasses.asdict(self.contender(job.contender)) | {"seeds": None}
+        own = {
+            k: getattr(self, k) for k in ("eval_windows", "position_bins", "long_context", "max_skips", "curve_points")
+        }
+        text = json.dumps([run, contender, own, corpus], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the grid ("train"), or the test of its weights on the held-out text ("test")."""
+
+    contender: str
+    lr: float
+    seed: int
+    precision: str = "float32"
+    kind: str = "train"
+
+    @property
+    def key(self) -> str:
+        """A readable name, the same for training and test."""
+        return f"{self.contender} lr={self.lr:g} seed={self.seed} {self.precision}"
