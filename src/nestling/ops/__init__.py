@@ -2,5 +2,6 @@
 
 from nestling.ops.conv import short_convolution
 from nestling.ops.delta_rule import DeltaRule, delta_rule, delta_rule_reference
+from nestling.ops.orthogonalize import orthogonalize
 
-__all__ = ["DeltaRule", "delta_rule", "delta_rule_reference", "short_convolution"]
+__all__ = ["DeltaRule", "delta_rule", "delta_rule_reference", "orthogonalize", "short_convolution"]
