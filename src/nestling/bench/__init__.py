@@ -1,0 +1,60 @@
+"""`nestling bench`: what the layers cost on this machine, correctness first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+from nestling.bench.correctness import check
+from nestling.bench.measure import QUICK, Settings, environment
+from nestling.bench.parts import PARTS, Table
+
+__all__ = ["PARTS", "QUICK", "Incorrect", "Settings", "Table", "run"]
+
+DEFAULT_PARTS = tuple(name for name in PARTS if name != "model")
+
+
+class Incorrect(Exception):
+    """A fast form does not equal its definition; `failures` says which. No figure was taken."""
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__("; ".join(failures))
+        self.failures = failures
+
+
+def run(
+    settings: Settings, only: Iterable[str] | None = None, report: Callable[[str, Table], None] | None = None
+) -> dict:
+    """Check, then measure.
+
+    Args:
+        settings: sizes, repeats, device.
+        only: names of `PARTS`; None is all of them but "model", or "model" alone where the settings name one.
+        report: called with each part's name and table as it is done.
+
+    Returns:
+        {"environment", "settings", "parts": {name: {"title", "rows", "notes"}}}, ready for JSON.
+
+    Raises:
+        ValueError: an unknown part.  Incorrect: a check failed.
+    """
+    chosen = (("model",) if settings.model else DEFAULT_PARTS) if only is None else tuple(only)
+    unknown = [name for name in chosen if name not in PARTS]
+    if unknown or not chosen:
+        raise ValueError(f"parts are {', '.join(PARTS)}; got {', '.join(unknown) or 'none'}")
+    if settings.model is not None:
+        from nestling.models import sizes
+
+        if settings.model not in sizes.NAMES:
+            raise ValueError(f"model must be one of {', '.join(sizes.NAMES)}; got {settings.model!r}")
+    failures = check(settings.device)
+    if failures:
+        raise Incorrect(failures)
+    result = {"environment": environment(settings), "settings": asdict(settings), "parts": {}}
+    for name in chosen:
+        table = PARTS[name](settings)
+        result["parts"][name] = asdict(table)
+        if report is not None:
+            report(name, table)
+    result["environment"]["load after"] = environment(settings)["load"]
+    return result
