@@ -103,6 +103,24 @@ def test_settings_of_the_cost_experiment_are_run_seed_by_seed(tiny):
     assert {j.lr for j in jobs} == {experiment.lrs[0]}
 
 
+def test_the_cheapest_setting_is_within_the_spread_and_keeps_the_rule(tiny):
+    options = {"small": {"expansion": 1}, "tiny": {"chunk_size": 8}, "other rule": {"dgd": False}}
+    contenders = [{"name": "default"}, *({"name": n, "options": o} for n, o in options.items())]
+    experiment, rows, speeds = tiny("cost", contenders=contenders), Rows(), {}
+    bits = {"default": (2.0, 2.1), "small": (2.05, 2.12), "tiny": (2.2, 2.3), "other rule": (1.9, 1.9)}
+    for name, values in bits.items():
+        for seed, value in enumerate(values):
+            rows[Job(name, 1e-3, seed)] = {
+                "bits_per_byte": value, "diverged": False, "parameters": 1, "tokens_per_second": 1.0,
+            }  # fmt: skip
+        speeds[name] = {"tokens_per_second": 10.0, "ratio": {"default": 1.0, "small": 1.5}.get(name, 3.0)}
+    summary = cost.summarize(experiment, experiment.contenders, rows.get, speeds)
+    assert {s["setting"] for s in summary["settings"] if s["within_spread"]} == {"default", "small", "other rule"}
+    assert summary["cheapest_within_spread"] == "small"
+    small = next(s for s in summary["settings"] if s["setting"] == "small")
+    assert small["difference"]["values"] == pytest.approx([0.05, 0.02])
+
+
 def test_what_decides_a_result_is_in_its_fingerprint(tiny):
     job = Job("deltanet", 1e-3, 0)
     base = tiny().fingerprint(job, "text")

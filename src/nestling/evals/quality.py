@@ -150,21 +150,21 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                 if s[text]:
                     y = [place + shift] * len(s[text]["values"])
                     fill = {"facecolors": colours[s["contender"]] if text == "book" else "none"}
-                    label = {"book": "held-out book", "tails": "tails of the training books"}[text]
-                    ranks.scatter(
-                        s[text]["values"], y, marker=marker, edgecolors=colours[s["contender"]], s=34, **fill,
-                        label=label if place == 0 else None,
-                    )  # fmt: skip
+                    ranks.scatter(s[text]["values"], y, marker=marker, edgecolors=colours[s["contender"]], s=34, **fill)
             x, points = s["curve"]
-            band(curves, x, points, s["contender"], colours[s["contender"]])
+            band(curves, [tokens / 1e6 for tokens in x], points, s["contender"], colours[s["contender"]])
             bins = s["book_by_position"] or s["tails_by_position"]
             middle = [(b["first"] * b["last"]) ** 0.5 for b in bins]
             band(positions, middle, bins, s["contender"], colours[s["contender"]], marker=".")
         ranks.set_yticks(range(len(found)), [s["contender"] for s in found])
         ranks.invert_yaxis()
         ranks.set(xlabel="bits per byte (lower is better)", title="Held-out loss, each seed")
+        ranks.scatter([], [], color="grey", marker="o", label="held-out book")
+        ranks.scatter([], [], facecolors="none", edgecolors="grey", marker="s", label="tails of the training books")
         ranks.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-        curves.set(xlabel="training tokens", ylabel="bits per byte", title="Learning curve (mean and spread)")
+        curves.set(
+            xlabel="training tokens (millions)", ylabel="bits per byte", title="Learning curve (mean and spread)"
+        )
         high = max((p["mean"] for s in found for p in s["curve"][1][3:]), default=8)
         low = min((p["mean"] for s in found for p in s["curve"][1]), default=0)
         curves.set_ylim(low - 0.1, high + 0.1)
@@ -172,6 +172,9 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         held_out = "held-out book" if any(s["book"] for s in found) else "tails"
         positions.set(xscale="log", xlabel="position in the context", ylabel="bits per byte")
         positions.set(title=f"Loss by position, {held_out}")
+        ticks = [2**i for i in range(1, 20) if 2**i <= max((b["last"] for b in bins), default=2)] if found else []
+        positions.set_xticks(ticks, [str(t) for t in ticks])
+        positions.minorticks_off()
         edge = max((b["mean"] for s in found for b in (s["book_by_position"] or s["tails_by_position"])[3:]), default=8)
         floor = min((b["mean"] for s in found for b in s["book_by_position"] or s["tails_by_position"]), default=0)
         positions.set_ylim(floor - 0.1, edge + 0.5)

@@ -139,6 +139,6 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                 for i, (steps, points) in enumerate(group["curves"]):
                     mean = [p["mean"] for p in points]
                     axis.plot(steps, mean, color=colour, alpha=0.7, linewidth=1.2, label=label if i == 0 else None)
-            axis.set(title=f"{precision}, memory expansion as configured", xlabel="step")
+            axis.set(title=precision, xlabel="step")
             axis.legend()
         axes[0].set(ylabel="training loss, bits per byte")
