@@ -50,7 +50,7 @@ def definition(attention, x):
     if attention.gate_proj is not None:
         z = attention.gate_proj(x)
         y = y * z * torch.sigmoid(z)
-    return attention.o_proj(y)
+    return attention.out_proj(y)
 
 
 @pytest.mark.parametrize(

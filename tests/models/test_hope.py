@@ -48,6 +48,7 @@ def test_plain_attention_with_one_level_is_llama():
         )
     ).double()
     names = {
+        "self_attn.o_proj": "mixer.out_proj",
         "self_attn.": "mixer.",
         "post_attention_layernorm": "memory.blocks.0.norm",
         "input_layernorm": "norm",

@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(dim, num_heads * size, bias=False)
         self.k_proj = nn.Linear(dim, groups * size, bias=False)
         self.v_proj = nn.Linear(dim, groups * size, bias=False)
-        self.o_proj = nn.Linear(num_heads * size, dim, bias=False)
+        self.out_proj = nn.Linear(num_heads * size, dim, bias=False)
         self.gate_proj = nn.Linear(dim, num_heads * size, bias=False) if output_gate else None
         self.q_norm = nn.RMSNorm(size, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(size, eps=norm_eps) if qk_norm else None
@@ -146,7 +146,7 @@ class Attention(nn.Module):
         new = AttentionState(
             keys.transpose(1, 2), values.transpose(1, 2), valid, places, seen + real.sum(1), convolution
         )
-        return self.o_proj(y), self._last(new)
+        return self.out_proj(y), self._last(new)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
         """Softmax attention, each key-value head serving its group of query heads."""

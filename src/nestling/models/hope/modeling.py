@@ -36,13 +36,18 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
             gated=config.gated_mlp,
             norm_eps=config.rms_norm_eps,
         )
+        # GPT-2's rule: the residual stream has the same size after any number of branches
+        self.output_scale = (config.num_hidden_layers * (1 + len(config.levels))) ** -0.5
         for module in [m for m in self.modules() if m is not self]:
             module._is_hf_initialized = True  # drawn by this layer: the library would fill linear maps its own way
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Each part by its own rule: the mixer knows its initial states and gate biases."""
+        """Each part by its own rule (the mixer knows its initial states and gate biases), its output scaled down."""
         for part in (self.norm, self.mixer, self.memory):
             part.reset_parameters()
+        for output in (self.mixer.out_proj, *(block.down_proj for block in self.memory.blocks)):
+            output.weight.mul_(self.output_scale)
 
     # the state goes in and comes out as a value, by position: checkpointing drops a cache, and recomputes with values
     def forward(self, hidden: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
