@@ -108,9 +108,10 @@ def advance(
     def write(layer: int, q: Tensor | None) -> Tensor | None:
         x, w = inputs[layer], fast.now[layer]
         s = fast.velocity[layer] if fast.velocity else None
-        base = products[layer] if shared else product(w, x)
-        erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
-        erase = erase if rule.dgd or rule.gated_erase else torch.zeros_like(erase)
+        base = erase = None
+        if rule.dgd or rule.gated_erase:
+            base = products[layer] if shared else product(w, x)
+            erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
         writes = (-damp * rates[layer]).unsqueeze(-1) * errors[layer]
         fields = [None if t is None else t.flatten(0, 2) for t in (w, s, base, x, writes, erase)]
         out_w, out_s, reads = delta_chunk(Chunk(*fields, *decays, None if q is None else q.flatten(0, 1)), after)

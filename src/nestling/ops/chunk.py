@@ -61,10 +61,10 @@ class Chunk(NamedTuple):
 
     weight: Tensor  # W_0 [N, o, i]
     velocity: Tensor | None  # S_0 [N, o, i]
-    products: Tensor  # W_0 x_t [N, C, o], which the caller often has already
+    products: Tensor | None  # W_0 x_t [N, C, o], which the caller often has already; only the erase needs it
     keys: Tensor  # x [N, C, i]
     writes: Tensor  # u [N, C, o]
-    erase: Tensor  # beta [N, C]
+    erase: Tensor | None  # beta [N, C]; None is 0: then d = u and nothing needs solving
     decay: Tensor  # A [N, C + 1, C + 1]
     mixed: Tensor | None  # K
     momentum: Tensor | None  # M
@@ -96,6 +96,8 @@ class _Chunk(torch.autograd.Function):
 def differentiate(function, args, grads, needed) -> list[Tensor | None]:
     """Gradients of `function(*args)` by autograd, themselves differentiable; `needed` says of which arguments."""
     with torch.enable_grad():
+        # views, so that an argument that depends on another one counts as given
+        args = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
         outputs = function(*args)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
     chosen = [i for i, n in enumerate(needed) if n]
@@ -122,12 +124,13 @@ def _read_rows(c: Chunk, after: bool) -> tuple[slice, slice]:
 
 def _definition(c: Chunk, after: bool):
     """The chunk form in plain operations."""
-    a, k, m, beta = c.decay, c.mixed, c.momentum, c.erase.unsqueeze(-1)
-    gram = c.keys @ c.keys.mT
-    base = a[:, :-1, :1] * c.products
-    if c.velocity is not None:
-        base = base + k[:, :-1, :1] * (c.keys @ c.velocity.mT) + (gram * k[:, :-1, 1:]) @ c.writes
-    d = _solve(beta * (gram * a[:, :-1, 1:]), c.writes - beta * base)
+    a, k, m, d = c.decay, c.mixed, c.momentum, c.writes
+    if c.erase is not None:
+        gram, beta = c.keys @ c.keys.mT, c.erase.unsqueeze(-1)
+        base = a[:, :-1, :1] * c.products
+        if c.velocity is not None:
+            base = base + k[:, :-1, :1] * (c.keys @ c.velocity.mT) + (gram * k[:, :-1, 1:]) @ c.writes
+        d = _solve(beta * (gram * a[:, :-1, 1:]), c.writes - beta * base)
     left, weight, velocity = a[:, -1, 1:, None] * d, a[:, -1:, :1] * c.weight, None
     if c.velocity is not None:
         left = left + k[:, -1, 1:, None] * c.writes
@@ -147,15 +150,16 @@ def _definition(c: Chunk, after: bool):
 
 def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """`_definition` with fewer temporaries, and d for its gradient."""
-    a, k, m, u, x, beta = c.decay, c.mixed, c.momentum, c.writes, c.keys, c.erase.unsqueeze(-1)
+    a, k, m, u, x, d = c.decay, c.mixed, c.momentum, c.writes, c.keys, c.writes
     moves = c.velocity is not None
-    gram = torch.bmm(x, x.mT)
-    base = c.products * a[:, :-1, :1]
-    if moves:
-        base.addcmul_(torch.bmm(x, c.velocity.mT), k[:, :-1, :1]).baddbmm_(gram * k[:, :-1, 1:], u)
-    d = _solve(gram.mul_(a[:, :-1, 1:]).mul_(beta), torch.addcmul(u, base, beta, value=-1))
+    if c.erase is not None:
+        gram, beta = torch.bmm(x, x.mT), c.erase.unsqueeze(-1)
+        base = c.products * a[:, :-1, :1]
+        if moves:
+            base.addcmul_(torch.bmm(x, c.velocity.mT), k[:, :-1, :1]).baddbmm_(gram * k[:, :-1, 1:], u)
+        d = _solve(gram.mul_(a[:, :-1, 1:]).mul_(beta), torch.addcmul(u, base, beta, value=-1))
     weight, velocity = c.weight * a[:, -1:, :1], None
-    left = torch.mul(d, a[:, -1, 1:, None], out=base)
+    left = d * a[:, -1, 1:, None]
     if moves:
         weight.addcmul_(c.velocity, k[:, -1:, :1])
         velocity = (c.velocity * m[:, -1:, :1]).baddbmm_((u * m[:, -1, 1:, None]).mT, x)
@@ -185,7 +189,7 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 
 def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | None, g_r: Tensor | None) -> Chunk:
     """Gradients of every field of the chunk, from those of the weight, the velocity and the reads."""
-    a, k, m, u, x, beta = c.decay, c.mixed, c.momentum, c.writes, c.keys, c.erase.unsqueeze(-1)
+    a, k, m, u, x = c.decay, c.mixed, c.momentum, c.writes, c.keys
     moves = c.velocity is not None
     g_a, g_k, g_m, g_velocity, g_q = torch.zeros_like(a), None, None, None, None
 
@@ -234,8 +238,12 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
         g_q.baddbmm_(g_scores, x[last])
         g_x[last].baddbmm_(g_scores.mT, q)
 
+    if c.erase is None:
+        g_u = g_d.add_(g_u) if moves else g_d
+        return Chunk(g_weight, g_velocity, None, g_x, g_u, None, g_a, g_k, g_m, g_q)
+
     # the triangular system (I + beta (gram . A)) d = u - beta base, whose right side has the gradient y
-    gram, seen = torch.bmm(x, x.mT), a[:, :-1, 1:]
+    gram, seen, beta = torch.bmm(x, x.mT), a[:, :-1, 1:], c.erase.unsqueeze(-1)
     y = _solve((gram * seen).mul_(beta), g_d, transposed=True)
     yp = dot(y, c.products)
     g_erase = a[:, :-1, 0] * yp
