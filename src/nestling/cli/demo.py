@@ -42,9 +42,10 @@ def main(
     config = DemoConfig(out=str(out), minutes=minutes, threads=threads, seed=seed)
     outcome = run(config, own_text(text) if text else standard_library())
     if as_json:
+        from nestling.demo.run import finite
         from nestling.demo.words import headline
 
-        print_json(headline(outcome.result) | {"report": str(outcome.report)})
+        print_json(finite(headline(outcome.result) | {"report": str(outcome.report)}))
     else:
         _say(outcome)
     if outcome.stopped:
@@ -60,5 +61,5 @@ def _say(outcome) -> None:
     typer.secho(verdict(outcome.result), fg="green" if outcome.learned else "red")
     typer.echo(f"report: {outcome.report.resolve()}")
     for model in outcome.result["models"].values():
-        folder = Path(model["checkpoint"]).parent
+        folder = Path(model["checkpoint"]).parent.parent
         typer.echo(f'try it: nestling generate {folder} --prompt "def "')

@@ -40,9 +40,9 @@ class DemoConfig:
     replan_at: float = 0.3  # the part of the steps after which their number is set anew from the speed so far
 
     # the measurements
-    eval_at: tuple[float, ...] = (0.08, 0.2, 0.4, 0.6, 0.8, 1.0)  # parts of the steps
+    eval_at: tuple[float, ...] = (0.04, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # parts of the steps
     eval_windows: int = 24
-    long_windows: int = 16  # windows of long_context bytes for the loss by position
+    long_windows: int = 24  # windows of long_context bytes for the loss by position
     long_context: int = 1024
     first_bin: int = 16  # bytes of the first bin of positions; each next one ends at twice the position
     state_context: int = 8192

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def curves(result: dict[str, Any], width: int) -> Figure:
     figure, axes = _axes(width, 560, 2, 1)
     entropy = result["check"]["byte_entropy"]
     values = [
-        row["bits"] for model in result["models"].values() for row in model["held_out"] if row["bits"] is not None
+        row["bits"] for model in result["models"].values() for row in model["held_out"] if math.isfinite(row["bits"])
     ]
     floor, ceiling = min(values) * 0.92, max(entropy * 1.1, min(max(values), entropy * 1.3))
     for ax, (by, scale, label) in zip(
@@ -51,7 +52,7 @@ def curves(result: dict[str, Any], width: int) -> Figure:
         last = max(model["curve"][-1][by] / scale for model in result["models"].values())
         ends = []
         for name, model in result["models"].items():
-            rows, curve = [row for row in model["held_out"] if row["bits"] is not None], model["curve"]
+            rows, curve = [row for row in model["held_out"] if math.isfinite(row["bits"])], model["curve"]
             smooth = _smoothed([row["bits"] for row in curve])
             ax.plot([row[by] / scale for row in curve], smooth, color=COLOURS[name], lw=1, alpha=0.4)
             x, y = [row[by] / scale for row in rows], [row["bits"] for row in rows]
@@ -128,7 +129,7 @@ def memory(result: dict[str, Any], width: int) -> Figure:
         ("alpha", "horizon 1 / (1 − α), bytes", horizon),
         ("norm", "norm of the weights", None),
     )
-    wide, length = width > 500, len(seen["text"])
+    wide, length, trained = width > 500, len(seen["text"]), result["config"]["seq_len"]
     figure, axes = _axes(width, 700 if wide else 760, len(panels), 1, sharex=True)
     for ax, (key, title, change) in zip(axes, panels):
         lines = [np.asarray(layer[key], float) for layer in seen["layers"]]
@@ -144,6 +145,8 @@ def memory(result: dict[str, Any], width: int) -> Figure:
             smooth = values if steps else _window_mean(values, SMOOTH_BYTES)
             ax.plot(x, smooth, color=colour, lw=2)
             ends.append((x[-1], smooth[-1], f"layer {i + 1}", colour))
+        if trained < length:
+            ax.axvspan(trained, length, color=LINE, alpha=0.35, lw=0, zorder=0)
         for edge in range(0, length + 1, chunk):
             ax.axvline(edge, color=LINE, lw=0.6, zorder=0)
         ax.set_title(title, pad=6)
@@ -151,7 +154,9 @@ def memory(result: dict[str, Any], width: int) -> Figure:
         _label_ends(ax, ends)
     every = chunk * max(1, length // chunk // (8 if wide else 4))
     axes[-1].set_xticks(range(0, length + 1, every))
-    axes[-1].set_xlabel("byte of the text below" + ("; thin lines: the memory's chunks" if wide else ""))
+    axes[-1].set_xlabel(
+        "byte of the text below" + ("; thin lines: chunks; grey: longer than any text in training" if wide else "")
+    )
     return figure
 
 

@@ -80,7 +80,8 @@ def _curves(result: dict[str, Any]) -> str:
 def _positions(result: dict[str, Any]) -> str:
     return _section(
         "Loss by position in the context",
-        "A model that uses what it has read predicts later bytes better. " + words.about_positions(result),
+        "Who uses what was read predicts later bytes better. Bands: twice the standard error over the shared windows. "
+        + words.about_positions(result),
         figures.both(figures.positions, result, "Bits per byte of both models by position in the context", "positions"),
     )
 
@@ -141,7 +142,7 @@ def _shaded(result: dict[str, Any]) -> str:
     rows = "memory chunk" if row == chunk else f"{row} bytes"
     return (
         f'<div class="tabs">{"".join(inputs)}{"".join(panels)}</div>\n'
-        f'<p class="scale">low <i></i>{steps} high; shades hold equally many bytes. One row is one {rows}.</p>\n'
+        f'<p class="scale">low <i></i>{steps} high (each shade is given to as many bytes). One row is one {rows}.</p>\n'
     )
 
 

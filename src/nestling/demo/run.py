@@ -103,7 +103,7 @@ def run(config: DemoConfig, text: Text, watch: Watch | None = None) -> Outcome:
     result["seconds"] = time.monotonic() - started
     from nestling.demo.report import build
 
-    result = write_json(out / "report.json", result)
+    write_json(out / "report.json", result)
     write_text(out / "report.html", build(result))
     return Outcome(result, out / "report.html", result["check"]["passed"], result["stopped"])
 
@@ -154,14 +154,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """A JSON file, whole or absent; numbers that are not finite become null, as JSON knows no others.
-
-    Returns the values as they can be read back.
-    """
-    text = json.dumps(_finite(values), indent=1)
-    write_text(path, text + "\n")
-    return json.loads(text)
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """A JSON file, whole or absent; numbers that are not finite become null, as JSON knows no others."""
+    write_text(path, json.dumps(finite(values), indent=1) + "\n")
 
 
 @contextmanager
@@ -264,11 +259,12 @@ def _share_known(text: str, known: set[bytes]) -> float | None:
     return sum(word in known for word in words) / len(words) if words else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Values for JSON: tuples as lists, numbers that are not finite as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -73,6 +73,8 @@ def about_result(result: dict[str, Any]) -> str:
     a, b = hope["held_out"][-1], transformer["held_out"][-1]
     mean, error, word = compared(a["windows"], b["windows"])
     sure = f"(standard error {error:.3f} over the same held-out windows)"
+    if not math.isfinite(mean):
+        return "A loss is not finite: there is nothing to compare."
     said = {
         "lower": f"Hope is better by {-mean:.3f} bits per byte {sure}",
         "higher": f"Hope is worse by {mean:.3f} bits per byte {sure}",
@@ -147,28 +149,26 @@ def about_states(result: dict[str, Any]) -> str:
 
 
 def about_memory(result: dict[str, Any]) -> str:
-    """Whether the memories' loss falls along the text, and whether the memories fade meanwhile."""
+    """Whether the memories' loss falls along the text, and whether they fade meanwhile."""
+    said, fitting = [], 0
     layers = result["models"][HOPE]["memory"]["layers"]
-    said, falls, fades = [], 0, 0
     for i, layer in enumerate(layers, 1):
         loss, norm = np.asarray(layer["loss"], float), np.asarray(layer["norm"], float)
         part = max(1, len(loss) // 8)
         first, last = float(loss[:part].mean()), float(loss[-part:].mean())
         change = (last - first) / max(first, 1e-12)
-        falls += change < -STEADY
-        fades += norm[-1] < (1 - FADED) * norm[0]
         verb = "falls" if change < -STEADY else "rises" if change > STEADY else "stays even,"
-        said.append(f"layer {i} {verb} from {first:.2g} to {last:.2g}")
-    sentence = (
+        sentence = f"layer {i} {verb} from {_short(first)} to {_short(last)}"
+        if change < -STEADY and norm[-1] < (1 - FADED) * norm[0]:
+            sentence += " as its weights shrink, and with them its targets (fading, not only fitting)"
+        elif change < -STEADY:
+            fitting += 1
+        said.append(sentence)
+    end = "no memory" if not fitting else "every memory" if fitting == len(layers) else f"{fitting} of {len(layers)}"
+    return (
         "Inner loss: how badly a memory's weights map a byte's key to the target it set itself. First to last eighth "
-        f"of the text: {', '.join(said)}."
+        f"of the text: {', '.join(said)}. So {end} clearly comes to fit its own targets better."
     )
-    if not falls:
-        return sentence + " The memories do not come to fit their own targets better."
-    if fades:
-        return sentence + " The weights, and with them the targets, shrink too: part of this is fading, not fitting."
-    which = "The memories come" if falls == len(layers) else f"{falls} of {len(layers)} memories come"
-    return sentence + f" {which} to fit their own targets better."
 
 
 def about_settings(result: dict[str, Any]) -> str:
@@ -204,8 +204,8 @@ def about_samples(result: dict[str, Any]) -> str:
     said = []
     for name, model in result["models"].items():
         shares = [s["known_words"] for s in model["samples"] if s["known_words"] is not None]
-        said.append(f"{fmean(shares):.0%} of {name}'s words" if shares else f"{name} wrote no words")
-    return f"In the training text occur {' and '.join(said)} (three letters or more). Same prompts and random numbers."
+        said.append(f"{name} {fmean(shares):.0%}" if shares else f"{name} wrote none")
+    return f"Words of three letters or more that occur in the training text: {', '.join(said)}. Same prompts for both."
 
 
 def horizon(alpha: np.ndarray) -> np.ndarray:
@@ -247,6 +247,10 @@ def _ends(states: list[dict[str, int]]) -> tuple[dict[str, int], dict[str, int]]
 
 def _bits(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.001 else "under 0.001"
 
 
 def _count(value: float) -> str:
