@@ -21,7 +21,7 @@ def defaults() -> Experiment:
     return Experiment.from_dict(
         {
             "name": "quality",
-            "steps": 600,
+            "steps": 800,
             "test": True,
             "model": {"name": "tiny", "options": _model(128, 2, 4)},
             "data": {"seq_len": 512, "batch_size": 2},
@@ -30,7 +30,6 @@ def defaults() -> Experiment:
             "contenders": [
                 {"name": "hope"},
                 {"name": "titans", "mixer": "titans"},
-                {"name": "gated deltanet", "mixer": "gated_deltanet"},
                 {"name": "deltanet", "mixer": "deltanet"},
                 {"name": "transformer + conv", "mixer": "attention"},
                 {"name": "transformer", "mixer": "attention", "options": {"conv_size": 0}},

@@ -59,6 +59,7 @@ class SelfModifyingTitans(nn.Module):
         momentum: a data-dependent momentum mu in (0, 1) of the writes (decision D5).
         decay: "learned" (alpha from the data), "fixed" (one per head, as RetNet), or "none" (alpha = 1).
         rate: "learned" (eta from the data) or "one" (eta = 1).
+        initial_rate: a learned eta before training.
         read: "before" reads W_{t-1} (NL Eq. 86), "after" W_t, "chunk" the weights of the chunk's start (NL Eq. 90).
         normalize_values: L2-normalise v like k and q; without it self-generated targets feed back and diverge.
         conv_size: width of the causal convolution of the input, 0 for none.
@@ -90,6 +91,7 @@ class SelfModifyingTitans(nn.Module):
         momentum: bool = True,
         decay: str = "learned",
         rate: str = "learned",
+        initial_rate: float = 0.7,
         read: str = "before",
         normalize_values: bool = True,
         conv_size: int = 4,
@@ -104,7 +106,7 @@ class SelfModifyingTitans(nn.Module):
         self.head_dim = head_dim or dim // num_heads
         self.adaptive = tuple(name for name in ADAPTIVE if name in adaptive)
         self.momentum, self.decay, self.rate = momentum, decay, rate
-        self.read, self.normalize_values = read, normalize_values
+        self.read, self.normalize_values, self.initial_rate = read, normalize_values, initial_rate
         self.segment_size, self.norm_limit = segment_size, norm_limit
         self.rule = Rule(objective, dgd, gated_erase, step, self_targets, meta_grad)
         self.groups = self._plan(architecture, gates, expansion, chunk_size, memory_chunk_size or chunk_size)
@@ -159,7 +161,7 @@ class SelfModifyingTitans(nn.Module):
         if self.conv_weight is not None:
             nn.init.uniform_(self.conv_weight, -0.5, 0.5)
         if self.eta_bias is not None:
-            nn.init.zeros_(self.eta_bias)
+            nn.init.constant_(self.eta_bias, math.log(math.expm1(self.initial_rate)))  # softplus of it
         if self.alpha_bias is not None:
             span = torch.logspace(math.log10(128), math.log10(2048), self.num_heads)
             self.alpha_bias.copy_(torch.log(span - 1))  # sigmoid = 1 - 1 / span
@@ -391,8 +393,9 @@ def _check_settings(settings: dict):
     for name, smallest in (least | optional).items():
         if not isinstance(s[name], int) or s[name] < smallest:
             raise ValueError(f"{name} must be an integer of at least {smallest}; got {s[name]!r}")
-    if not s["norm_limit"] > 0:
-        raise ValueError(f"norm_limit must be positive; got {s['norm_limit']!r}")
+    for name in ("norm_limit", "initial_rate"):
+        if not s[name] > 0:
+            raise ValueError(f"{name} must be positive; got {s[name]!r}")
     if s["head_dim"] is None and s["dim"] % s["num_heads"]:
         raise ValueError(
             f"dim {s['dim']} is not a multiple of num_heads {s['num_heads']}: change one, or give head_dim"

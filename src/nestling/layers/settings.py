@@ -10,6 +10,8 @@ from nestling.layers.attention import Attention
 from nestling.layers.self_modifying_titans import SelfModifyingTitans
 
 _STATIC = dict(adaptive=(), self_targets=False, normalize_values=False, momentum=False)
+# without an erase the writes of a chunk add up: begin with steps of about 1 / chunk_size
+_DESCENT = dict(_STATIC, dgd=False, normalize_values=True, initial_rate=0.02)
 _HEBBIAN = dict(_STATIC, architecture="linear", objective="dot", dgd=False, rate="one", step="plain", read="after")
 _DELTA = dict(_STATIC, architecture="linear", objective="dot", dgd=True, step="layer", read="after")
 
@@ -25,13 +27,10 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     # W alpha (I - e k k^T) + e v k^T
     "gated_deltanet": (SelfModifyingTitans, dict(_DELTA, gated_erase=True)),
     # gradient descent on the reconstruction of v by an MLP, no momentum, no decay
-    "ttt": (SelfModifyingTitans, dict(_STATIC, dgd=False, decay="none", normalize_values=True)),
+    "ttt": (SelfModifyingTitans, dict(_DESCENT, decay="none")),
     # the same with momentum and decay, deep and linear
-    "titans": (SelfModifyingTitans, dict(_STATIC, dgd=False, momentum=True, normalize_values=True)),
-    "titans_linear": (
-        SelfModifyingTitans,
-        dict(_STATIC, dgd=False, momentum=True, normalize_values=True, architecture="linear"),
-    ),
+    "titans": (SelfModifyingTitans, dict(_DESCENT, momentum=True)),
+    "titans_linear": (SelfModifyingTitans, dict(_DESCENT, momentum=True, architecture="linear")),
     "attention": (Attention, {}),
 }
 
