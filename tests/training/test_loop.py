@@ -298,3 +298,9 @@ def test_a_model_with_too_small_a_vocabulary_is_refused(config, tmp_path, llama)
 def test_differences():
     old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
     assert differences(old, new) == [("b.c", 2, 4), ("e", None, 5)]
+
+
+def test_levels_that_would_learn_inside_a_context_are_refused(config):
+    inside = config.changed(**{"model.options": {**config.model.options, "cms_levels": [{"chunk_size": 8}, {"chunk_size": None}]}})
+    with pytest.raises(ValueError, match="inside a context"):
+        Trainer(inside)

@@ -91,76 +91,78 @@ class _Step(torch.autograd.Function):
 
 
 class _Saved(NamedTuple):
-    pre: Tensor  # W2 [k; v], [N, 2C, h]
-    hidden: Tensor  # silu of it
+    pre: Tensor  # W2 k, [N, C, h]
+    hidden: Tensor  # silu(W2 [k; v]), [N, 2C, h]
+    slope: Tensor  # silu' there
     error: Tensor  # M(k) - M(v), [N, C, p]
     pulled: Tensor  # W1^T error, [N, C, h]
+    error2: Tensor  # the error at the first layer, pulled * slope
     out: Tensor  # W1 hidden for the keys, [N, C, p]
+    sizes: Tensor  # |h|^2, |k|^2, |error|^2 + eps, |error2|^2, and the step e: [5, N, C]
+    writes2: Tensor  # u of the first layer
+    writes1: Tensor
     d2: Tensor
     d1: Tensor
-    read: Tensor | None  # W2's read of q, [G, C, h]
+    read: Tensor | None  # the first layer's read of q, [G, C, h]
 
 
-def _slope(pre: Tensor, out: Tensor) -> Tensor:
-    """silu' from the pre-activation and silu of it."""
+def _silu(pre: Tensor) -> tuple[Tensor, Tensor]:
+    """silu and its slope."""
     s = torch.sigmoid(pre)
-    return torch.addcmul(s, s, pre - out)
+    out = pre * s
+    return out, torch.addcmul(s, s, pre - out)
 
 
-def _curve_(grad: Tensor, pre: Tensor) -> Tensor:
-    """grad * silu''(pre), in place on grad."""
+def _bent_(grad: Tensor, pre: Tensor, out: Tensor) -> Tensor:
+    """grad * silu''(pre), in place; out = silu(pre)."""
     s = torch.sigmoid(pre)
-    bend = (1 - 2 * s).mul_(pre).add_(2)
-    return grad.mul_(bend).mul_(s.addcmul_(s, s, value=-1))
+    bend = torch.sub(pre, out, alpha=2).add_(2).mul_(s.addcmul_(s, s, value=-1))
+    return grad.mul_(bend)
 
 
-class _Parts(NamedTuple):
-    """Cheap quantities both passes build anew."""
-
-    rows: Tensor  # [k; v] for every memory, [N, 2C, p]
-    slope: Tensor  # silu'(W2 k), [N, C, h]
-    error2: Tensor  # error at the first layer, [N, C, h]
-    sizes: tuple[Tensor, Tensor, Tensor, Tensor]  # |h|^2, |k|^2, |error|^2 + eps, |error2|^2, [N, C]
-    eta: Tensor
-    rate: Tensor  # e [N, C]
-    damp: Tensor | float  # 1 - mu
-    tables: tuple[Tensor, Tensor | None, Tensor | None]
+def _square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).square_()
 
 
-def _parts(step: Step, rows: Tensor, saved: _Saved) -> _Parts:
-    n, size = step.w2.shape[0] // step.keys.shape[0], step.keys.shape[1]
-    h = saved.hidden[:, :size]
-    slope = _slope(saved.pre[:, :size], h)
-    error2 = saved.pulled * slope
-    h_size, key_size = dot(h, h), dot(step.keys, step.keys).repeat(n, 1)
-    size2, eta = dot(error2, error2), step.eta.repeat(n, 1)
-    rate, total = joint_step(eta, [key_size, h_size], [size2, dot(saved.error, saved.error)])
-    damp = 1.0 if step.mu is None else (1 - step.mu).repeat(n, 1)
-    tables = tuple(None if t is None else t.repeat(n, 1, 1) for t in (step.decay, step.mixed, step.momentum))
-    return _Parts(rows, slope, error2, (h_size, key_size, total, size2), eta, rate, damp, tables)
+def _shape(step: Step) -> tuple[int, int, int]:
+    """Memories in the stack n, heads G, tokens C."""
+    return step.w2.shape[0] // step.keys.shape[0], step.keys.shape[0], step.keys.shape[1]
 
 
-def _chunks(step: Step, saved: _Saved, parts: _Parts, read: Tensor | None) -> tuple[Chunk, Chunk]:
+def _tables(step: Step) -> list[Tensor | None]:
+    n = _shape(step)[0]
+    return [None if t is None else t.repeat(n, 1, 1) for t in (step.decay, step.mixed, step.momentum)]
+
+
+def _damp(step: Step) -> Tensor | float:
+    return 1.0 if step.mu is None else (1 - step.mu).repeat(_shape(step)[0], 1)
+
+
+def _chunks(step: Step, rows: Tensor, saved: _Saved, read: Tensor | None) -> tuple[Chunk, Chunk]:
     """The delta rule of either layer; `read` are the second layer's queries."""
-    size = step.keys.shape[1]
-    scale = (-parts.rate * parts.damp).unsqueeze(-1)
-    keys, h, pre = parts.rows[:, :size], saved.hidden[:, :size], saved.pre[:, :size]
-    rest = (parts.rate, *parts.tables)
-    first = Chunk(step.w2, step.s2, pre, keys, parts.error2 * scale, *rest, step.queries)
-    second = Chunk(step.w1, step.s1, saved.out, h, saved.error * scale, *rest, read)
+    size, rest = step.keys.shape[1], (saved.sizes[4], *_tables(step))
+    first = Chunk(step.w2, step.s2, saved.pre, rows[:, :size], saved.writes2, *rest, step.queries)
+    second = Chunk(step.w1, step.s1, saved.out, saved.hidden[:, :size], saved.writes1, *rest, read)
     return first, second
 
 
 def _forward(step: Step, after: bool):
-    n, size = step.w2.shape[0] // step.keys.shape[0], step.keys.shape[1]
+    n, _, size = _shape(step)
     rows = torch.cat([step.keys, step.values], 1).repeat(n, 1, 1)
     pre = torch.bmm(rows, step.w2.mT)
-    hidden = F.silu(pre)
+    hidden, slope = _silu(pre)
     out = torch.bmm(hidden, step.w1.mT)
     error = (rows[:, :size] - rows[:, size:]).add_(out[:, :size]).sub_(out[:, size:])  # M(k) - M(v)
     pulled = torch.bmm(error, step.w1)
-    saved = _Saved(pre, hidden, error, pulled, out[:, :size], None, None, None)
-    first, second = _chunks(step, saved, _parts(step, rows, saved), None)
+    error2 = pulled * slope[:, :size]
+    h_size, key_size, size2 = _square(hidden[:, :size]), _square(step.keys).repeat(n, 1), _square(error2)
+    rate, total = joint_step(step.eta.repeat(n, 1), [key_size, h_size], [size2, _square(error)])
+    scale = (-rate * _damp(step)).unsqueeze(-1)
+    saved = _Saved(
+        pre[:, :size], hidden, slope, error, pulled, error2, out[:, :size],
+        torch.stack([h_size, key_size, total, size2, rate]), error2 * scale, error * scale, None, None, None,
+    )  # fmt: skip
+    first, second = _chunks(step, rows, saved, None)
     w2, s2, read, d2 = chunk_forward(first, after)
     if read is not None:
         second = second._replace(queries=F.silu(read))
@@ -169,37 +171,36 @@ def _forward(step: Step, after: bool):
 
 
 def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_y):
-    groups, size = step.keys.shape[:2]
-    n = step.w2.shape[0] // groups
+    n, groups, size = _shape(step)
     rows = torch.cat([step.keys, step.values], 1).repeat(n, 1, 1)
-    parts = _parts(step, rows, saved)
-    read = None if saved.read is None else F.silu(saved.read)
-    first, second = _chunks(step, saved, parts, read)
+    read, read_slope = (None, None) if saved.read is None else _silu(saved.read)
+    first, second = _chunks(step, rows, saved, read)
 
     # the recurrences, second layer first: its read is the last thing computed
     g1 = chunk_backward(second, after, saved.d1, g_w1, g_s1, g_y)
-    g_read = None if read is None else g1.queries.mul_(_slope(saved.read, read))
+    g_read = None if read is None or g_y is None else g1.queries.mul_(read_slope)
     g2 = chunk_backward(first, after, saved.d2, g_w2, g_s2, g_read)
     g_h, g_k = g1.keys, g2.keys
 
     # writes u = -e (1 - mu) error, erase e
-    reach = dot(g1.writes, saved.error).add_(dot(g2.writes, parts.error2))
-    g_rate = g1.erase.add_(g2.erase) - reach * parts.damp
-    scale = (-parts.rate * parts.damp).unsqueeze(-1)
+    h_size, key_size, total, size2, rate = saved.sizes
+    eta, damp = step.eta.repeat(n, 1), _damp(step)
+    reach = dot(g1.writes, saved.error).add_(dot(g2.writes, saved.error2))
+    g_rate = g1.erase.add_(g2.erase) - reach * damp
+    scale = (-rate * damp).unsqueeze(-1)
     # e = eta / (1 + eta kappa), kappa = |h|^2 + |k|^2 (1 + |error2|^2 / |error|^2)
-    h_size, key_size, total, size2 = parts.sizes
     ratio = size2 / total
-    g_kappa = -2 * parts.rate.square() * g_rate
-    g_eta = g_rate / (1 + parts.eta * (h_size + key_size * (1 + ratio))).square()
+    g_kappa = -2 * rate.square() * g_rate
+    g_eta = g_rate / (1 + eta * (h_size + key_size * (1 + ratio))).square()
     g_ratio = g_kappa * key_size / total
     h, keys = saved.hidden[:, :size], rows[:, :size]
     g_h.addcmul_(h, g_kappa.unsqueeze(-1))
     g_k.addcmul_(keys, (g_kappa * (1 + ratio)).unsqueeze(-1))
     g_error = g1.writes.mul_(scale).addcmul_(saved.error, (-g_ratio * ratio).unsqueeze(-1))
-    g_error2 = g2.writes.mul_(scale).addcmul_(parts.error2, g_ratio.unsqueeze(-1))
+    g_error2 = g2.writes.mul_(scale).addcmul_(saved.error2, g_ratio.unsqueeze(-1))
     # error2 = (W1^T error) * silu'(W2 k)
-    g_pulled = g_error2 * parts.slope
-    g_pre_keys = _curve_(g_error2.mul_(saved.pulled), saved.pre[:, :size]).add_(g2.products)
+    g_pulled = g_error2 * saved.slope[:, :size]
+    g_pre_keys = _bent_(g_error2.mul_(saved.pulled), saved.pre, h).add_(g2.products)
     g_error.baddbmm_(g_pulled, step.w1.mT)
     g_w1 = g1.weight.baddbmm_(saved.error.mT, g_pulled)
     # error = M(k) - M(v); W1's products for the keys serve the recurrence too
@@ -207,7 +208,7 @@ def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_
     g_w1.baddbmm_(g_out.mT, saved.hidden)
     g_pre = torch.bmm(g_out, step.w1)
     g_pre[:, :size].add_(g_h)
-    g_pre.mul_(_slope(saved.pre, saved.hidden))
+    g_pre.mul_(saved.slope)
     g_pre[:, :size].add_(g_pre_keys)
     g_w2 = g2.weight.baddbmm_(g_pre.mT, rows)
     g_rows = torch.bmm(g_pre, step.w2)
@@ -220,7 +221,7 @@ def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_
 
     g_rows = shared(g_rows)
     tables = [None if a is None else shared(a.add_(b)) for a, b in zip(g1[6:9], g2[6:9], strict=True)]
-    g_mu = None if step.mu is None else shared(reach * parts.rate)
+    g_mu = None if step.mu is None else shared(reach * rate)
     g_q = None if g_y is None or read is None else g2.queries.add_(g_y)
     keys_values = g_rows[:, :size], g_rows[:, size:]
     return g_w2, g_w1, g2.velocity, g1.velocity, *keys_values, g_q, shared(g_eta), g_mu, *tables

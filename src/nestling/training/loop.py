@@ -273,7 +273,15 @@ class Trainer:
         if not levels or not hasattr(self.model, "level_parameters"):
             return None
         config = self.config
-        return Schedule(levels, config.data.seq_len, config.tokens_per_step, config.tokens_per_step * config.steps)
+        total = config.tokens_per_step * config.steps
+        schedule = Schedule(levels, config.data.seq_len, config.tokens_per_step, total)
+        if schedule.fast:
+            raise ValueError(
+                f"levels {', '.join(map(str, schedule.fast))} would be updated inside a context of "
+                f"{config.data.seq_len} tokens, which the trainer does not do yet: give them a chunk_size of at least "
+                f"{config.tokens_per_step} (one outer step), or None"
+            )
+        return schedule
 
 
 def train(config: TrainConfig, resume: bool = False) -> Result:
