@@ -91,6 +91,15 @@ def test_table_shows_the_result(page, result):
     assert "4.8 kB" in re.search(r"state after 512 bytes</th>(.*?)</tr>", page).group(1)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("bits", [1.0, 4.5, 7.9])
+def test_figures_have_room_wherever_the_losses_end(result, bits):
+    """Far below the frequencies of the bytes, at them, or above: nothing falls out of the axes."""
+    for model in result["models"].values():
+        model["held_out"][-1]["bits"] = bits
+    assert f"Hope {bits:.2f}" in build(result)
+
+
 def test_failure_and_early_end_are_said(result):
     """A page of a run that missed the bar never says that it learned."""
     result["check"] |= {"passed": False, "learned": {HOPE: False, TRANSFORMER: True}}

@@ -13,6 +13,8 @@ from nestling.demo.run import check, claim_folder, plan_steps, run
 from nestling.demo.text import Text
 from nestling.demo.watch import Watch
 
+pytestmark = pytest.mark.filterwarnings("error:constrained_layout")
+
 
 class Silent(Watch):
     """Says nothing; `on_step` may interfere."""

@@ -108,10 +108,13 @@ class Contender:
         """Text written from the prompts, the same random numbers for every model."""
         corpus, demo = self.trainer.corpus, self.demo
         prompts = demo["prompts"] or measure.prompts_from(corpus.val.ids, demo["prompt_bytes"])
-        options = (demo["sample_bytes"], demo["temperature"], demo["seed"])
-        return [
-            {"prompt": p, "text": measure.sample(self.trainer.model, corpus.tokenizer, p, *options)} for p in prompts
-        ]
+        samples = []
+        for i, prompt in enumerate(prompts):
+            options = (demo["sample_bytes"], demo["temperature"], demo["seed"] + i)
+            samples.append(
+                {"prompt": prompt, "text": measure.sample(self.trainer.model, corpus.tokenizer, prompt, *options)}
+            )
+        return samples
 
     def _fresh(self, steps: int) -> Trainer:
         from nestling.training import TrainConfig, Trainer

@@ -45,11 +45,14 @@ def curves(result: dict[str, Any], width: int) -> Figure:
     values = [
         row["bits"] for model in result["models"].values() for row in model["held_out"] if math.isfinite(row["bits"])
     ]
-    floor, ceiling = min(values) * 0.92, max(entropy * 1.1, min(max(values), entropy * 1.3))
+    last = max(model["held_out"][-1]["bits"] for model in result["models"].values())
+    # the beginning, before anything is learned, is cut off; the ends and the frequencies never are
+    floor = 0.92 * min(entropy, *values)
+    ceiling = max(1.1 * entropy, 1.1 * last if math.isfinite(last) else 0, min(1.3 * entropy, max(values)))
     for ax, (by, scale, label) in zip(
         axes, (("tokens", 1000, "thousand bytes read"), ("seconds", 1, "seconds of training"))
     ):
-        last = max(model["curve"][-1][by] / scale for model in result["models"].values())
+        reach = max(model["curve"][-1][by] / scale for model in result["models"].values())
         ends = []
         for name, model in result["models"].items():
             rows, curve = [row for row in model["held_out"] if math.isfinite(row["bits"])], model["curve"]
@@ -59,7 +62,7 @@ def curves(result: dict[str, Any], width: int) -> Figure:
             ax.plot(x, y, color=COLOURS[name], ls=DASHES[name], marker="o", ms=4)
             ends.append((x[-1], y[-1], f"{name} {y[-1]:.2f}", COLOURS[name]))
         ax.set_ylim(floor, ceiling)
-        ax.set_xlim(0, last * (1.2 if wide else 1.5))
+        ax.set_xlim(0, reach * (1.2 if wide else 1.5))
         ax.axhline(entropy, color=MUTED, lw=1, ls=(0, (4, 3)))
         ax.text(ax.get_xlim()[1], entropy, "byte frequencies alone", color=MUTED, ha="right", va="bottom", fontsize=12)
         _label_ends(ax, ends)
@@ -170,7 +173,11 @@ def _scale(ax: Axes, values: np.ndarray) -> None:
         ax.set_yscale("log")
         subs = (1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)
         ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:.3g}"))
+        ax.yaxis.set_major_formatter(
+            FuncFormatter(
+                lambda v, _: f"{v:,.0f}" if v >= 1 else np.format_float_positional(v, 3, trim="-", fractional=False)
+            )
+        )
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(axis="y", which="minor", length=0)
         ax.set_ylim(low / 1.3, high * 1.3)

@@ -32,7 +32,11 @@ class Pair:
             process.start()
             theirs.close()
             self._processes[name], self._ends[name] = process, ours
-        self._gather()
+        try:
+            self._gather()
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, method: str, *args: Any, heard: Callable[[str, Any], None] | None = None) -> dict[str, Any]:
         """Call a method of every object at once; returns what each answered.

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY = 15.0  # seconds between two lines where there is no terminal
 SMOOTHING = 0.9  # of the loss shown
@@ -41,8 +41,6 @@ class Watch:
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
@@ -61,9 +59,8 @@ class Watch:
         self._loss[name] = SMOOTHING * before + (1 - SMOOTHING) * report["bits"]
         if self._bars is not None:
             speed = report["tokens"] / max(report["seconds"], 1e-9)
-            figures = f"{self._loss[name]:.3f} bits/byte  {speed:,.0f} bytes/s"
-            if name in self._held_out:
-                figures += f"  held out {self._held_out[name]:.3f}"
+            held_out = f"  held out {self._held_out[name]:.3f}" if name in self._held_out else ""
+            figures = f"{self._loss[name]:.3f} bits/byte{held_out}  {speed:,.0f} B/s"
             self._bars.update(self._tasks[name], completed=report["step"], figures=figures)
 
     def held_out(self, name: str, bits: float) -> None:
