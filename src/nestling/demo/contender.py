@@ -27,6 +27,7 @@ class Contender:
     def describe(self) -> dict[str, Any]:
         """Parameters and settings."""
         model = self.trainer.model
+        groups = getattr(model.model.layers[0].mixer, "groups", ())
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
             "mixer": model.config.mixer,
@@ -34,8 +35,7 @@ class Contender:
             "width": model.config.hidden_size,
             "heads": model.config.num_attention_heads,
             "mlp_width": model.config.intermediate_size,
-            "chunk": getattr(model.model.layers[0].mixer, "groups", [None])[-1]
-            and model.model.layers[0].mixer.groups[-1].chunk_size,
+            "chunk": groups[-1].chunk_size if groups else None,  # of the main memory
         }
 
     def calibrate(self, seconds: float) -> float:
