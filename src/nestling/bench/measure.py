@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -91,16 +91,16 @@ def clock(function: Callable[[], object], settings: Settings) -> float:
 class Timing:
     """Seconds of each contender in each round; round r of one ran right beside round r of the others."""
 
-    seconds: dict[str, list[float]]
+    seconds: dict[Hashable, list[float]]
 
-    def median(self, name: str) -> float:
+    def median(self, name: Hashable) -> float:
         return statistics.median(self.seconds[name])
 
-    def ratio(self, name: str, base: str) -> float:
+    def ratio(self, name: Hashable, base: Hashable) -> float:
         """How many times as fast `name` is as `base`: the median over rounds of base's time over its own."""
         return statistics.median(b / a for a, b in zip(self.seconds[name], self.seconds[base], strict=True))
 
-    def spread(self, name: str, base: str) -> tuple[float, float]:
+    def spread(self, name: Hashable, base: Hashable) -> tuple[float, float]:
         """Smallest and largest ratio of any round."""
         ratios = [b / a for a, b in zip(self.seconds[name], self.seconds[base], strict=True)]
         return min(ratios), max(ratios)

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -186,29 +185,32 @@ def decode(settings: Settings) -> Table:
         for position in s.positions:  # what is in the cache does not change the time it takes
             states["attention", position] = (attention, _grown(start, position))
         tokens = [s.random(1, 1, s.dim) for _ in range(s.decode_tokens)]
-        seconds: dict = {key: [] for key in states}
         # one token that is not timed; behind it the state is inside a chunk, where it is largest
         carried = {key: layer(tokens[0], state)[1] for key, (layer, state) in states.items()}
         sizes = {key: state_bytes(state) for key, state in carried.items()}
-        for x in tokens:  # interleaved token by token
-            for key, (layer, _) in states.items():
-                after = []
-                step = partial(_advance, layer, x, carried[key], after)
-                seconds[key].append(measure.clock(step, s))
-                (carried[key],) = after
-    rows = []
-    first = {name: statistics.median(seconds[name, s.positions[0]]) for name in ("selfmod", "attention")}
-    for (name, position), times in seconds.items():
-        middle = statistics.median(times)
-        rows.append(
-            {
-                "layer": name,
-                "position": position,
-                "ms/token": middle * 1e3,
-                f"over {s.positions[0]:,}": middle / first[name],
-                "state bytes": sizes[name, position],
-            }
-        )
+        timings = {}
+        for name, layer in (("selfmod", hope), ("attention", attention)):
+            seconds: dict = {position: [] for position in s.positions}
+            for turn, x in enumerate(tokens):  # positions in turn, token by token, each as often first as last
+                at = turn % len(s.positions)
+                for position in s.positions[at:] + s.positions[:at]:
+                    after: list = []
+                    step = partial(_advance, layer, x, carried[name, position], after)
+                    seconds[position].append(measure.clock(step, s))
+                    (carried[name, position],) = after
+            timings[name] = Timing(seconds)
+    rows, first = [], s.positions[0]
+    for name, timing in timings.items():
+        for position in s.positions:
+            rows.append(
+                {
+                    "layer": name,
+                    "position": position,
+                    "ms/token": timing.median(position) * 1e3,
+                    f"over {first:,}": timing.ratio(first, position),
+                    "state bytes": sizes[name, position],
+                }
+            )
     note = "The memory reads its way to each position; attention's cache is filled with random keys and values."
     return Table("Decoding one token at a time, one layer, one sequence", rows, [note])
 
@@ -263,7 +265,7 @@ def _peak_growth(settings: Settings, tokens: int, segment_size: int) -> int:
     command = [sys.executable, "-m", "nestling.bench.peak", json.dumps(values)]
     threads = str(torch.get_num_threads())
     # freed blocks go back to the system at once, so that the peak is what is alive and not what is fragmented
-    quiet = {"OMP_NUM_THREADS": threads, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    quiet = {"OMP_NUM_THREADS": threads, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring memory at {tokens} tokens failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -37,7 +37,8 @@ def machine(environment: dict) -> str:
     where = e.get("gpu") or e["cpu"]
     load = "" if e["load"] is None else f"; load average {e['load'][0]} before and {e['load after'][0]} after"
     cores = f"{e['threads']} thread{'s' * (e['threads'] != 1)} of {e['cores']} cores"
-    return f"{where}, {cores}, {e['dtype']}, torch {e['torch']}, {e['date']}{load}."
+    note = f" {e['note']}." if "note" in e else ""
+    return f"{where}, {cores}, {e['dtype']}, torch {e['torch']}, {e['date']}{load}.{note}"
 
 
 def update_page(page: str, results: dict[str, dict]) -> str:
@@ -102,7 +103,13 @@ def _mixers(ax, rows) -> None:
     names = [r["layer"].replace("_", " ") for r in rows]
     ax.barh(names, [r["ratio"] for r in rows], color=["C1" if r["layer"] == "selfmod" else "C0" for r in rows])
     for at, row in enumerate(rows):
-        ax.text(row["ratio"], at, f" {row['ratio']:.2f}", va="center")
+        ax.text(
+            row["ratio"],
+            at,
+            f" {row['ratio']:.2f}",
+            va="center",
+            bbox=dict(facecolor="white", edgecolor="none", pad=0.5),
+        )
     ax.margins(x=0.15)
     ax.axvline(1, color="0.5", linewidth=0.8)
     ax.set(title="Layers at the target's size", xlabel="tokens/s over the block's")
