@@ -250,7 +250,8 @@ def memory(settings: Settings) -> Table:
             rows.append({"keeps": kept, "tokens": tokens, "MiB over idle": grown / 2**20})
             base = next(r for r in rows if r["keeps"] == kept)
             linear = tokens / base["tokens"]
-            rows[-1]["over linear growth"] = rows[-1]["MiB over idle"] / base["MiB over idle"] / linear
+            first = base["MiB over idle"]
+            rows[-1]["over linear growth"] = rows[-1]["MiB over idle"] / first / linear if first else None
             rows[-1]["boundary states MiB"] = (tokens / segment * boundary / 2**20) if size else None
     note = f"Recomputed in pieces of {segment} tokens; one boundary state is {boundary / 2**20:.2f} MiB."
     return Table("Peak memory of a training step, one sequence", rows, [note])

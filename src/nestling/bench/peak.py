@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -12,28 +13,45 @@ from nestling.layers.settings import build_mixer
 
 
 def main(values: dict) -> int:
-    """Bytes by which a step at `tokens` raises the process's peak over the peak of a short step."""
+    """Bytes by which a step at `tokens` raises the process's peak over what it holds after a short step."""
     settings = measure.Settings(device=values["device"], dtype=values["dtype"])
     torch.set_num_threads(values["threads"])
     layer = build_mixer("selfmod", values["dim"], values["heads"], segment_size=values["segment_size"])
     layer = layer.to(settings.device)
     measure.train_step(layer, settings.random(1, values["warm"], values["dim"]), settings)()  # threads, caches
-    before = peak(settings.device, resting=True)
+    before = restart(settings.device)
     measure.train_step(layer, settings.random(1, values["tokens"], values["dim"]), settings)()
     return max(0, peak(settings.device) - before)
 
 
-def peak(device: str, resting: bool = False) -> int:
-    """Largest memory so far, in bytes; `resting`: what is held now."""
+def restart(device: str) -> int:
+    """Begin a new peak; what is held now, in bytes."""
     if device == "cuda":
-        return torch.cuda.memory_allocated() if resting else torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if sys.platform != "linux":
+        return peak(device)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as order:
+        order.write("5")
+    return _status("VmRSS")
+
+
+def peak(device: str) -> int:
+    """Largest memory since `restart`, in bytes."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        # not ru_maxrss: a process starts with its parent's
+        return _status("VmHWM")
     import resource
 
-    if resting and sys.platform == "linux":
-        with open("/proc/self/statm") as numbers:
-            return int(numbers.read().split()[1]) * resource.getpagesize()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":
