@@ -36,10 +36,11 @@ def silu_slope(x):
 class Memory:
     """One memory of every sequence and head: an MLP z + W1 silu(W2 z), or a matrix."""
 
-    def __init__(self, name, weights, residual, chunk_size):
+    def __init__(self, name, weights, residual, chunk_size, retain):
         self.name, self.now, self.start, self.residual = name, weights, weights, residual
         self.velocity = [torch.zeros_like(w) for w in weights]
         self.chunk_size = chunk_size
+        self.anchor = weights if retain == "initial" else [torch.zeros_like(w) for w in weights]
 
     def record(self, weights, z):
         """Every layer's input and product, and the output."""
@@ -74,7 +75,7 @@ class Memory:
                 kappa = kappa + size[0] * (1 + size_error[0] / (size_error[1] + 1e-6))
             steps = [eta / (1 + eta * kappa)] * len(inputs)
         now, velocity = [], []
-        for w, s, x, d, e in zip(self.now, self.velocity, inputs, errors, steps, strict=True):
+        for w, anchor, s, x, d, e in zip(self.now, self.anchor, self.velocity, inputs, errors, steps, strict=True):
             push = -e[..., None, None] * outer(d, x)
             if mu is not None:
                 push = mu[..., None, None] * s + (1 - mu)[..., None, None] * push
@@ -83,7 +84,8 @@ class Memory:
                 erase = e * alpha
             elif rule.dgd:
                 erase = e
-            now.append(alpha[..., None, None] * w - erase[..., None, None] * outer(apply(w, x), x) + push)
+            kept = alpha[..., None, None] * w + (1 - alpha[..., None, None]) * anchor
+            now.append(kept - erase[..., None, None] * outer(apply(w, x), x) + push)
             velocity.append(push)
         self.now, self.velocity = now, velocity
 
@@ -103,7 +105,7 @@ def memories(layer, batch):
     for group, weights in zip(layer.groups, layer.initial, strict=True):
         for j, name in enumerate(group.names):
             own = [w[j].expand(batch, *w.shape[1:]) for w in weights]
-            found[name] = Memory(name, own, name not in ("eta", "alpha"), group.chunk_size)
+            found[name] = Memory(name, own, name not in ("eta", "alpha"), group.chunk_size, layer.retain)
     return found
 
 

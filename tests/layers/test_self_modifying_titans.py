@@ -40,6 +40,8 @@ SETTINGS = {
     "raw_values": dict(normalize_values=False),
     "bare": dict(conv_size=0, output_gate=False),
     "norm_limit": dict(norm_limit=0.3),
+    "retain_zero": dict(retain="zero"),
+    "retain_zero_linear": dict(retain="zero", architecture="linear"),
 }
 
 
@@ -161,6 +163,7 @@ def test_first_order_holds_the_inner_gradient_fixed():
         step="plain",
         momentum=False,
         meta_grad="first_order",
+        retain="zero",
         chunk_size=16,
     )
     x = inputs(8)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.ops import delta_rule, delta_rule_reference
+from nestling.ops.chunk import Chunk, decay_table, delta_chunk
 
 NAMES = ("weight", "keys", "writes", "decay", "erase", "queries", "momentum", "velocity")
 
@@ -56,7 +57,9 @@ def assert_same(args, tolerance=1e-9, **options):
             assert (a is None or not a.any()) and (b is None or not b.any()), name
             continue
         assert a.isfinite().all(), name
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 1.0))
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item() if b.numel() else 1.0)
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +99,11 @@ def test_split_and_carried_state(tokens, split, seed):
     rest = {n: args[n].narrow(dims[n], split, tokens - split) for n in per_token}
     a = delta_rule(args["weight"], velocity=args["velocity"], chunk_size=8, **first)
     b = delta_rule(a.weight, velocity=a.velocity, chunk_size=8, **rest)
-    for got, want in ((b.weight, whole.weight), (b.velocity, whole.velocity), (torch.cat([a.reads, b.reads], -2), whole.reads)):
+    for got, want in (
+        (b.weight, whole.weight),
+        (b.velocity, whole.velocity),
+        (torch.cat([a.reads, b.reads], -2), whole.reads),
+    ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
@@ -148,3 +155,42 @@ def test_mu_zero_without_momentum():
 def test_wrong_arguments_are_named(change, error, word):
     with pytest.raises(error, match=word):
         delta_rule(**(make() | change))
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_decay_towards_an_anchor(momentum, after):
+    """The chunk form with an anchor against its recurrence: each token adds (1 - alpha_t) of the anchor."""
+    args = make(lead=(3,), tokens=6, momentum=momentum, edges=True)
+    anchor = torch.randn(3, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def chunk(anchor, *values):
+        a = dict(zip(args, values, strict=True))
+        decays = decay_table(a["decay"], a.get("momentum"))
+        fields = a["weight"], a.get("velocity"), a["keys"] @ a["weight"].mT, a["keys"], a["writes"], a["erase"]
+        weight, velocity, reads = delta_chunk(Chunk(*fields, *decays, a["queries"][-2:], anchor), after)
+        return tuple(t for t in (weight, velocity, reads) if t is not None)
+
+    def loop(anchor, *values):
+        a = dict(zip(args, values, strict=True))
+        weight, velocity, reads = a["weight"], a.get("velocity"), []
+        for t in range(6):
+            x, before = a["keys"][:, t], weight
+            step = a["writes"][:, t, :, None] * x[:, None]
+            if momentum:
+                step = velocity = a["momentum"][:, t, None, None] * velocity + step
+            alpha = a["decay"][:, t, None, None]
+            erased = a["erase"][:, t, None, None] * (weight @ x[:, :, None]) * x[:, None]
+            weight = alpha * weight + (1 - alpha) * anchor - erased + step
+            reads.append(((weight if after else before) @ a["queries"][:, t, :, None])[-2:, :, 0])
+        return tuple(t for t in (weight, velocity, torch.stack(reads, 1)) if t is not None)
+
+    inputs = (anchor, *args.values())
+    got, want = chunk(*inputs), loop(*inputs)
+    size = lambda parts: sum((p * torch.linspace(-1, 1, p.numel()).view_as(p)).sum() for p in parts)  # noqa: E731
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    grads = [torch.autograd.grad(size(parts), inputs) for parts in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert torch.autograd.gradgradcheck(chunk, inputs)

@@ -301,6 +301,7 @@ def test_differences():
 
 
 def test_levels_that_would_learn_inside_a_context_are_refused(config):
-    inside = config.changed(**{"model.options": {**config.model.options, "cms_levels": [{"chunk_size": 8}, {"chunk_size": None}]}})
+    levels = [{"chunk_size": 8}, {"chunk_size": None}]
+    inside = config.changed(**{"model.options": {**config.model.options, "cms_levels": levels}})
     with pytest.raises(ValueError, match="inside a context"):
         Trainer(inside)

@@ -60,6 +60,9 @@ class SelfModifyingTitans(nn.Module):
         decay: "learned" (alpha from the data), "fixed" (one per head, as RetNet), or "none" (alpha = 1).
         rate: "learned" (eta from the data) or "one" (eta = 1).
         initial_rate: a learned eta before training.
+        retain: what the decay returns a memory to: "initial", its learned initial state, or "zero" (NL Eq. 88 read
+            literally; both layers of a deep memory then fade together and it stops learning for good).
+        horizon: tokens a learned decay remembers before training, from the first head to the last.
         read: "before" reads W_{t-1} (NL Eq. 86), "after" W_t, "chunk" the weights of the chunk's start (NL Eq. 90).
         normalize_values: L2-normalise v like k and q; without it self-generated targets feed back and diverge.
         conv_size: width of the causal convolution of the input, 0 for none.
@@ -91,7 +94,9 @@ class SelfModifyingTitans(nn.Module):
         momentum: bool = True,
         decay: str = "learned",
         rate: str = "learned",
-        initial_rate: float = 0.7,
+        initial_rate: float = 0.02,
+        retain: str = "initial",
+        horizon: tuple[float, float] = (128.0, 2048.0),
         read: str = "before",
         normalize_values: bool = True,
         conv_size: int = 4,
@@ -107,6 +112,7 @@ class SelfModifyingTitans(nn.Module):
         self.adaptive = tuple(name for name in ADAPTIVE if name in adaptive)
         self.momentum, self.decay, self.rate = momentum, decay, rate
         self.read, self.normalize_values, self.initial_rate = read, normalize_values, initial_rate
+        self.horizon, self.retain = horizon, retain
         self.segment_size, self.norm_limit = segment_size, norm_limit
         self.rule = Rule(objective, dgd, gated_erase, step, self_targets, meta_grad)
         self.groups = self._plan(architecture, gates, expansion, chunk_size, memory_chunk_size or chunk_size)
@@ -163,7 +169,7 @@ class SelfModifyingTitans(nn.Module):
         if self.eta_bias is not None:
             nn.init.constant_(self.eta_bias, math.log(math.expm1(self.initial_rate)))  # softplus of it
         if self.alpha_bias is not None:
-            span = torch.logspace(math.log10(128), math.log10(2048), self.num_heads)
+            span = torch.logspace(math.log10(self.horizon[0]), math.log10(self.horizon[1]), self.num_heads)
             self.alpha_bias.copy_(torch.log(span - 1))  # sigmoid = 1 - 1 / span
         if self.mu_bias is not None:
             nn.init.zeros_(self.mu_bias)
@@ -171,15 +177,27 @@ class SelfModifyingTitans(nn.Module):
             for weight, std in zip(weights, group.architecture.initial(), strict=True):
                 nn.init.normal_(weight, std=std)
 
+    def _start(self, batch_size: int) -> list[tuple[Tensor, ...]]:
+        """The learned initial weights of every group for each sequence, [n, B, H, o, i]."""
+        return [
+            tuple(_state_dtype(w).unsqueeze(1).expand(-1, batch_size, -1, -1, -1).contiguous() for w in weights)
+            for weights in self.initial
+        ]
+
+    def _anchors(self, batch_size: int) -> list[tuple[Tensor, ...]]:
+        """What the weights of every group decay towards."""
+        if self.retain == "zero" or self.decay == "none":
+            return [()] * len(self.groups)
+        anchors = self._start(batch_size)
+        if self.rule.meta_grad == "none":
+            anchors = [tuple(w.detach() for w in weights) for weights in anchors]
+        return anchors
+
     def initial_state(self, batch_size: int) -> TitansState:
         """The learned state that every one of `batch_size` streams begins with."""
         memories = []
-        for weights in self.initial:
-            # laid out as the scan wants it, seen as the state does
-            start = tuple(
-                _state_dtype(w).unsqueeze(1).expand(-1, batch_size, -1, -1, -1).contiguous().transpose(0, 1)
-                for w in weights
-            )
+        for weights in self._start(batch_size):
+            start = tuple(w.transpose(0, 1) for w in weights)  # laid out as the scan wants it, seen as the state does
             velocity = tuple(torch.zeros_like(w) for w in start) if self.momentum else ()
             memories.append(FastWeights(start, start, velocity))
         size = 0 if self.conv_weight is None else self.conv_weight.shape[1] - 1
@@ -239,8 +257,9 @@ class SelfModifyingTitans(nn.Module):
         if self.segment_size and torch.is_grad_enabled() and max(lengths) > self.segment_size and not inspect:
             pieces = _pieces(plan, self.segment_size)
         memories, outputs, report = _swap(state.memories), [], []
+        anchors = self._anchors(len(lengths))
         for piece in pieces:
-            args = (piece, memories, tensors, report if inspect else None)
+            args = (piece, memories, anchors, tensors, report if inspect else None)
             if len(pieces) > 1:
                 y, memories = checkpoint(self._scan_piece, *args, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -250,15 +269,18 @@ class SelfModifyingTitans(nn.Module):
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return (F.pad(y, (0, 0, 0, missing)) if missing else y), _swap(memories), report
 
-    def _scan_piece(self, plan: list[Segment], memories, tensors, report):
+    def _scan_piece(self, plan: list[Segment], memories, anchors, tensors, report):
         reads = []
-        for segment in plan:
-            part = {name: f[:, :, segment.start : segment.stop] for name, f in tensors.items()}
-            y, memories = self._step(part, memories, segment, report)
+        # split at once: a slice's gradient would fill the whole length for every segment
+        sizes, begin, end = [s.stop - s.start for s in plan], plan[0].start, plan[-1].stop
+        parts = {name: f[:, :, begin:end].split(sizes, 2) for name, f in tensors.items()}
+        for i, segment in enumerate(plan):
+            part = {name: pieces[i] for name, pieces in parts.items()}
+            y, memories = self._step(part, memories, anchors, segment, report)
             reads.append(y)
         return torch.cat(reads, 2), memories
 
-    def _step(self, part: dict[str, Tensor], memories: tuple[FastWeights, ...], segment: Segment, report):
+    def _step(self, part: dict[str, Tensor], memories: tuple[FastWeights, ...], anchors, segment: Segment, report):
         """One segment: project with the chunk's first weights, write to every memory, read the main one."""
         part = self._project(part, memories)
         eta, alpha, mu = self._gates(part)
@@ -269,18 +291,23 @@ class SelfModifyingTitans(nn.Module):
             running = main and self.read != "chunk"
             if main and not running:
                 y = forward(group.architecture, tuple(w[-1] for w in fast.start), q)
-            new, reads, figures = self._advance(group, fast, context, segment.fresh[i], q if running else None, report)
+            new, reads, figures = self._advance(
+                group, fast, context, segment.fresh[i], q if running else None, anchors[i], report
+            )
             y = reads if running else y
             updated.append(self._close(new, fast, segment, i))
             if report is not None and main:
                 report.append(self._figures(figures, new, eta, alpha, mu))
         return y, tuple(updated)
 
-    def _advance(self, group: Group, fast: FastWeights, context: Context, fresh: bool, q: Tensor | None, report):
+    def _advance(
+        self, group: Group, fast: FastWeights, context: Context, fresh: bool, q: Tensor | None, anchor, report
+    ):
         """Write one segment, by the hand-differentiated step where it applies."""
+        reading = dict(queries=q, after=self.read == "after", anchor=anchor)
         if fresh and report is None and is_fused(group.architecture, self.rule):
-            return fused_advance(group.architecture, self.rule, fast, context, q, self.read == "after")
-        return advance(group.architecture, self.rule, fast, context, fresh=fresh, queries=q, after=self.read == "after")
+            return fused_advance(group.architecture, self.rule, fast, context, **reading)
+        return advance(group.architecture, self.rule, fast, context, fresh=fresh, **reading)
 
     def _close(self, new: FastWeights, old: FastWeights, segment: Segment, i: int) -> FastWeights:
         """Open the next chunk where this one is complete; keep the state of sequences that have ended."""
@@ -405,12 +432,15 @@ def _check_settings(settings: dict):
         raise ValueError(
             f"memory_chunk_size {own} and chunk_size {s['chunk_size']}: one must be a multiple of the other"
         )
+    horizon = s["horizon"]
+    if len(horizon) != 2 or min(horizon) <= 1:
+        raise ValueError(f"horizon must be two numbers of tokens above 1; got {horizon!r}")
     unknown = set(s["adaptive"]) - set(ADAPTIVE)
     if unknown:
         raise ValueError(f"adaptive may hold {', '.join(ADAPTIVE)}; got {', '.join(sorted(unknown))}")
     choices = dict(
         architecture=("mlp", "linear"), gates=("mlp", "linear"), decay=("learned", "fixed", "none"),
-        rate=("learned", "one"), read=("before", "after", "chunk"),
+        rate=("learned", "one"), retain=("initial", "zero"), read=("before", "after", "chunk"),
     )  # fmt: skip
     for name, allowed in choices.items():
         if s[name] not in allowed:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.architectures import Architecture, MLPMemory
-from nestling.memory.rule import Context, FastWeights, Rule, advance, joint_step
+from nestling.memory.rule import Anchor, Context, FastWeights, Rule, advance, joint_step
 from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
 
 
@@ -27,25 +27,35 @@ def is_fused(architecture: Architecture, rule: Rule) -> bool:
 
 
 def fused_advance(
-    architecture: Architecture, rule: Rule, fast: FastWeights, context: Context, queries: Tensor | None, after: bool
+    architecture: Architecture,
+    rule: Rule,
+    fast: FastWeights,
+    context: Context,
+    *,
+    queries: Tensor | None,
+    after: bool,
+    anchor: Anchor,
 ) -> tuple[FastWeights, Tensor | None, None]:
     """`rule.advance` for a chunk from its start (`fresh`), without a report."""
     (w2, w1), velocity, lead = fast.now, fast.velocity or (None, None), fast.now[0].shape[:3]
+    rest = anchor or (None, None)
     heads = (context.keys, context.values, queries, context.rate, context.momentum, *context.decays)
     step = Step(
         *(None if w is None else w.flatten(0, 2) for w in (w2, w1, *velocity)),
         *(None if t is None else t.flatten(0, 1) for t in heads),
+        *(None if w is None else w.flatten(0, 2) for w in rest),
     )
 
     def definition(*args):
         """The same by `rule.advance`, for second derivatives."""
         s = Step(*args)
-        stack = [None if w is None else w.view(*lead, *w.shape[1:]) for w in s[:4]]
-        k, v, q, eta, mu, *tables = (None if t is None else t.view(*lead[1:], *t.shape[1:]) for t in s[4:])
-        weights = FastWeights(tuple(stack[:2]), tuple(stack[:2]), tuple(stack[2:]) if fast.velocity else ())
+        stack = [None if w is None else w.view(*lead, *w.shape[1:]) for w in (*s[:4], *s[-2:])]
+        k, v, q, eta, mu, *tables = (None if t is None else t.view(*lead[1:], *t.shape[1:]) for t in s[4:-2])
+        weights = FastWeights(tuple(stack[:2]), tuple(stack[:2]), tuple(stack[2:4]) if fast.velocity else ())
         new, reads, _ = advance(
-            architecture, rule, weights, Context(k, v, eta, None, mu, Decays(*tables)), fresh=True, queries=q, after=after
-        )
+            architecture, rule, weights, Context(k, v, eta, None, mu, Decays(*tables)), fresh=True, queries=q, after=after,
+            anchor=tuple(stack[4:]) if anchor else (),
+        )  # fmt: skip
         out = (*new.now, *(new.velocity or (None, None)))
         return (*(None if w is None else w.flatten(0, 2) for w in out), None if reads is None else reads.flatten(0, 1))
 
@@ -70,6 +80,8 @@ class Step(NamedTuple):
     decay: Tensor  # A [G, C + 1, C + 1]
     mixed: Tensor | None  # K
     momentum: Tensor | None  # M
+    anchor2: Tensor | None  # what W2 and W1 decay towards
+    anchor1: Tensor | None
 
 
 class _Step(torch.autograd.Function):
@@ -141,8 +153,8 @@ def _damp(step: Step) -> Tensor | float:
 def _chunks(step: Step, rows: Tensor, saved: _Saved, read: Tensor | None) -> tuple[Chunk, Chunk]:
     """The delta rule of either layer; `read` are the second layer's queries."""
     size, rest = step.keys.shape[1], (saved.sizes[4], *_tables(step))
-    first = Chunk(step.w2, step.s2, saved.pre, rows[:, :size], saved.writes2, *rest, step.queries)
-    second = Chunk(step.w1, step.s1, saved.out, saved.hidden[:, :size], saved.writes1, *rest, read)
+    first = Chunk(step.w2, step.s2, saved.pre, rows[:, :size], saved.writes2, *rest, step.queries, step.anchor2)
+    second = Chunk(step.w1, step.s1, saved.out, saved.hidden[:, :size], saved.writes1, *rest, read, step.anchor1)
     return first, second
 
 
@@ -224,4 +236,5 @@ def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_
     g_mu = None if step.mu is None else shared(reach * rate)
     g_q = None if g_y is None or read is None else g2.queries.add_(g_y)
     keys_values = g_rows[:, :size], g_rows[:, size:]
-    return g_w2, g_w1, g2.velocity, g1.velocity, *keys_values, g_q, shared(g_eta), g_mu, *tables
+    weights = g_w2, g_w1, g2.velocity, g1.velocity
+    return *weights, *keys_values, g_q, shared(g_eta), g_mu, *tables, g2.anchor, g1.anchor

@@ -58,6 +58,9 @@ class FastWeights(NamedTuple):
     velocity: tuple[Tensor, ...]  # empty without momentum
 
 
+Anchor = tuple[Tensor, ...]  # weights that a decay returns to, one for each layer; empty for a decay to zero
+
+
 class Context(NamedTuple):
     """What the tokens of a chunk, or of a part of one, say to every memory."""
 
@@ -85,10 +88,12 @@ def advance(
     fresh: bool,
     queries: Tensor | None = None,
     after: bool = False,
+    anchor: Anchor = (),
 ) -> tuple[FastWeights, Tensor | None, Report]:
     """Write a chunk's tokens into the memories and read the last one's running state.
 
     Args:
+        anchor: what the weights decay towards, [n, B, H, o, i] for each layer; empty is zero.
         fresh: `now` equals `start`, so the inner forward's products serve the recurrence too.
         queries: [B, H, C, i], read by the last memory of the stack: W_{t-1} (NL Eq. 86), or W_t if `after`.
 
@@ -113,8 +118,10 @@ def advance(
             base = products[layer] if shared else product(w, x)
             erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
         writes = (-damp * rates[layer]).unsqueeze(-1) * errors[layer]
-        fields = [None if t is None else t.flatten(0, 2) for t in (w, s, base, x, writes, erase)]
-        out_w, out_s, reads = delta_chunk(Chunk(*fields, *decays, None if q is None else q.flatten(0, 1)), after)
+        rest = anchor[layer] if anchor else None
+        *fields, rest = (None if t is None else t.flatten(0, 2) for t in (w, s, base, x, writes, erase, rest))
+        source = None if q is None else q.flatten(0, 1)
+        out_w, out_s, reads = delta_chunk(Chunk(*fields, *decays, source, rest), after)
         now.append(out_w.view(w.shape))
         if s is not None:
             velocity.append(out_s.view(w.shape))

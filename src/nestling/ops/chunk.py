@@ -2,9 +2,10 @@
 
 Index 0 of every decay table is the state at the chunk's start, index t = 1..C the chunk's t-th token. With
     A[t, j] = prod_{s=j+1..t} alpha_s,   M[t, j] = prod_{s=j+1..t} mu_s,   K = A M - A      (all lower triangular)
-the state after token t, started from W_0 and S_0, is
+the state after token t, started from W_0 and S_0, is (for a decay towards zero)
     W_t = A[t, 0] W_0 + K[t, 0] S_0 + sum_{j<=t} (A[t, j] d_j + K[t, j] u_j) x_j^T,      d_t = u_t - beta_t W_{t-1} x_t,
-where the rows d solve one unit-lower-triangular system. Nothing is divided by a decay, so zeros are harmless.
+where the rows d solve one unit-lower-triangular system. A decay towards an anchor W* adds (1 - alpha_t) W* at each token,
+which sums to (1 - A[t, 0]) W*: W_0 A[t, 0] becomes a mean of W_0 and W*. Nothing is divided by a decay, so zeros are harmless.
 
 Everything here is a plain batch [N, ...] of memories. `chunk_forward` and `chunk_backward` are the form and its
 gradient, written in place where they can be: on a CPU the time goes into memory traffic as much as into products.
@@ -69,6 +70,7 @@ class Chunk(NamedTuple):
     mixed: Tensor | None  # K
     momentum: Tensor | None  # M
     queries: Tensor | None  # q [R, C, i], read from the last R <= N memories
+    anchor: Tensor | None = None  # what the weight decays towards, [N, o, i]; None is zero
 
 
 def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -128,10 +130,14 @@ def _definition(c: Chunk, after: bool):
     if c.erase is not None:
         gram, beta = c.keys @ c.keys.mT, c.erase.unsqueeze(-1)
         base = a[:, :-1, :1] * c.products
+        if c.anchor is not None:
+            base = base + (1 - a[:, :-1, :1]) * (c.keys @ c.anchor.mT)
         if c.velocity is not None:
             base = base + k[:, :-1, :1] * (c.keys @ c.velocity.mT) + (gram * k[:, :-1, 1:]) @ c.writes
         d = _solve(beta * (gram * a[:, :-1, 1:]), c.writes - beta * base)
     left, weight, velocity = a[:, -1, 1:, None] * d, a[:, -1:, :1] * c.weight, None
+    if c.anchor is not None:
+        weight = weight + (1 - a[:, -1:, :1]) * c.anchor
     if c.velocity is not None:
         left = left + k[:, -1, 1:, None] * c.writes
         weight = weight + k[:, -1:, :1] * c.velocity
@@ -142,6 +148,8 @@ def _definition(c: Chunk, after: bool):
     last, rows = _read_rows(c, after)
     scores = c.queries @ c.keys[last].mT
     reads = a[last, rows, :1] * (c.queries @ c.weight[last].mT) + (scores * a[last, rows, 1:]) @ d[last]
+    if c.anchor is not None:
+        reads = reads + (1 - a[last, rows, :1]) * (c.queries @ c.anchor[last].mT)
     if c.velocity is not None:
         reads = reads + k[last, rows, :1] * (c.queries @ c.velocity[last].mT)
         reads = reads + (scores * k[last, rows, 1:]) @ c.writes[last]
@@ -155,10 +163,14 @@ def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor 
     if c.erase is not None:
         gram, beta = torch.bmm(x, x.mT), c.erase.unsqueeze(-1)
         base = c.products * a[:, :-1, :1]
+        if c.anchor is not None:
+            base.addcmul_(torch.bmm(x, c.anchor.mT), 1 - a[:, :-1, :1])
         if moves:
             base.addcmul_(torch.bmm(x, c.velocity.mT), k[:, :-1, :1]).baddbmm_(gram * k[:, :-1, 1:], u)
         d = _solve(gram.mul_(a[:, :-1, 1:]).mul_(beta), torch.addcmul(u, base, beta, value=-1))
     weight, velocity = c.weight * a[:, -1:, :1], None
+    if c.anchor is not None:
+        weight.addcmul_(c.anchor, 1 - a[:, -1:, :1])
     left = d * a[:, -1, 1:, None]
     if moves:
         weight.addcmul_(c.velocity, k[:, -1:, :1])
@@ -170,6 +182,8 @@ def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor 
         last, rows = _read_rows(c, after)
         q, scores = c.queries, torch.bmm(c.queries, x[last].mT)
         reads = torch.bmm(q, c.weight[last].mT).mul_(a[last, rows, :1])
+        if c.anchor is not None:
+            reads.addcmul_(torch.bmm(q, c.anchor[last].mT), 1 - a[last, rows, :1])
         if moves:
             reads.addcmul_(torch.bmm(q, c.velocity[last].mT), k[last, rows, :1])
             reads.baddbmm_(scores * k[last, rows, 1:], u[last])
@@ -191,11 +205,14 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
     """Gradients of every field of the chunk, from those of the weight, the velocity and the reads."""
     a, k, m, u, x = c.decay, c.mixed, c.momentum, c.writes, c.keys
     moves = c.velocity is not None
-    g_a, g_k, g_m, g_velocity, g_q = torch.zeros_like(a), None, None, None, None
+    g_a, g_k, g_m, g_velocity, g_q, g_anchor = torch.zeros_like(a), None, None, None, None, None
 
     # the state behind the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
     xw = torch.bmm(x, g_w.mT)
     g_a[:, -1, 0] = _inner(g_w, c.weight)
+    if c.anchor is not None:
+        g_a[:, -1, 0] -= _inner(g_w, c.anchor)
+        g_anchor = g_w * (1 - a[:, -1:, :1])
     g_a[:, -1, 1:] = dot(xw, d)
     g_weight = g_w * a[:, -1:, :1]
     left = d * a[:, -1, 1:, None]
@@ -222,6 +239,11 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
         g_q = pull.mul_(a[last, rows, :1])
         g_weight[last].baddbmm_((g_r * a[last, rows, :1]).mT, q)
         g_d[last].baddbmm_((scores * seen).mT, g_r)
+        if c.anchor is not None:
+            pull = torch.bmm(g_r, c.anchor[last])
+            g_a[last, rows, 0] -= dot(pull, q)
+            g_q.addcmul_(pull, 1 - a[last, rows, :1])
+            g_anchor[last].baddbmm_((g_r * (1 - a[last, rows, :1])).mT, q)
         rd = torch.bmm(g_r, d[last].mT)
         g_a[last, rows, 1:].addcmul_(scores, rd)
         g_scores = rd.mul_(seen)
@@ -240,7 +262,7 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
 
     if c.erase is None:
         g_u = g_d.add_(g_u) if moves else g_d
-        return Chunk(g_weight, g_velocity, None, g_x, g_u, None, g_a, g_k, g_m, g_q)
+        return Chunk(g_weight, g_velocity, None, g_x, g_u, None, g_a, g_k, g_m, g_q, g_anchor)
 
     # the triangular system (I + beta (gram . A)) d = u - beta base, whose right side has the gradient y
     gram, seen, beta = torch.bmm(x, x.mT), a[:, :-1, 1:], c.erase.unsqueeze(-1)
@@ -248,6 +270,14 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
     yp = dot(y, c.products)
     g_erase = a[:, :-1, 0] * yp
     g_a[:, :-1, 0].sub_(c.erase * yp)
+    if c.anchor is not None:
+        pull, stay = torch.bmm(y, c.anchor), 1 - a[:, :-1, 0]
+        yp = dot(pull, x)
+        g_erase.addcmul_(stay, yp)
+        g_a[:, :-1, 0].add_(c.erase * yp)
+        back = (c.erase * stay).unsqueeze(-1)
+        g_x.addcmul_(pull, back, value=-1)
+        g_anchor.baddbmm_((y * back).mT, x, alpha=-1)
     yd = torch.bmm(y, d.mT)
     g_a[:, :-1, 1:].addcmul_(gram * beta, yd, value=-1)
     g_gram = yd.mul_(seen)
@@ -268,4 +298,4 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
     g_gram.mul_(-beta)
     g_x.baddbmm_(g_gram + g_gram.mT, x)
     g_products = y * (-beta * a[:, :-1, :1])
-    return Chunk(g_weight, g_velocity, g_products, g_x, g_u if moves else y, g_erase, g_a, g_k, g_m, g_q)
+    return Chunk(g_weight, g_velocity, g_products, g_x, g_u if moves else y, g_erase, g_a, g_k, g_m, g_q, g_anchor)
