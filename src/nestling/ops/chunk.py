@@ -4,8 +4,8 @@ Index 0 of every decay table is the state at the chunk's start, index t = 1..C t
     A[t, j] = prod_{s=j+1..t} alpha_s,   M[t, j] = prod_{s=j+1..t} mu_s,   K = A M - A      (all lower triangular)
 the state after token t, started from W_0 and S_0, is (for a decay towards zero)
     W_t = A[t, 0] W_0 + K[t, 0] S_0 + sum_{j<=t} (A[t, j] d_j + K[t, j] u_j) x_j^T,      d_t = u_t - beta_t W_{t-1} x_t,
-where the rows d solve one unit-lower-triangular system. A decay towards an anchor W* adds (1 - alpha_t) W* at each token,
-which sums to (1 - A[t, 0]) W*: W_0 A[t, 0] becomes a mean of W_0 and W*. Nothing is divided by a decay, so zeros are harmless.
+where the rows d solve one unit-lower-triangular system. Nothing is divided by a decay, so zeros are harmless. A decay
+towards an anchor W* adds (1 - alpha_t) W* at each token, which sums to (1 - A[t, 0]) W*.
 
 Everything here is a plain batch [N, ...] of memories. `chunk_forward` and `chunk_backward` are the form and its
 gradient, written in place where they can be: on a CPU the time goes into memory traffic as much as into products.
