@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from nestling.layers import SelfModifyingTitans
 from nestling.layers.settings import MIXERS, build_mixer
 
 DIM, HEADS = 8, 2
@@ -112,3 +113,16 @@ def test_training_at_a_high_learning_rate_stays_finite():
         optimizer.step()
         assert loss.isfinite()
     assert finite(list(layer.parameters()))
+
+
+def test_memories_stay_alive_over_a_long_stream():
+    """A decay to the learned initial state keeps weights and inner loss; the literal decay to zero loses both."""
+    found = {}
+    for retain in ("initial", "zero"):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(16, num_heads=1, retain=retain, horizon=(64.0, 64.0))
+        figures = layer.inspect(torch.randn(1, 4096, 16))
+        norm, loss = figures["norm"][0, 0], figures["loss"][0, 0]
+        found[retain] = (norm[-1] / norm[0]).item(), (loss[-512:].mean() / loss[:512].mean()).item()
+    assert found["initial"][0] > 0.5 and found["initial"][1] > 0.05, found
+    assert found["zero"][0] < 0.01 and found["zero"][1] < 0.01, found
