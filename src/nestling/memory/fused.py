@@ -52,9 +52,9 @@ def fused_advance(
         stack = [None if w is None else w.view(*lead, *w.shape[1:]) for w in (*s[:4], *s[-2:])]
         k, v, q, eta, mu, *tables = (None if t is None else t.view(*lead[1:], *t.shape[1:]) for t in s[4:-2])
         weights = FastWeights(tuple(stack[:2]), tuple(stack[:2]), tuple(stack[2:4]) if fast.velocity else ())
+        tokens, rest = Context(k, v, eta, None, mu, Decays(*tables)), tuple(stack[4:]) if anchor else ()
         new, reads, _ = advance(
-            architecture, rule, weights, Context(k, v, eta, None, mu, Decays(*tables)), fresh=True, queries=q, after=after,
-            anchor=tuple(stack[4:]) if anchor else (),
+            architecture, rule, weights, tokens, fresh=True, queries=q, after=after, anchor=rest
         )  # fmt: skip
         out = (*new.now, *(new.velocity or (None, None)))
         return (*(None if w is None else w.flatten(0, 2) for w in out), None if reads is None else reads.flatten(0, 1))

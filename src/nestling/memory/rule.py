@@ -172,8 +172,8 @@ def _rates(rule: Rule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) 
 def joint_step(eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """e = eta / (1 + eta kappa) for squared norms of each layer's input and error; also the last error's, guarded.
 
-    kappa is the Rayleigh quotient of the memory's tangent kernel along its own error, sum_l |x_l|^2 |d_l|^2 / |d|^2. The
-    1 beside the ratio keeps e |x_l|^2 < 1, so that every layer's erase contracts even where no error reaches the layer.
+    kappa is the Rayleigh quotient of the memory's tangent kernel along its own error, sum_l |x_l|^2 |d_l|^2 / |d|^2.
+    The 1 beside the ratio keeps e |x_l|^2 < 1: every layer's erase contracts, even where no error reaches the layer.
     """
     kappa, total = inputs[-1], errors[-1] + 1e-6
     for size, error in zip(inputs[:-1], errors[:-1], strict=True):
