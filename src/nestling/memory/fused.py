@@ -2,7 +2,7 @@
 
 `rule.advance` is the definition of what happens here for: MLP memories with residual, objective "l2", self-generated
 targets, DGD, step "joint", exact meta-gradients, a chunk that begins at its start. A test ties the two in float64,
-values and gradients. By hand the backward pass keeps less and writes fewer temporaries; on a CPU that is most of its time.
+values and gradients. By hand, the backward pass keeps less and writes fewer temporaries: most of its time on a CPU.
 
 Memories are one batch [N, ...], N = n * G: n stacked memories of the G = B * H heads; the last G are read.
 """
