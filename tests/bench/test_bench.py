@@ -183,10 +183,11 @@ def test_numbers_and_tables():
         show.update_page(page, {"cpu": {"parts": {}}})
 
 
-def test_the_page_says_what_the_results_say():
-    """docs/benchmarks.md holds no figure that is not in the committed results."""
+@pytest.mark.parametrize("name", ["docs/benchmarks.md", "README.md"])
+def test_the_page_says_what_the_results_say(name):
+    """No page holds a figure that is not in the committed results."""
     root = Path(__file__).parents[2]
     results = {path.stem: json.loads(path.read_text()) for path in (root / "experiments" / "bench").glob("*.json")}
-    page = (root / "docs" / "benchmarks.md").read_text()
+    page = (root / name).read_text()
     assert results
     assert show.update_page(page, results) == page

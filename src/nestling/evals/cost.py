@@ -31,6 +31,7 @@ def defaults() -> Experiment:
         "step layer": {"step": "layer"},
         "no dgd": {"dgd": False},
         "no momentum": {"momentum": False},
+        "retain zero": {"retain": "zero"},
         "no decay": {"decay": "none", "adaptive": ["k", "v", "eta"]},
         "static k": {"adaptive": ["v", "eta", "alpha"]},
         "static v": {"adaptive": ["k", "eta", "alpha"]},
