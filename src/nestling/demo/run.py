@@ -11,8 +11,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from nestling.demo.text import Text, byte_entropy
 from nestling.demo.watch import Watch
 from nestling.training.config import TrainConfig
 from nestling.training.files import write_text
+from nestling.training.machine import stop_requests
 
 FORMAT = "nestling-demo-1"
 PARTS = (HOPE.lower(), TRANSFORMER.lower(), "text")  # folders of a demo's folder
@@ -71,7 +70,7 @@ def run(config: DemoConfig, text: Text, watch: Watch | None = None) -> Outcome:
     }
     pair = Pair(Contender, {name: (runs[name], config.to_dict()) for name in runs}, config.threads)
     try:
-        with stop_requests() as stop:
+        with stop_requests((signal.SIGINT,)) as stop:
             models = {name: {**about, "curve": [], "held_out": []} for name, about in pair.ask("describe").items()}
             result["models"] = models
             counts = " and ".join(f"{name} {models[name]['parameters']:,}" for name in models)
@@ -157,25 +156,6 @@ def machine() -> dict[str, Any]:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """A JSON file, whole or absent; numbers that are not finite become null, as JSON knows no others."""
     write_text(path, json.dumps(finite(values), indent=1) + "\n")
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the next one interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(number, before)
-
-    before = signal.signal(signal.SIGINT, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _read(run: dict[str, Any], config: DemoConfig) -> tuple[Any, dict[str, Any]]:
