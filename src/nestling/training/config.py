@@ -12,9 +12,57 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 RUN_FILE = "run.json"  # a run's configuration in its folder
+
+
+class Settings:
+    """What every configuration can do: be read, checked, changed by dotted name and written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain nested dictionaries."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build a configuration; unknown keys and wrong kinds raise ValueError with the key's full name."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a JSON or YAML file."""
+        return cls.from_dict(read_mapping(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON (or YAML, by the file's ending)."""
+        from nestling.training.files import write_text
+
+        if Path(path).suffix in (".yaml", ".yml"):
+            import yaml
+
+            write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        else:
+            write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def changed(self, **options: Any) -> Self:
+        """A copy with some values replaced, named by dotted path: `config.changed(**{"optim.lr": 1e-3})`."""
+        values = self.to_dict()
+        for path, value in options.items():
+            *parents, last = path.split(".")
+            inner, kind = values, type(self)
+            for depth, name in enumerate(parents):
+                kinds = typing.get_type_hints(kind)
+                if name not in kinds or not dataclasses.is_dataclass(kinds[name]):
+                    sections = [n for n, k in kinds.items() if dataclasses.is_dataclass(k)]
+                    raise ValueError(unknown("section", ".".join(parents[: depth + 1]), sections))
+                inner, kind = inner[name], kinds[name]
+            names = list(typing.get_type_hints(kind))
+            if last not in names:
+                valid = [".".join([*parents, n]) for n in names] if parents else option_names(type(self))
+                raise ValueError(unknown("option", path, valid))
+            inner[last] = value
+        return self.from_dict(values)
 
 
 @dataclass
@@ -112,7 +160,7 @@ class LoggingConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings):
     """A whole run.
 
     `precision` is "float32" or "bf16" (autocast; weights stay float32). `threads` limits the CPU threads (0: torch's
@@ -141,50 +189,6 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens of one optimiser step."""
         return self.data.seq_len * self.data.batch_size * self.optim.accumulate
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain nested dictionaries."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Build a configuration; unknown keys and wrong kinds raise ValueError with the key's full name."""
-        return _build(cls, values, "")
-
-    @classmethod
-    def load(cls, path: str | Path) -> TrainConfig:
-        """Read a JSON or YAML file."""
-        return cls.from_dict(read_mapping(path))
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON (or YAML, by the file's ending)."""
-        from nestling.training.files import write_text
-
-        if Path(path).suffix in (".yaml", ".yml"):
-            import yaml
-
-            write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
-        else:
-            write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
-
-    def changed(self, **options: Any) -> TrainConfig:
-        """A copy with some values replaced, named by dotted path: `config.changed(**{"optim.lr": 1e-3})`."""
-        values = self.to_dict()
-        for path, value in options.items():
-            *parents, last = path.split(".")
-            inner, kind = values, type(self)
-            for depth, name in enumerate(parents):
-                kinds = typing.get_type_hints(kind)
-                if name not in kinds or not dataclasses.is_dataclass(kinds[name]):
-                    sections = [n for n, k in kinds.items() if dataclasses.is_dataclass(k)]
-                    raise ValueError(unknown("section", ".".join(parents[: depth + 1]), sections))
-                inner, kind = inner[name], kinds[name]
-            names = list(typing.get_type_hints(kind))
-            if last not in names:
-                valid = [".".join([*parents, n]) for n in names] if parents else option_names()
-                raise ValueError(unknown("option", path, valid))
-            inner[last] = value
-        return self.from_dict(values)
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
