@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nestling.evals import EXPERIMENTS, cost, quality, stability
+from nestling.evals import MODELS, cost, quality, stability
 from nestling.evals.config import Experiment, Job
 from nestling.evals.experiment import load, save
 from nestling.evals.report import pm, spread
@@ -24,7 +24,7 @@ class Rows(dict):
             self[job] = {"bits_per_byte": bits, "diverged": diverged}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_contender_has_the_parameters_of_the_others(name):
     experiment = load(name, ROOT / "experiments" / name, {})
     sizes = [parameters(model_config(experiment, c.name, 259)) for c in experiment.contenders]
@@ -34,7 +34,7 @@ def test_every_contender_has_the_parameters_of_the_others(name):
     assert experiment.contenders[0].mixer == "selfmod"
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_configuration_is_written_and_read_back(name, tmp_path):
     experiment = load(name, tmp_path, {"steps": 7, "seeds": [3]})
     save(experiment, tmp_path / "config.json")

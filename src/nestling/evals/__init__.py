@@ -2,9 +2,11 @@
 
 from nestling.evals.config import Contender, Experiment
 
-__all__ = ["EXPERIMENTS", "Contender", "Experiment", "run_experiment"]
+__all__ = ["EXPERIMENTS", "MODELS", "OPTIMIZERS", "Contender", "Experiment", "run_experiment"]
 
-EXPERIMENTS = ("quality", "cost", "stability")
+MODELS = ("quality", "cost", "stability")
+OPTIMIZERS = ("surface", "orthogonal", "span", "vision", "language", "m3")  # in nestling.evals.optimizers
+EXPERIMENTS = MODELS + OPTIMIZERS
 
 
 def __getattr__(name: str):

@@ -12,6 +12,21 @@ from nestling.training.config import TrainConfig
 
 MACHINE = ("out", "device", "compile", "threads", "logging")  # options of a training run that decide no result
 
+_SMOKE = {
+    "steps": 4,
+    "seeds": [0, 1],
+    "data.seq_len": 24,
+    "data.batch_size": 2,
+    "data.val_fraction": 0.02,
+    "test_text": "",
+    "eval_windows": 4,
+    "eval_batch_size": 2,
+    "position_bins": 4,
+    "curve_points": 4,
+    "speed_shape": [1, 16, 16, 2],
+}
+_SMOKE_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
 
 @dataclass
 class Contender:
@@ -68,6 +83,26 @@ class Experiment(TrainConfig):
     def contender(self, name: str) -> Contender:
         """The contender of that name."""
         return next(c for c in self.contenders if c.name == name)
+
+    def stored(self) -> dict[str, Any]:
+        """What `config.json` keeps: nothing that belongs to this machine or comes from the grid."""
+        values = self.to_dict()
+        for name in MACHINE + ("seed", "precision"):
+            values.pop(name, None)
+        values["data"] = {name: values["data"][name] for name in ("seq_len", "batch_size", "val_fraction")}
+        values["optim"].pop("lr")
+        for contender in values["contenders"]:
+            for name in ("options", "model", "seeds"):
+                if not contender[name]:
+                    contender.pop(name)
+        return values
+
+    def smoke(self) -> Experiment:
+        """A version that takes seconds; it has every contender, so that none is found broken after an hour."""
+        contenders = [dataclasses.asdict(c) | {"seeds": None} for c in self.contenders]
+        changes = {"model.options": self.model.options | _SMOKE_MODEL, "contenders": contenders, "lrs": self.lrs[:2]}
+        changes |= {"speed_rounds": min(1, self.speed_rounds), "long_context": min(2, self.long_context)}
+        return self.changed(**(_SMOKE | changes))
 
     def run_config(self, job: Job) -> TrainConfig:
         """The training run of a job."""

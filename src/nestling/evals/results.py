@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nestling.evals.config import Job
+from nestling.evals.work import Job
 
 
 class Results:

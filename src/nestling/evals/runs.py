@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nestling.evals.config import Experiment, Job
-from nestling.evals.corpus import Texts
+from nestling.evals.config import Contender, Experiment, Job
+from nestling.evals.corpus import Texts, find_files, load_texts
+from nestling.evals.work import Tell, one_thread, versions
 from nestling.models import HopeForCausalLM, sizes
 from nestling.models.hope import HopeConfig
 from nestling.training.data import Tokens
 from nestling.training.evaluation import evaluate
 from nestling.training.loop import Trainer
-from nestling.version import __version__
-
-Tell = Callable[[int, float], None]  # step, loss
 
 
 def model_config(experiment: Experiment, contender_name: str, vocab_size: int) -> HopeConfig:
@@ -31,15 +28,42 @@ def model_config(experiment: Experiment, contender_name: str, vocab_size: int) -
 
 def execute(experiment: Experiment, job: Job, texts: Texts, tell: Tell | None = None) -> dict[str, Any]:
     """The result of a job as a row of JSON types; a function of the job and the settings alone (on one thread)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         row = (_test if job.kind == "test" else _train)(experiment, job, texts, tell)
-    finally:
-        torch.set_num_threads(threads)
     head = {"kind": job.kind, "key": job.key, "fingerprint": experiment.fingerprint(job, texts.fingerprint)}
     head |= {"contender": job.contender, "lr": job.lr, "seed": job.seed, "precision": job.precision}
-    return head | row | {"torch": torch.__version__, "nestling": __version__}
+    return head | row | versions()
+
+
+class TextWork:
+    """The runs of a grid of language models (`nestling.evals.work.Work`); a worker process loads the text anew."""
+
+    def __init__(self, experiment: Experiment, data: str | Path | None, smoke: bool = False) -> None:
+        self.experiment, self.files = experiment, find_files(data, smoke)
+        self.corpus = self.texts.fingerprint
+
+    @property
+    def texts(self) -> Texts:
+        return load_texts(self.files, self.experiment.test_text, self.experiment.data)
+
+    def __call__(self, job: Job, tell: Tell | None = None) -> dict[str, Any]:
+        return execute(self.experiment, job, self.texts, tell)
+
+    def fingerprint(self, job: Job) -> str:
+        return self.experiment.fingerprint(job, self.corpus)
+
+    def told(self, job: Job, row: dict[str, Any]) -> str:
+        bits = row.get("bits_per_byte")
+        figure = "diverged" if row.get("diverged") else "-" if bits is None else f"{bits:.3f} bits per byte"
+        return f"{'tested' if job.kind == 'test' else 'trained'} {job.key}: {figure}, {row['seconds']:.0f} s"
+
+    def check(self, contenders: list[Contender]) -> None:
+        """Every contender's configuration is built once, so that a wrong option is an error before the first run."""
+        for contender in contenders:
+            try:
+                model_config(self.experiment, contender.name, len(self.texts.corpus.tokenizer))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"contender {contender.name!r}: {error}") from error
 
 
 def weights_path(experiment: Experiment, job: Job, fingerprint: str) -> Path:

@@ -10,21 +10,18 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from nestling.evals.config import Experiment, Job
-from nestling.evals.corpus import Texts, load_texts
 from nestling.evals.results import Results
+from nestling.evals.work import Job, Work
 
 Plan = Callable[[], list[Job]]  # every job that the results so far call for, done or not
 _queue: Any = None  # of a worker process: where it tells how far it is
 
 
 def run_jobs(
-    experiment: Experiment,
-    files: list[Path],
-    texts: Texts,
+    name: str,
+    work: Work,
     results: Results,
     plan: Plan,
     done: Callable[[Job], bool],
@@ -36,7 +33,8 @@ def run_jobs(
     """Run what a plan still needs, asking it again after each result; returns the error of each job that failed.
 
     Args:
-        experiment: the settings.  files, texts: what is read, by name for worker processes and loaded.
+        name: the experiment's, for the display.
+        work: what does a job; worker processes get a copy.
         results: where rows go.
         plan: all jobs known to be needed, most urgent first.
         done: whether a job has its row; it is skipped then.
@@ -55,10 +53,10 @@ def run_jobs(
         busy = set(running.values())
         return [j for j in jobs if not done(j) and j not in busy and j.key not in failed]
 
-    with _Display(experiment.name, show) as display, _pool(workers) as (submit, queue):
+    with _Display(name, work, show) as display, _pool(workers) as (submit, queue):
         while True:
             while len(running) < max(1, workers) and (todo := waiting()):
-                running[submit(experiment, todo[0], files, texts, display)] = todo[0]
+                running[submit(work, todo[0], display)] = todo[0]
                 display.update(jobs, sum(map(done, jobs)), running.values())
             if not running:
                 return failed
@@ -92,7 +90,7 @@ def _pool(workers: int):
     os.environ.update(dict.fromkeys(before, "1"))  # read when a worker imports torch
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(queue,))
     try:
-        yield lambda experiment, job, files, *_: pool.submit(_work, experiment, job, files), queue
+        yield lambda work, job, _: pool.submit(_work, work, job), queue
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -105,12 +103,10 @@ def _pool(workers: int):
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _run_here(experiment: Experiment, job: Job, files: list[Path], texts: Texts, display: _Display) -> Future:
-    from nestling.evals.runs import execute
-
+def _run_here(work: Work, job: Job, display: _Display) -> Future:
     future: Future = Future()
     try:
-        future.set_result(execute(experiment, job, texts, lambda step, loss: display.tell(job.key, step, loss)))
+        future.set_result(work(job, lambda step, loss: display.tell(job.key, step, loss)))
     except Exception as error:
         future.set_exception(error)
     return future
@@ -124,9 +120,7 @@ def _start(queue: Any) -> None:
     torch.set_num_threads(1)
 
 
-def _work(experiment: Experiment, job: Job, files: list[Path]) -> dict[str, Any]:
-    from nestling.evals.runs import execute
-
+def _work(work: Work, job: Job) -> dict[str, Any]:
     last = 0.0
 
     def tell(step: int, loss: float) -> None:
@@ -135,16 +129,16 @@ def _work(experiment: Experiment, job: Job, files: list[Path]) -> dict[str, Any]
             last = time.monotonic()
             _queue.put((job.key, step, loss))
 
-    return execute(experiment, job, load_texts(files, experiment.test_text, experiment.data), tell)
+    return work(job, tell)
 
 
 class _Display:
     """A bar over the jobs with what is running, or a line per finished job where there is no terminal."""
 
-    def __init__(self, name: str, show: bool) -> None:
+    def __init__(self, name: str, work: Work, show: bool) -> None:
         from rich.console import Console
 
-        self._console, self._name, self._show = Console(stderr=True), name, show
+        self._console, self._name, self._work, self._show = Console(stderr=True), name, work, show
         self._steps: dict[str, str] = {}
         self._bar = None
 
@@ -172,9 +166,7 @@ class _Display:
             self._bar.update(self._task, completed=done, total=len(jobs), now=now)
 
     def finished(self, job: Job, row: dict[str, Any]) -> None:
-        bits = row.get("bits_per_byte")
-        figure = "diverged" if row.get("diverged") else "-" if bits is None else f"{bits:.3f} bits per byte"
-        self.say(f"{'tested' if job.kind == 'test' else 'trained'} {job.key}: {figure}, {row['seconds']:.0f} s", "")
+        self.say(self._work.told(job, row), "")
 
     def say(self, text: str, style: str = "yellow") -> None:
         if self._bar is not None:
