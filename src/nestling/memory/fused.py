@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestling.memory import compiled
 from nestling.memory.architectures import Architecture, MLPMemory
 from nestling.memory.rule import Anchor, Context, FastWeights, Rule, advance, joint_step
 from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
@@ -87,10 +88,10 @@ class Step(NamedTuple):
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, definition, after, *args):
-        step = Step(*args)
-        ctx.definition, ctx.after = definition, after
-        outputs, saved = _forward(step, after)
-        ctx.save_for_backward(*args, *saved)
+        step = Step(*(None if t is None else t.contiguous() for t in args))
+        ctx.definition, ctx.after, ctx.compiled = definition, after, compiled.is_available(step.w2)
+        outputs, saved = (compiled.forward if ctx.compiled else _forward)(step, after)
+        ctx.save_for_backward(*step, *saved)
         return outputs
 
     @staticmethod
@@ -99,6 +100,8 @@ class _Step(torch.autograd.Function):
         args, saved = tensors[: len(Step._fields)], tensors[len(Step._fields) :]
         if torch.is_grad_enabled():  # a second derivative is wanted
             return None, None, *differentiate(ctx.definition, args, grads, ctx.needs_input_grad[2:])
+        if ctx.compiled:
+            return None, None, *compiled.backward(Step(*args), ctx.after, compiled.Saved(*saved), *grads)
         return None, None, *_backward(Step(*args), ctx.after, _Saved(*saved), *grads)
 
 

@@ -1,0 +1,107 @@
+"""Compiles the C++ step once per machine and finds the BLAS that torch brings."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCES = ("step.cpp", "matrix.h")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+BLAS = ("sgemm_", "strsm_", "dgemm_", "dtrsm_")
+
+log = logging.getLogger(__name__)
+
+
+class Unavailable(Exception):
+    """Why there is no compiled step here."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled step, or None where there is no compiler, no BLAS to call, or NESTLING_COMPILED=0."""
+    try:
+        return _load()
+    except (Unavailable, OSError) as reason:
+        log.info("the chunk step runs in PyTorch: %s", reason)
+        return None
+
+
+def _load() -> ctypes.CDLL:
+    if os.environ.get("NESTLING_COMPILED", "1") == "0":
+        raise Unavailable("NESTLING_COMPILED is 0")
+    blas = _blas()
+    path = _cache() / f"step-{_fingerprint()}.so"
+    if not path.exists():
+        compile_to(path)
+    loaded = ctypes.CDLL(str(path))
+    loaded.use_blas(*(ctypes.cast(f, ctypes.c_void_p) for f in blas))
+    return loaded
+
+
+def _blas() -> list:
+    """Products and triangular solves in torch's own library, by their Fortran names."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not path.exists():
+        raise Unavailable(f"no {path.name} to take matrix products from")
+    loaded = ctypes.CDLL(str(path))
+    missing = [name for name in BLAS if not hasattr(loaded, name)]
+    if missing:
+        raise Unavailable(f"{path.name} has no {', '.join(missing)}")
+    return [getattr(loaded, name) for name in BLAS]
+
+
+def limit_blas_threads() -> None:
+    """Products called from this thread use one thread: the step itself is what runs in parallel."""
+    loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    if hasattr(loaded, "MKL_Set_Num_Threads_Local"):
+        loaded.MKL_Set_Num_Threads_Local(1)
+
+
+def compile_to(path: Path) -> None:
+    """Compile beside `path`, then move into place, so that processes starting together do not meet half a file."""
+    compiler = _compiler()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print("nestling: compiling the chunk step for this machine, once (some seconds)", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        done = subprocess.run(
+            [compiler, *FLAGS, str(HERE / SOURCES[0]), "-o", str(aside)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise Unavailable(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        aside.replace(path)
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise Unavailable("no C++ compiler (g++, c++, clang++ or $CXX)")
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "nestling"
+
+
+def _fingerprint() -> str:
+    """Of what the library is made from and for: sources, flags, compiler, processor."""
+    parts = [(HERE / name).read_bytes() for name in SOURCES]
+    parts += [" ".join((_compiler(), *FLAGS)).encode(), platform.machine().encode()]
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        lines = cpu.read_text().splitlines()
+        parts += [line.encode() for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
