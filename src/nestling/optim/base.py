@@ -1,0 +1,123 @@
+"""What the optimisers made of a gradient memory share: the step, its checks, and a state that comes back as it was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nestling.optim.checks import (
+    NONFINITE,
+    check_choice,
+    check_gradient,
+    check_lr,
+    check_number,
+    check_parameter,
+    finite,
+)
+from nestling.optim.memories import GradientMemory
+
+
+class MemoryOptimizer(torch.optim.Optimizer):
+    """W <- (1 - lr weight_decay) W + lr sigma(m(g)), for any choice of memory (`optim.memories.GradientMemory`).
+
+    Args:
+        params: parameters of any shape, named parameters, or groups of them.
+        lr: learning rate, a number or a tensor of one.
+        memory: what is remembered of the gradients and how it is read.
+        weight_decay: decoupled, as in AdamW.
+        nonfinite: what a NaN, an infinite or an absurdly large gradient does: "skip" leaves weights and memory of all
+            parameters as they were, "raise" raises FloatingPointError, "ignore" does not look (and does not wait for a
+            GPU).
+
+    Raises:
+        ValueError, TypeError: a setting out of range, a parameter that is not real floating point; at a step, before
+            anything is changed, a sparse gradient or one that does not fit its parameter; on loading, a state of other
+            shapes.
+    """
+
+    def __init__(self, params, lr=1e-3, memory: GradientMemory | None = None, *, weight_decay=0.0, nonfinite="skip"):
+        self._fixed = memory
+        self._setup(params, dict(lr=lr, weight_decay=weight_decay), nonfinite)
+
+    def _setup(self, params, defaults: dict, nonfinite: str) -> None:
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        self._nonfinite = nonfinite
+        super().__init__(params, defaults)
+
+    def memory(self, group: dict) -> GradientMemory:
+        """The memory of a group's parameters."""
+        return self._fixed or GradientMemory()
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters with their own settings."""
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            check_lr(group["lr"])
+            check_number("weight_decay", group["weight_decay"])
+            self.memory(group)
+            for parameter in group["params"]:
+                check_parameter(parameter)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step. `closure` evaluates the loss again and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        for parameters in ready:
+            for parameter in parameters:
+                check_gradient(parameter)
+        if not finite([p.grad for parameters in ready for p in parameters], self._nonfinite):
+            return loss
+        for group, parameters in zip(self.param_groups, ready):
+            memory = self.memory(group)
+            for parameter in parameters:
+                self._update(parameter, memory, group)
+        return loss
+
+    def _update(self, parameter: Tensor, memory: GradientMemory, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(memory.start(parameter))
+        move(parameter, memory.step(state, parameter.grad), group["lr"], group["weight_decay"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state, every tensor in the type it was saved in (torch would cast it to the parameter's)."""
+        self._check_state(state_dict)
+        super().load_state_dict(state_dict)
+        for parameter, saved in self._paired(state_dict):
+            kept = {name: v.to(parameter.device, copy=True) for name, v in saved.items() if isinstance(v, Tensor)}
+            self.state[parameter].update(kept)
+
+    def _paired(self, state_dict: dict) -> list[tuple[Tensor, dict]]:
+        """Each of our parameters with the state saved for it; groups and sizes as torch checks them."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        ours = [p for group in self.param_groups for p in group["params"]]
+        return [(p, state_dict["state"][i]) for p, i in zip(ours, saved) if i in state_dict["state"]]
+
+    def _check_state(self, state_dict: dict) -> None:
+        if [len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in state_dict["param_groups"]]:
+            return  # torch says so
+        for parameter, saved in self._paired(state_dict):
+            shape = getattr(saved.get("momentum"), "shape", None)
+            if shape is not None and shape != parameter.shape:
+                raise ValueError(
+                    f"the saved momentum of shape {list(shape)} does not fit its parameter {list(parameter.shape)}; "
+                    "load a state saved for this model, or start without one"
+                )
+
+
+def move(parameter: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    """W <- (1 - lr weight_decay) W + lr direction, in place."""
+    if weight_decay:
+        parameter.mul_(1 - lr * weight_decay)
+    if isinstance(lr, Tensor):
+        parameter.add_((direction * lr.to(direction)).to(parameter.dtype))
+    else:
+        parameter.add_(direction.to(parameter.dtype), alpha=lr)
