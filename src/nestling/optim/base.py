@@ -16,6 +16,8 @@ from nestling.optim.checks import (
 )
 from nestling.optim.memories import GradientMemory
 
+EXTRAS = ("_fixed", "_preconditioner", "_nonfinite")  # what a copy needs beside groups and state
+
 
 class MemoryOptimizer(torch.optim.Optimizer):
     """W <- (1 - lr weight_decay) W + lr sigma(m(g)), for any choice of memory (`optim.memories.GradientMemory`).
@@ -82,10 +84,17 @@ class MemoryOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, memory: GradientMemory, group: dict) -> None:
+        self._remember(parameter, parameter.grad, memory, group)
+
+    def _remember(self, parameter: Tensor, gradient: Tensor, memory: GradientMemory, group: dict) -> None:
+        """Write a gradient into the parameter's memory and move the parameter by what is read."""
         state = self.state[parameter]
         if not state:
             state.update(memory.start(parameter))
-        move(parameter, memory.step(state, parameter.grad), group["lr"], group["weight_decay"])
+        move(parameter, memory.step(state, gradient), group["lr"], group["weight_decay"])
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {name: self.__dict__[name] for name in EXTRAS if name in self.__dict__}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state, every tensor in the type it was saved in (torch would cast it to the parameter's)."""

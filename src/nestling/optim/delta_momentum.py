@@ -37,7 +37,7 @@ class DeltaMomentum(MemoryOptimizer):
         self,
         params,
         lr=1e-2,
-        momentum: float = 0.9,
+        momentum: float = 0.95,
         *,
         erase: float = 0.1,
         form: str = "unit",
