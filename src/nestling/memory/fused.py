@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestling.memory import compiled
 from nestling.memory.architectures import Architecture, MLPMemory
 from nestling.memory.rule import Anchor, Context, FastWeights, Rule, advance, joint_step
+from nestling.ops import compiled
 from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
+from nestling.ops.compiled import step as compiled_step
 
 
 def is_fused(architecture: Architecture, rule: Rule) -> bool:
@@ -60,7 +61,7 @@ def fused_advance(
         out = (*new.now, *(new.velocity or (None, None)))
         return (*(None if w is None else w.flatten(0, 2) for w in out), None if reads is None else reads.flatten(0, 1))
 
-    w2, w1, s2, s1, reads = _Step.apply(definition, after, *step)
+    w2, w1, s2, s1, reads = _Step.apply(definition, after, *(None if t is None else t.contiguous() for t in step))
     now = w2.view(*lead, *w2.shape[1:]), w1.view(*lead, *w1.shape[1:])
     velocity = (s2.view_as(now[0]), s1.view_as(now[1])) if fast.velocity else ()
     return FastWeights(fast.start, now, velocity), None if reads is None else reads.view_as(queries), None
@@ -88,9 +89,9 @@ class Step(NamedTuple):
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, definition, after, *args):
-        step = Step(*(None if t is None else t.contiguous() for t in args))
-        ctx.definition, ctx.after, ctx.compiled = definition, after, compiled.is_available(step.w2)
-        outputs, saved = (compiled.forward if ctx.compiled else _forward)(step, after)
+        step = Step(*args)
+        ctx.definition, ctx.after, ctx.compiled = definition, after, compiled.is_available(*step)
+        outputs, saved = (compiled_step.forward if ctx.compiled else _forward)(step, after)
         ctx.save_for_backward(*step, *saved)
         return outputs
 
@@ -101,7 +102,7 @@ class _Step(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
             return None, None, *differentiate(ctx.definition, args, grads, ctx.needs_input_grad[2:])
         if ctx.compiled:
-            return None, None, *compiled.backward(Step(*args), ctx.after, compiled.Saved(*saved), *grads)
+            return None, None, *compiled_step.backward(Step(*args), ctx.after, compiled_step.Saved(*saved), *grads)
         return None, None, *_backward(Step(*args), ctx.after, _Saved(*saved), *grads)
 
 

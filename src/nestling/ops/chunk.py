@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nestling.ops import compiled
+from nestling.ops.compiled import chunk as compiled_chunk
+
 
 class Decays(NamedTuple):
     """Products of decay and momentum between any two tokens of a chunk, each [..., C + 1, C + 1] or None."""
@@ -75,24 +78,26 @@ class Chunk(NamedTuple):
 
 def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """W and S behind the chunk, and the reads W_t q_t if `after`, else W_{t-1} q_t, [R, C, o]."""
-    return _Chunk.apply(after, *chunk)
+    return _Chunk.apply(after, *(None if t is None else t.contiguous() for t in chunk))
 
 
 class _Chunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, after, *args):
-        weight, velocity, reads, d = chunk_forward(Chunk(*args), after)
-        ctx.after = after
-        ctx.save_for_backward(*args, d)
+        c = Chunk(*args)
+        ctx.after, ctx.compiled = after, compiled.is_available(*c)
+        weight, velocity, reads, *saved = (compiled_chunk.forward if ctx.compiled else chunk_forward)(c, after)
+        ctx.save_for_backward(*c, *saved)
         return weight, velocity, reads
 
     @staticmethod
     def backward(ctx, *grads):
-        *args, d = ctx.saved_tensors
+        tensors, count = ctx.saved_tensors, len(Chunk._fields)
+        args, saved = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():  # a second derivative is wanted
             needed = ctx.needs_input_grad[1:]
             return None, *differentiate(lambda *a: _definition(Chunk(*a), ctx.after), args, grads, needed)
-        return None, *chunk_backward(Chunk(*args), ctx.after, d, *grads)
+        return None, *(compiled_chunk.backward if ctx.compiled else chunk_backward)(Chunk(*args), ctx.after, *saved, *grads)
 
 
 def differentiate(function, args, grads, needed) -> list[Tensor | None]:

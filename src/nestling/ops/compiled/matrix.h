@@ -100,10 +100,3 @@ template <class T> class Scratch {
 };
 
 }  // namespace
-
-extern "C" void use_blas(void* sgemm, void* strsm, void* dgemm, void* dtrsm) {
-    Blas<float>::gemm = reinterpret_cast<Blas<float>::Gemm>(sgemm);
-    Blas<float>::trsm = reinterpret_cast<Blas<float>::Trsm>(strsm);
-    Blas<double>::gemm = reinterpret_cast<Blas<double>::Gemm>(dgemm);
-    Blas<double>::trsm = reinterpret_cast<Blas<double>::Trsm>(dtrsm);
-}

@@ -1,4 +1,4 @@
-"""Compiles the C++ step once per machine and finds the BLAS that torch brings."""
+"""Compiles the C++ chunk forms once per machine and finds the BLAS that torch brings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("step.cpp", "matrix.h")
+SOURCES = ("library.cpp", "step.h", "chunk.h", "matrix.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 BLAS = ("sgemm_", "strsm_", "dgemm_", "dtrsm_")
 
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
-    """Why there is no compiled step here."""
+    """Why there is no compiled form here."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step, or None where there is no compiler, no BLAS to call, or NESTLING_COMPILED=0."""
+    """The compiled chunk forms, or None where there is no compiler, no BLAS to call, or NESTLING_COMPILED=0."""
     try:
         return _load()
     except (Unavailable, OSError) as reason:
-        log.info("the chunk step runs in PyTorch: %s", reason)
+        log.info("the chunk forms run in PyTorch: %s", reason)
         return None
 
 
@@ -42,7 +42,7 @@ def _load() -> ctypes.CDLL:
     if os.environ.get("NESTLING_COMPILED", "1") == "0":
         raise Unavailable("NESTLING_COMPILED is 0")
     blas = _blas()
-    path = _cache() / f"step-{_fingerprint()}.so"
+    path = _cache() / f"chunk-{_fingerprint()}.so"
     if not path.exists():
         compile_to(path)
     loaded = ctypes.CDLL(str(path))
@@ -63,7 +63,7 @@ def _blas() -> list:
 
 
 def limit_blas_threads() -> None:
-    """Products called from this thread use one thread: the step itself is what runs in parallel."""
+    """Products called from this thread use one thread: the heads are what runs in parallel."""
     loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     if hasattr(loaded, "MKL_Set_Num_Threads_Local"):
         loaded.MKL_Set_Num_Threads_Local(1)
@@ -73,7 +73,7 @@ def compile_to(path: Path) -> None:
     """Compile beside `path`, then move into place, so that processes starting together do not meet half a file."""
     compiler = _compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
-    print("nestling: compiling the chunk step for this machine, once (some seconds)", file=sys.stderr, flush=True)
+    print("nestling: compiling the chunk form for this machine, once (some seconds)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         aside = Path(folder) / path.name
         done = subprocess.run(

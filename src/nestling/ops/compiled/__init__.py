@@ -1,0 +1,44 @@
+"""The chunk forms in C++ for CPUs: the equations of ops/chunk.py and memory/fused.py, one memory at a time.
+
+Over whole batches every element-wise operation goes through main memory; here a memory's chunk stays in the cache from
+its first product to its last. Tests tie the forms. Compiled on first use; without a compiler PyTorch does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from nestling.ops.compiled.build import library, limit_blas_threads
+
+_TYPES = {torch.float32: "float32", torch.float64: "float64"}
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+Pointers = Sequence[Tensor | None]
+
+
+def is_available(*tensors: Tensor | None) -> bool:
+    """Whether the compiled forms take tensors like these: on a CPU, all float32 or all float64."""
+    given = [t for t in tensors if t is not None]
+    kinds = {(t.device.type, t.dtype) for t in given}
+    ((device, kind), *others) = kinds
+    return not others and device == "cpu" and kind in _TYPES and library() is not None
+
+
+def run(name: str, kind: torch.dtype, sizes: Sequence[int], parts: Sequence[Pointers], count: int) -> None:
+    """Call a function of the library on 0..count, shared out over torch's threads; tensors must be contiguous."""
+    function = getattr(library(), f"{name}_{_TYPES[kind]}")
+    pointers = [(ctypes.c_void_p * len(part))(*(None if t is None else t.data_ptr() for t in part)) for part in parts]
+    arguments = ((ctypes.c_int64 * len(sizes))(*sizes), *pointers)
+    if count == 0 or torch.get_num_threads() == 1:
+        function(*arguments, ctypes.c_int64(0), ctypes.c_int64(count))
+        return
+    threads = min(torch.get_num_threads(), count)
+    if threads not in _pools:
+        _pools[threads] = ThreadPoolExecutor(threads, "nestling-chunk", initializer=limit_blas_threads)
+    bounds = [ctypes.c_int64(count * i // threads) for i in range(threads + 1)]
+    list(_pools[threads].map(lambda ends: function(*arguments, *ends), list(zip(bounds[:-1], bounds[1:]))))
