@@ -1,0 +1,5 @@
+"""Descriptions of the modules and optimisers that are known: importing this package registers them."""
+
+from nestling.levels.readers import huggingface, nestling_layers, nestling_optim, torch_modules, torch_optim
+
+__all__ = ["huggingface", "nestling_layers", "nestling_optim", "torch_modules", "torch_optim"]

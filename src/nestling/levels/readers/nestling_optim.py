@@ -1,0 +1,94 @@
+"""nestling's optimisers as memories of gradients (NL Secs. 4.4, 4.5, 7.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestling.levels.describe import describes
+from nestling.levels.readers.torch_optim import HEBBIAN, decayed, rate
+from nestling.levels.rules import Inner, Rule
+
+
+@describes("nestling.optim.base.MemoryOptimizer")
+def memory_optimizer(optimizer: Any, group: dict[str, Any]) -> Rule:
+    """A momentum with choices: what it is asked for says which (NL Eqs. 47-52)."""
+    memory = optimizer.memory(group)
+    kind, states = type(memory.architecture).__name__, memory.architecture
+    erase, preconditioner = memory.objective.erase, memory.preconditioner
+    deep = kind == "MLP" and memory.architecture.hidden > 0
+    value = "P g" if preconditioner else "g"
+    key = "k, the rows of g" + (" at norm 1" if memory.features == "unit" else "")
+    decay, write = f"{memory.decay:g}", "" if memory.rate == 1 else f"{memory.rate:.3g} "
+    if deep:
+        update = f"θ ← {decay} θ − {write}∂L/∂θ, for B, W₁, W₂"
+    elif erase:
+        update = f"m ← m ({decay} I − e kᵀk) − (e / {erase:g}) {value}"
+    else:
+        update = f"m ← {decay} m − {write}{value}"
+    objective = f"½ {erase:g} |m(k) + {value} / {erase:g}|²  (NL Eq. 49)" if erase else HEBBIAN.replace("g⟩", f"−{value}⟩")
+    retrieval = "m(g) = B + W₁ tanh(W₂ g)  (NL Eq. 50)" if deep else "m"
+    names = _state_names(states.start)
+    kept = [
+        Inner(
+            "deep momentum" if deep else "delta momentum" if erase else "momentum", update, objective,
+            keys=key if deep or erase else "—", values=f"−{value}", retrieval=retrieval, states=names,
+            macs=1 + 2 * bool(erase), work=_mlp_work(memory.architecture) if deep else None,
+            reads="preconditioner" if preconditioner else "gradient", waits=True,
+        )
+    ]  # fmt: skip
+    if preconditioner:
+        kept.append(_preconditioner(preconditioner, kept[0].kind))
+    return Rule(type(optimizer).__name__, decayed(group, "W ← W + η m(g)"), rate(group), tuple(kept))
+
+
+def _preconditioner(preconditioner: Any, feeds: str) -> Inner:
+    """P as a memory of its own: running averages, or inner steps."""
+    kind = type(preconditioner).__name__
+    texts = {
+        "Diagonal": ("H ← β H + (1 − β) g²", "Σᵢ |m gᵢ − P|² + λ |m|² (NL App. B)", "g²"),
+        "Outer": ("H ← β H + (1 − β) g gᵀ", "|m g − P|² (NL Eqs. 106-111)", "g gᵀ"),
+        "Orthogonal": ("O ← O − ζ ∂/∂O |OᵀO − I|²", "|P(g)ᵀ P(g) − I|² (NL Eq. 43)", "the nearest orthogonal matrix"),
+    }
+    if kind not in texts:
+        return Inner("unknown", "?", "?", keys="g", values="?", feeds=feeds, solver="unknown", rule="", states=_state_names(preconditioner.start))
+    update, objective, values = texts[kind]
+    steps = getattr(preconditioner, "steps", 1)
+    return Inner(
+        "preconditioner", update, objective, keys="g", values=values, retrieval="P g", feeds=feeds, rate=steps, steps=steps,
+        states=_state_names(preconditioner.start), macs=2, work=None if kind == "Diagonal" else _square_work(kind),
+        rule="Newton-Schulz" if kind == "Orthogonal" else "gradient descent, one step",
+    )  # fmt: skip
+
+
+def _square_work(kind: str):
+    from nestling.levels.readers.torch_optim import newton_schulz
+
+    def work(parameter: Tensor) -> int:
+        rows = parameter.shape[0] if parameter.ndim > 1 else 1
+        small, large = sorted((rows, parameter.numel() // max(rows, 1)))
+        return newton_schulz(parameter, 1) if kind == "Orthogonal" else 2 * small * small * large + small**3
+
+    return work
+
+
+def _mlp_work(architecture: Any):
+    def work(parameter: Tensor) -> int:
+        return parameter.numel() * (1 + 6 * architecture.hidden)  # W₁ and W₂: forward, gradient, read
+
+    return work
+
+
+def _state_names(start) -> dict[str, Any]:
+    """Names and shapes of the state that `start(parameter)` makes, found on the meta device."""
+    names = start(torch.empty(2, 2, device="meta"))
+
+    def shape_of(name: str):
+        def shapes(parameter: Tensor) -> list[tuple[int, ...]]:
+            return [tuple(start(torch.empty(parameter.shape, device="meta"))[name].shape)]
+
+        return shapes
+
+    return {name: shape_of(name) for name in names}
