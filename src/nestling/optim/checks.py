@@ -89,6 +89,7 @@ def check_gradient(parameter: Tensor, name: str = "") -> None:
         )
 
 
+@torch.compiler.disable
 def finite(gradients: Sequence[Tensor], nonfinite: str = "skip") -> bool:
     """Whether a step may be taken: no gradient holds NaN, infinity or an entry above `LARGEST`.
 

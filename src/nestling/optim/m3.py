@@ -1,0 +1,310 @@
+"""M3, the multi-scale momentum Muon of `NL Alg. 1`, as a drop-in torch optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from nestling.ops.orthogonalize import table
+from nestling.optim import checks
+from nestling.optim.multiscale import Rule, batched, definition, new_state
+
+RULES = ("auto", "matrix", "adamw")
+VIEWS = (None, "flatten", "batch")
+ACCUMULATIONS = ("ema", "sum")
+
+
+class M3(torch.optim.Optimizer):
+    """Momentum at several time scales, orthogonalised, over the root of the second moment (`NL Alg. 1, Eq. 75`).
+
+    Matrices take the step of `nestling.optim.multiscale`, everything else AdamW's. A step whose gradients hold NaN or
+    infinity changes no weight, no memory and no phase. A parameter without gradient waits; its phase waits with it.
+
+    Args:
+        params: parameters, groups, or `named_parameters()`. Group keys besides the options: `rule` "matrix", "adamw" or
+            "auto" (two dimensions and more are matrices), and `view`, how more than two dimensions are read: "flatten"
+            (o, rest), "batch" (a batch of the last two), None ("batch" for three, "flatten" for more). See
+            `split_parameters`.
+        lr (float or Tensor): AdamW's fits, given `rms_match`.
+        betas: of the fast momentum, the second moment, and each slow momentum (the last is repeated). Weights of the
+            sums in "sum", what averages keep in "ema".
+        alpha: weight of each slow direction beside the fast one (a number is every scale's).
+        periods: steps between two updates of each scale; (1,) has no slow scale, (1, 16, 256) has two.
+        ns_steps, coefficients, ns_dtype: of the orthogonalisation, see `nestling.ops.orthogonalize`.
+        eps: added to the root of the second moment; None is 1e-8 for "sum" and 0.05, relative to the matrix, for "ema".
+        weight_decay: decoupled.
+        accumulation: "ema", or "sum" for the literal Algorithm 1 (with rms_match=False, weight_decay=0).
+        rms_match: scale each matrix's step to a root mean square of 0.2 lr.
+        nesterov: orthogonalise the momentum one step ahead.
+        second_moment: divide by its root; without it the state is smaller and M3 is Muon with several scales.
+        adam_betas, adam_eps: of the AdamW rule.
+        split: which fused matrices are orthogonalised in parts: a part of a parameter's name -> number of equal row
+            blocks or a list of their sizes; ("columns", ...) for columns. Needs `named_parameters()`.
+        slow_dtype: type of the cached slow directions; None is bfloat16, or the state's own for "sum" and float64.
+        nonfinite: "skip", "raise", or "ignore" (no check, so no synchronisation with a device).
+        foreach: batched operations over parameters of one shape; False takes the plain definition.
+
+    Raises:
+        ValueError, TypeError: naming the argument; nothing is changed.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: Sequence[float] = (0.95, 0.999, 0.9),
+        alpha: float | Sequence[float] = 0.5,
+        periods: Sequence[int] = (1, 16),
+        ns_steps: int = 5,
+        coefficients="muon",
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        accumulation: str = "ema",
+        rms_match: bool = True,
+        nesterov: bool = False,
+        second_moment: bool = True,
+        adam_betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        split: Mapping[str, object] | None = None,
+        ns_dtype: torch.dtype | None = None,
+        slow_dtype: torch.dtype | None = None,
+        nonfinite: str = "skip",
+        foreach: bool = True,
+    ) -> None:
+        checks.check_choice("nonfinite", nonfinite, checks.NONFINITE)
+        self.nonfinite = nonfinite
+        options = dict(
+            lr=lr, betas=betas, alpha=alpha, periods=periods, ns_steps=ns_steps, coefficients=coefficients, eps=eps,
+            weight_decay=weight_decay, accumulation=accumulation, rms_match=rms_match, nesterov=nesterov,
+            second_moment=second_moment, adam_betas=adam_betas, adam_eps=adam_eps, split=dict(split or {}),
+            ns_dtype=ns_dtype, slow_dtype=slow_dtype, foreach=foreach, rule="auto", view=None,
+        )  # fmt: skip
+        _check_group(options)
+        super().__init__(params, options)
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        for pattern in options["split"]:
+            if not any(pattern in name for name in names):
+                raise ValueError(
+                    f"split names {pattern!r}, which is in no parameter's name; "
+                    + ("check it against named_parameters()" if names else "pass model.named_parameters()")
+                )
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters with their own options; ValueError or TypeError before any change."""
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), Tensor):
+            param_group = {**param_group, "params": list(param_group["params"])}
+        _check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for index, parameter in enumerate(group["params"]):
+                checks.check_parameter(parameter, _name(group, index))
+                if group["rule"] == "matrix" and parameter.ndim < 2:
+                    raise ValueError(
+                        f"parameter {_name(group, index)}{list(parameter.shape)} is no matrix; "
+                        'put it into a group with rule="adamw"'
+                    )
+                if _is_matrix(parameter, group):
+                    _parts(parameter, group, index)
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+
+    @torch.compiler.disable(recursive=False)  # the compiler gets the tensor work, not the bookkeeping
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        used = []
+        for group in self.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    checks.check_gradient(parameter, _name(group, index))
+                    used.append(parameter.grad)
+        if not used or not checks.finite(used, self.nonfinite):
+            return loss
+        # Reading a distributed state dict before any step makes torch take a step of zero gradients at lr 0 to create
+        # the state. That is no step of ours: it would shift the slow periods.
+        counts = bool(self.state) or any(float(g["lr"]) for g in self.param_groups) or any(g.any() for g in used)
+        for group in self.param_groups:
+            self._step_group(group, counts)
+        return loss
+
+    @torch.compiler.disable(recursive=False)
+    def _step_group(self, group: dict, counts: bool) -> None:
+        others, same_shape = {}, {}
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None or parameter.numel() == 0:
+                continue
+            state = self.state[parameter]
+            matrix = _is_matrix(parameter, group)
+            if not state:
+                state.update(_matrix_state(parameter, group) if matrix else _adamw_state(parameter))
+            if not counts:
+                continue
+            state["step"] += 1
+            kind = (parameter.device, parameter.dtype)
+            if matrix:
+                key = (*kind, parameter.shape, int(state["step"]), _parts(parameter, group, index))
+                same_shape.setdefault(key, []).append(parameter)
+            else:
+                others.setdefault(kind, []).append(parameter)
+        for parameters in others.values():
+            _adamw_step(parameters, [self.state[p] for p in parameters], group)
+        for (_, _, shape, step, (sizes, dim)), parameters in same_shape.items():
+            rule = _rule(group, shape, sizes, dim)
+            states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
+            if group["foreach"]:
+                batched(parameters, gradients, states, rule, step)
+            else:
+                for one in zip(parameters, gradients, states):
+                    definition(*one, rule, step)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over a saved state, bit for bit; ValueError if a memory's shape is not its parameter's."""
+        parameters = [(group, i, p) for group in self.param_groups for i, p in enumerate(group["params"])]
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for (group, i, parameter), index in zip(parameters, saved):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step" and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the saved {name} has shape {list(value.shape)}, parameter {_name(group, i)}has "
+                        f"{list(parameter.shape)}; the state belongs to another model"
+                    )
+        super().load_state_dict(state_dict)
+        for (_, _, parameter), index in zip(parameters, saved):  # torch casts memories to the parameter's type
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step":
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def _name(group: dict, index: int) -> str:
+    return f"{group['param_names'][index]} " if "param_names" in group else ""
+
+
+def _is_matrix(parameter: Tensor, group: dict) -> bool:
+    return group["rule"] != "adamw" and parameter.ndim >= 2
+
+
+def _matrix_shape(shape: torch.Size, view: str | None) -> tuple[int, int, int]:
+    """(b, m, n): a parameter as a batch of matrices."""
+    batch = view == "batch" or (view is None and len(shape) <= 3)
+    b = shape[:-2].numel() if batch else 1
+    return (b, *shape[-2:]) if batch else (1, shape[0], shape[1:].numel())
+
+
+def _parts(parameter: Tensor, group: dict, index: int) -> tuple[tuple[int, ...], int]:
+    """Sizes and dimension of the parts a fused matrix is orthogonalised in; () for one part."""
+    if not group["split"] or "param_names" not in group:
+        return (), -2
+    name = group["param_names"][index]
+    for pattern, parts in group["split"].items():
+        if pattern in name:
+            columns = isinstance(parts, (tuple, list)) and len(parts) == 2 and parts[0] == "columns"
+            dim, parts = (-1, parts[1]) if columns else (-2, parts)
+            length = _matrix_shape(parameter.shape, group["view"])[dim]
+            sizes = [length // parts] * parts if isinstance(parts, int) else list(parts)
+            if sum(sizes) != length or min(sizes) < 1:
+                raise ValueError(f"split of {name} must add up to its {length} rows or columns; {parts!r} does not")
+            return tuple(sizes), dim
+    return (), -2
+
+
+def _slow(values, count: int) -> tuple[float, ...]:
+    """One value per slow scale; the last is repeated."""
+    values = (values,) if isinstance(values, (int, float)) else tuple(values)
+    return tuple(values[min(i, len(values) - 1)] for i in range(count))
+
+
+def _rule(group: dict, shape: torch.Size, sizes: tuple[int, ...], dim: int) -> Rule:
+    periods, ema = tuple(group["periods"]), group["accumulation"] == "ema"
+    fast, beta_v, *slow = group["betas"]
+    count = len(periods) - 1
+    eps = group["eps"] if group["eps"] is not None else 0.05 if ema else 1e-8
+    return Rule(
+        shape=_matrix_shape(shape, group["view"]), lr=group["lr"], weight_decay=group["weight_decay"],
+        betas=(fast, *_slow(slow, count)), alphas=(1.0, *_slow(group["alpha"], count)), periods=periods,
+        beta_v=beta_v if group["second_moment"] else None, eps=eps, ema=ema, nesterov=group["nesterov"],
+        rms_match=group["rms_match"], ns_steps=group["ns_steps"], coefficients=group["coefficients"],
+        ns_dtype=group["ns_dtype"], sizes=sizes, dim=dim,
+    )  # fmt: skip
+
+
+def _matrix_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:
+    exact = group["accumulation"] == "sum" or parameter.dtype == torch.float64
+    slow_dtype = group["slow_dtype"] or (None if exact else torch.bfloat16)
+    return new_state(parameter, len(group["periods"]), group["second_moment"], slow_dtype)
+
+
+def _adamw_state(parameter: Tensor) -> dict[str, Tensor]:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return {"step": torch.tensor(0.0)} | {
+        name: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
+    }
+
+
+@torch.compiler.disable
+def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> None:
+    """torch's own AdamW, on a float32 copy of narrower parameters."""
+    dtype = states[0]["exp_avg"].dtype
+    wide = [p.to(dtype) for p in parameters]
+    for state in states:
+        state["step"] -= 1  # torch counts it
+    adamw(
+        wide,
+        [p.grad.to(dtype) for p in parameters],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        foreach=group["foreach"] and not isinstance(group["lr"], Tensor),
+        amsgrad=False,
+        beta1=group["adam_betas"][0],
+        beta2=group["adam_betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["adam_eps"],
+        maximize=False,
+    )
+    if wide[0] is not parameters[0]:
+        torch._foreach_copy_(parameters, wide)
+
+
+def _check_group(group: dict) -> None:
+    """Every option of a group, before it is taken."""
+    checks.check_lr(group["lr"])
+    periods = checks.check_periods(group["periods"])
+    checks.check_choice("accumulation", group["accumulation"], ACCUMULATIONS)
+    checks.check_choice("rule", group["rule"], RULES)
+    if group["view"] not in VIEWS:
+        raise ValueError(f"view must be one of {VIEWS}, not {group['view']!r}")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) < 2 + (len(periods) > 1):
+        raise ValueError(f"betas must hold the fast, the second-moment and the slow ones, not {betas!r}")
+    for beta in betas:
+        (checks.check_fraction if group["accumulation"] == "ema" else checks.check_number)("betas", beta)
+    alphas = group["alpha"] if isinstance(group["alpha"], Sequence) else (group["alpha"],)
+    if not alphas:
+        raise ValueError("alpha must hold a number, or one per slow scale")
+    for alpha in alphas:
+        checks.check_number("alpha", alpha)
+    if len(alphas) > max(1, len(periods) - 1) or len(betas) > max(3, len(periods) + 1):
+        raise ValueError(f"betas {tuple(betas)} and alpha {group['alpha']!r} name more scales than periods {periods}")
+    table(group["coefficients"], group["ns_steps"])
+    if group["eps"] is not None:
+        checks.check_number("eps", group["eps"])
+    checks.check_number("weight_decay", group["weight_decay"])
+    checks.check_number("adam_eps", group["adam_eps"])
+    if not isinstance(group["adam_betas"], Sequence) or len(group["adam_betas"]) != 2:
+        raise ValueError(f"adam_betas must be two numbers, not {group['adam_betas']!r}")
+    for beta in group["adam_betas"]:
+        checks.check_fraction("adam_betas", beta)
+    if not isinstance(group["split"], Mapping):
+        raise TypeError(f"split must map a part of a name to a number of parts, not {group['split']!r}")

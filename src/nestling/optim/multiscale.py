@@ -1,0 +1,202 @@
+"""The matrix rule of M3 (`NL Alg. 1, Eq. 75`): once as it is written, for one parameter, and once for a whole batch.
+
+With g the gradient of step t, NS Newton-Schulz and f the slow period, each step is
+
+    M1 <- M1 + b1 g                      V <- V + b2 g^2                      O1 = NS(M1)
+    W  <- W - lr (O1 + alpha O2) / (sqrt(V) + eps)
+    M2 <- M2 + b3 g, and after every f-th step O2 = NS(M2)
+
+("sum", Algorithm 1: M2 holds whole periods whenever O2 is taken from it, so the sum of a period needs no buffer of its
+own.) Scale j of more than two has its own M_j, O_j, b_j, alpha_j and period. The averages of "ema" are
+
+    M1 <- b1 M1 + (1 - b1) g             V <- b2 V + (1 - b2) g^2             M2 <- b3 M2 + (1 - b3) mean of the period
+
+Orthogonalisation forgets the scale of M1 and M2, so they need no bias correction. V does: an entry is replaced by
+V + b2^t mean(V) / (1 - b2^t), its matrix's mean where it has not seen enough gradients yet. So the first steps are
+Muon's, not divisions of O1 by single gradients. eps is relative to the matrix there, eps sqrt(mean(V) / (1 - b2^t)):
+the step does not depend on the scale of the loss. With `rms_match` one scalar per matrix then sets the root mean square
+of the step to lr times `RMS`, which is what an AdamW step typically has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestling.ops.orthogonalize import orthogonalize
+
+RMS = 0.2
+CHUNK = 2**20  # elements that go through the whole batched step together on a CPU, so that they stay in its cache
+TINY = 1e-30  # keeps 0 / 0 at 0
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the step of a matrix parameter depends on besides its state; the same at every step but for `lr`.
+
+    Attributes:
+        shape: the parameter as a batch of matrices, (b, m, n).
+        betas, alphas, periods: of the scales, fastest first; alphas[0] is 1.
+        beta_v: of the second moment, None without it.
+        sizes, dim: parts the matrices are cut into along `dim` (-2: rows, -1: columns) before orthogonalisation.
+    """
+
+    shape: tuple[int, int, int]
+    lr: float | Tensor
+    weight_decay: float
+    betas: tuple[float, ...]
+    alphas: tuple[float, ...]
+    periods: tuple[int, ...]
+    beta_v: float | None
+    eps: float
+    ema: bool
+    nesterov: bool
+    rms_match: bool
+    ns_steps: int
+    coefficients: object
+    ns_dtype: torch.dtype | None
+    sizes: tuple[int, ...] = ()
+    dim: int = -2
+
+    def pieces(self, stacked: Tensor) -> Sequence[Tensor]:
+        """[P, *parameter] -> the matrices to orthogonalise, each [P b, m', n']; views of a contiguous tensor."""
+        matrices = stacked.reshape(-1, *self.shape[1:])
+        return matrices.split(self.sizes, self.dim) if self.sizes else (matrices,)
+
+    def joined(self, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The inverse of `pieces`."""
+        return (torch.cat(list(pieces), self.dim) if len(pieces) > 1 else pieces[0].contiguous()).view(like.shape)
+
+    @torch.compiler.disable
+    def orthogonal(self, stacked: Tensor) -> Tensor:
+        """NS of every piece."""
+        options = {"coefficients": self.coefficients, "dtype": self.ns_dtype}
+        return self.joined([orthogonalize(x, self.ns_steps, **options) for x in self.pieces(stacked)], stacked)
+
+    def weights(self, scale: int) -> tuple[float, float]:
+        """(keep, take) of M_scale: keep once per period, take of every gradient."""
+        beta, period = self.betas[scale], self.periods[scale]
+        return (beta, (1 - beta) / period) if self.ema else (1.0, beta)
+
+    def slow(self) -> range:
+        """The slow scales; M_(scale + 1) and O_(scale + 1) are theirs."""
+        return range(1, len(self.periods))
+
+
+def new_state(parameter: Tensor, scales: int, second_moment: bool, slow_dtype: torch.dtype | None) -> State:
+    """Zero memories: m1, v, and m2, o2 (m3, o3, ...) of the slow scales; float32 or the parameter's type if wider."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+
+    def zeros(kind: torch.dtype) -> Tensor:
+        return torch.zeros_like(parameter, dtype=kind, requires_grad=False)
+
+    state = {"step": torch.tensor(0.0), "m1": zeros(dtype)} | ({"v": zeros(dtype)} if second_moment else {})
+    for scale in range(2, scales + 1):
+        state |= {f"m{scale}": zeros(dtype), f"o{scale}": zeros(slow_dtype or dtype)}
+    return state
+
+
+def definition(parameter: Tensor, gradient: Tensor, state: State, rule: Rule, step: int) -> None:
+    """Step number `step` (from 1) of one parameter, in the order of the module's equations."""
+    m1, g = state["m1"], gradient.to(state["m1"].dtype)
+    keep, take = rule.weights(0)
+    m1.copy_(keep * m1 + take * g)
+    update = rule.orthogonal(keep * m1 + take * g if rule.nesterov else m1)
+    for scale in rule.slow():
+        update = update + rule.alphas[scale] * state[f"o{scale + 1}"].to(m1.dtype)
+    if rule.beta_v is not None:
+        v = state["v"]
+        v.copy_(rule.beta_v * v + (1 - rule.beta_v) * g**2 if rule.ema else v + rule.beta_v * g**2)
+        root = []
+        for x in rule.pieces(v):
+            if rule.ema:
+                mean = x.mean((-2, -1), keepdim=True) / (1 - rule.beta_v**step)
+                root.append((x + rule.beta_v**step * mean).sqrt() + rule.eps * mean.sqrt() + TINY)
+            else:
+                root.append(x.sqrt() + rule.eps + TINY)
+        update = update / rule.joined(root, v)
+    if rule.rms_match:
+        update = rule.joined([x * RMS / _rms(x) for x in rule.pieces(update)], update)
+    parameter.mul_(1 - rule.lr * rule.weight_decay)
+    parameter.sub_(rule.lr * update)
+    for scale in rule.slow():
+        m, o = state[f"m{scale + 1}"], state[f"o{scale + 1}"]
+        keep, take = rule.weights(scale)
+        m.copy_((keep * m if (step - 1) % rule.periods[scale] == 0 else m) + take * g)
+        if step % rule.periods[scale] == 0:
+            o.copy_(rule.orthogonal(m))
+
+
+@torch.compiler.disable(recursive=False)
+def batched(parameters: list[Tensor], gradients: list[Tensor], states: list[State], rule: Rule, step: int) -> None:
+    """The same step for parameters of one shape, type, device and phase."""
+    count = max(1, CHUNK // parameters[0].numel()) if parameters[0].device.type == "cpu" else len(parameters)
+    for start in range(0, len(parameters), count):
+        part = slice(start, start + count)
+        _batched(parameters[part], gradients[part], states[part], rule, step)
+
+
+@torch.compiler.disable(recursive=False)
+def _batched(parameters: list[Tensor], gradients: list[Tensor], states: list[State], rule: Rule, step: int) -> None:
+    fast = rule.orthogonal(_remember(gradients, states, rule, [(step - 1) % f == 0 for f in rule.periods]))
+    decay = torch.tensor(0.0 if rule.beta_v is None else rule.beta_v**step, dtype=torch.float64)
+    _descend(parameters, fast, states, rule, decay)
+    for scale in rule.slow():
+        if step % rule.periods[scale] == 0:
+            slow = rule.orthogonal(torch.stack([state[f"m{scale + 1}"] for state in states]))
+            torch._foreach_copy_([state[f"o{scale + 1}"] for state in states], list(slow.unbind()))
+
+
+def _remember(gradients: list[Tensor], states: list[State], rule: Rule, opens: list[bool]) -> Tensor:
+    """Write the gradients into every memory; returns what is to be orthogonalised, stacked."""
+    g = [gradient.to(state["m1"].dtype) for gradient, state in zip(gradients, states)]
+    for scale in range(len(rule.periods)):
+        memory = [state[f"m{scale + 1}"] for state in states]
+        keep, take = rule.weights(scale)
+        if opens[scale] and keep != 1:
+            torch._foreach_mul_(memory, keep)
+        torch._foreach_add_(memory, g, alpha=take)
+    if rule.beta_v is not None:
+        v = [state["v"] for state in states]
+        if rule.ema:
+            torch._foreach_mul_(v, rule.beta_v)
+        torch._foreach_addcmul_(v, g, g, value=1 - rule.beta_v if rule.ema else rule.beta_v)
+    fast = torch.stack([state["m1"] for state in states])
+    if rule.nesterov:
+        keep, take = rule.weights(0)
+        fast.mul_(keep).add_(torch.stack(g), alpha=take)
+    return fast
+
+
+def _descend(parameters: list[Tensor], update: Tensor, states: list[State], rule: Rule, decay: Tensor) -> None:
+    """W <- W - lr (O1 + alpha O2) / (sqrt(V) + eps), O1 given as `update` (overwritten), decay = b2^t."""
+    for scale in rule.slow():
+        torch._foreach_add_(
+            list(update.unbind()), [state[f"o{scale + 1}"] for state in states], alpha=rule.alphas[scale]
+        )
+    if rule.beta_v is not None:
+        root = torch.stack([state["v"] for state in states])
+        for x in rule.pieces(root):
+            if rule.ema:
+                mean = x.mean((-2, -1), keepdim=True) / (1 - decay)
+                x.add_(decay * mean).sqrt_().add_(rule.eps * mean.sqrt() + TINY)
+            else:
+                x.sqrt_().add_(rule.eps + TINY)
+        update.div_(root)
+    for x in rule.pieces(update):
+        x.mul_(rule.lr * RMS / _rms(x) if rule.rms_match else rule.lr)
+    if rule.weight_decay:
+        torch._foreach_mul_(parameters, 1 - rule.lr * rule.weight_decay)
+    torch._foreach_sub_(parameters, list(update.unbind()))
+
+
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square of each matrix, [.., 1, 1], and a tiny number for a zero matrix."""
+    size = math.sqrt(x.shape[-2] * x.shape[-1])
+    return (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) / size).clamp(min=TINY)
