@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from nestling.levels.formalism import (
 from nestling.levels.frequency import EVERY_STEP, NEVER, Frequency
 from nestling.levels.inventory import Inventory, unwrap
 from nestling.levels.order import order
-from nestling.levels.rules import Inner, Rule
+from nestling.levels.rules import Inner, Rule, scalar
 from nestling.levels.trainers import Trained, Training
 
 FLOWS = {
@@ -45,6 +46,7 @@ class _Kept:
     pace: Frequency
     tensors: list[TensorSpec] = field(default_factory=list)
     served: dict[str, None] = field(default_factory=dict)  # names of the weights' memories, in order
+    waits_for: dict[str, None] = field(default_factory=dict)  # names of memories of the optimiser it takes in at once
     numbers: int = 0
     work: int = 0
     gradient_bytes: int = 0
@@ -80,7 +82,7 @@ def assemble(
     name = type(inventory.root).__name__ + (f" + {training.name}" if training.optimizers else "")
     return NestedSystem(
         name, levels, tuple(ContextFlow(n, *FLOWS[n]) for n in FLOWS if n in used), (*transfers, *taught),
-        _coverage(placed, inventory, training), tuple(_findings(placed, inventory, training)),
+        coverage_of(placed, inventory, training), tuple(_findings(placed, inventory, training)),
         (*notes, *_training_notes(training)), tokens_per_step, inventory.context_length,
     )  # fmt: skip
 
@@ -190,10 +192,13 @@ class _Serving:
                 self.teach(self.weights, name, "generation", "weights")
             else:
                 self.teach(own[inner.reads].name, name, "generation", f"the {inner.reads}")
+                if inner.waits:
+                    own[inner.kind].waits_for[own[inner.reads].name] = None
             if inner.feeds == "weights":
                 self.teach(name, self.weights, "parametric", "the step it proposes")
             elif inner.feeds and trained_reads(trained.rule, inner.feeds) != inner.kind:
                 self.teach(name, own[inner.feeds].name, "parametric", f"the {inner.kind}")
+                own[inner.feeds].waits_for[name] = None
         if total is not None and not any(inner.reads == "gradient" for inner in trained.rule.memories):
             self.teach(source, self.weights, "parametric", "the summed gradient")
 
@@ -220,7 +225,7 @@ class _Serving:
             self.kept[key] = _Kept(name, inner, pace)
         one = self.kept[key]
         dtype = self.parameter.dtype
-        made = [spec(f"{self.tensor.name}.{state.lstrip('.')}", shape, dtype, "optimizer")
+        made = [replace(spec(f"{self.tensor.name}.{state.lstrip('.')}", shape, dtype, "optimizer"), counter=shapes is scalar or bool(inner.watch and state not in inner.watch))
                 for state, shapes in inner.states.items() for shape in shapes(self.parameter)]  # fmt: skip
         one.tensors += made
         one.served[self.weights] = None
@@ -239,7 +244,7 @@ def _finished(one: _Kept) -> AssociativeMemory:
     inner = one.inner
     size = sum(t.bytes for t in one.tensors)
     context = {"gradient": "gradients", "weights": "weights"}.get(inner.reads, "momentum")
-    needs = tuple(one.served) if inner.reads == "weights" and inner.waits else ()
+    needs = tuple(one.served) if inner.reads == "weights" and inner.waits else tuple(one.waits_for)
     return AssociativeMemory(
         one.name, inner.kind, inner.keys, inner.values, inner.objective, inner.retrieval or inner.kind[0], inner.update,
         Solver(inner.solver, inner.rule, steps=inner.steps), one.pace.times(inner.rate), context,
@@ -274,7 +279,7 @@ def _averages(average: nn.Module | None, placed: list[AssociativeMemory], invent
     )]  # fmt: skip
 
 
-def _coverage(placed: list[AssociativeMemory], inventory: Inventory, training: Training) -> Coverage:
+def coverage_of(placed: Sequence[AssociativeMemory], inventory: Inventory, training: Training) -> Coverage:
     known = {t.name for m in placed if not m.unknown for t in m.tensors if t.role in ("parameter", "buffer")}
     unknown = [f"{m.name}: {m.note}" if m.note else m.name for m in placed if m.unknown]
     counts = {}
@@ -310,11 +315,13 @@ def _findings(placed: list[AssociativeMemory], inventory: Inventory, training: T
         if memory.lifetime == "training" and memory.cost.state_bytes:
             message = f"{memory.cost.state_bytes:,} bytes learned from gradients are dropped when training ends (NL Sec. 4.5)"
             found.append(Finding("dropped", memory.name, message))
-    if training.optimizers:
-        for name, tensor in inventory.tensors.items():
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and name not in training.parameters:
-                owner = next((m.name for m in placed if any(t.name == name for t in m.tensors)), name)
-                found.append(Finding("never moves", owner, f"{name} wants gradients, but no optimiser has it"))
+    left: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in inventory.tensors.items() if training.optimizers else ():
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and name not in training.parameters:
+            owner = next((m.name for m in placed if any(t.name == name for t in m.tensors)), name)
+            left[owner].append(name.removeprefix(f"{owner}."))
+    for owner, names in left.items():
+        found.append(Finding("never moves", owner, f"{', '.join(names)} could be trained, but no optimiser has it"))
     return found
 
 

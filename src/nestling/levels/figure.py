@@ -59,27 +59,27 @@ def draw(system: NestedSystem, path: str | Path | None = None, *, theme: str = "
 
 
 def marks(plan: Layout) -> list[tuple]:
-    """The picture as simple marks, back to front: ("rect", x, y, w, h, radius, fill, stroke, key),
-    ("text", x, y, text, style), ("curve", points, kind, source, target) and ("line", x0, y0, x1, y1, colour, width)."""
-    found: list[tuple] = [("text", MARGIN, 36, plan.title, "title")]
+    """The picture as simple marks, back to front: ("rect", x, y, w, h, radius, fill, stroke),
+    ("text", x, y, text, style), ("curve", points, kind, source, target), ("line", x0, y0, x1, y1, colour, width) and
+    ("group", key, label, marks) for a box."""
+    found: list[tuple] = [("text", MARGIN, 32, plan.title, "title"), ("text", MARGIN, 51, plan.subtitle, "legend")]
     for band in plan.bands:
         found += _band(band, plan.width)
     found += [("curve", curve.points, curve.link.kind, curve.link.source, curve.link.target) for curve in plan.curves]
-    for box in plan.boxes:
-        found += _box(box)
+    found += [("group", box.group.key, f"{box.lines[0]}, level {box.group.level}", _box(box)) for box in plan.boxes]
     return found + _legend(plan)
 
 
 def _band(band: Band, width: float) -> list[tuple]:
     x, middle = MARGIN, band.top + band.height / 2
-    found = [("rect", MARGIN / 2, band.top, width - MARGIN, band.height, 10, "band", None, None)]
+    found = [("rect", MARGIN / 2, band.top, width - MARGIN, band.height, 10, "band", None)]
     found.append(("text", x, middle - 13, f"Level {band.level.index}", "level"))
     rate = str(band.level.frequency)
     often = {"∞": "∞, anew for every token", "0": "never updated"}.get(rate, rate)
     found.append(("text", x, middle + 5, often, "often"))
     strip, y = 126, middle + 18
     if rate == "∞":
-        found.append(("rect", x, y - 4, strip, 8, 0, "muted", None, None))
+        found.append(("rect", x, y - 4, strip, 8, 0, "muted", None))
     elif rate != "0":
         found += [("line", x + strip * (i + 0.5) / band.ticks, y - 4, x + strip * (i + 0.5) / band.ticks, y + 4, "muted", 1.4)
                   for i in range(band.ticks)]  # fmt: skip
@@ -91,8 +91,8 @@ def _box(box: Box) -> list[tuple]:
     left, top, memory = box.x - box.width / 2, box.y - BOX_HEIGHT / 2, box.group.first
     accent = "unknown" if memory.unknown else memory.lifetime
     return [
-        ("rect", left, top, box.width, BOX_HEIGHT, 7, "card", "line", box.group.key),
-        ("rect", left + 7, top + 9, 3, BOX_HEIGHT - 18, 1.5, accent, None, None),
+        ("rect", left, top, box.width, BOX_HEIGHT, 7, "card", "line"),
+        ("rect", left + 7, top + 9, 3, BOX_HEIGHT - 18, 1.5, accent, None),
         ("text", left + 18, top + 20, box.lines[0], "kind"),
         ("text", left + 18, top + 37, box.lines[1], "maps"),
         ("text", left + 18, top + 53, box.lines[2], "where"),
@@ -108,7 +108,7 @@ def _legend(plan: Layout) -> list[tuple]:
         x += 42 + text_width(kind, 12) + 22
     x, y = MARGIN, plan.height - 24
     for lifetime in plan.lifetimes:
-        found.append(("rect", x, y - 7, 3, 14, 1.5, lifetime, None, None))
+        found.append(("rect", x, y - 7, 3, 14, 1.5, lifetime, None))
         found.append(("text", x + 10, y + 4, LIFETIMES[lifetime], "legend"))
         x += 10 + text_width(LIFETIMES[lifetime], 12) + 22
     return found
@@ -119,19 +119,17 @@ def bends(points: list[tuple[float, float]]) -> list[tuple]:
     pieces = []
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if y0 == y1 or x0 == x1:
-            pieces.append(((x0, y0), (x1, y1), (x1, y1)))
+            pieces.append((((2 * x0 + x1) / 3, (2 * y0 + y1) / 3), ((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3), (x1, y1)))
         else:
             half = (y1 - y0) / 2
             pieces.append(((x0, y0 + half), (x1, y1 - half), (x1, y1)))
     return pieces
 
 
-def style_sheet() -> str:
-    """Colours of both themes as CSS variables, and the classes of texts and curves."""
-    def variables(theme: str) -> str:
-        return "".join(f"--{name}:{colour};" for name, colour in THEMES[theme].items())
-
-    lines = [f"svg.levels{{{variables('light')}}}", f"@media(prefers-color-scheme:dark){{svg.levels{{{variables('dark')}}}}}"]
+def style_sheet(*, variables: bool = True) -> str:
+    """The classes of texts and curves, and the colours of both themes as variables."""
+    light, dark = ("".join(f"--{name}:{colour};" for name, colour in theme.items()) for theme in THEMES.values())
+    lines = [f"svg.levels{{{light}}}@media(prefers-color-scheme:dark){{svg.levels{{{dark}}}}}"] if variables else []
     lines.append('svg.levels text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sans-serif}')
     for name, (size, bold, colour) in TEXTS.items():
         lines.append(f"svg.levels .{name}{{font-size:{size}px;fill:var(--{colour});font-weight:{650 if bold else 400}}}")
@@ -160,11 +158,13 @@ def to_svg(plan: Layout, *, style: bool = True) -> str:
 
 def _svg_mark(mark: tuple) -> str:
     kind, *rest = mark
+    if kind == "group":
+        key, label, inner = rest
+        return f'<g class="box" data-key="{key}" aria-label="{escape(label)}">{"".join(map(_svg_mark, inner))}</g>'
     if kind == "rect":
-        x, y, w, h, radius, fill, stroke, key = rest
+        x, y, w, h, radius, fill, stroke = rest
         edge = f' stroke="var(--{stroke})"' if stroke else ""
-        tag = f' class="box" data-key="{key}"' if key else ""
-        return f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{radius}" fill="var(--{fill})"{edge}{tag}/>'
+        return f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{radius}" fill="var(--{fill})"{edge}/>'
     if kind == "text":
         x, y, text, style = rest
         return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{escape(text)}</text>'
@@ -175,7 +175,7 @@ def _svg_mark(mark: tuple) -> str:
     path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
     path += "".join("C" + " ".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in bends(points))
     ends = f' data-source="{source}" data-target="{target}"' if source else ""
-    return f'<path class="{name}" d="{path}" marker-end="url(#head-{name})"{ends}/>'
+    return f'<path class="curve {name}" d="{path}" marker-end="url(#head-{name})"{ends}/>'
 
 
 def _with_matplotlib(plan: Layout, path: Path, colours: dict[str, str]) -> None:
@@ -193,7 +193,7 @@ def _with_matplotlib(plan: Layout, path: Path, colours: dict[str, str]) -> None:
         for order, mark in enumerate(marks(plan)):
             _matplotlib_mark(ax, mark, colours, order)
         try:
-            figure.savefig(path, dpi=dots * 1.5, facecolor=colours["paper"])
+            figure.savefig(path, dpi=dots * 1.6, facecolor=colours["paper"])
         finally:
             plt.close(figure)
 
@@ -203,8 +203,11 @@ def _matplotlib_mark(ax: Any, mark: tuple, colours: dict[str, str], order: int) 
     from matplotlib.path import Path as Outline
 
     kind, *rest = mark
-    if kind == "rect":
-        x, y, w, h, radius, fill, stroke, _ = rest
+    if kind == "group":
+        for inner in rest[2]:
+            _matplotlib_mark(ax, inner, colours, order)
+    elif kind == "rect":
+        x, y, w, h, radius, fill, stroke = rest
         edge = colours[stroke] if stroke else "none"
         ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=f"round,pad=0,rounding_size={radius}", fc=colours[fill], ec=edge, lw=1, zorder=order))
     elif kind == "text":
@@ -221,7 +224,7 @@ def _matplotlib_mark(ax: Any, mark: tuple, colours: dict[str, str], order: int) 
             corners += piece
             codes += [Outline.CURVE4] * 3
         dash = (0, DASHES[name]) if DASHES[name] else "solid"
-        ax.add_patch(FancyArrowPatch(path=Outline(corners, codes), arrowstyle="-|>,head_length=5,head_width=2.6", color=colours[name],
+        ax.add_patch(FancyArrowPatch(path=Outline(corners, codes), arrowstyle="-|>,head_length=6,head_width=3", color=colours[name],
                                      linestyle=dash, lw=1.6, zorder=order, capstyle="butt"))  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class TensorSpec:
         bytes: what it takes.
         role: "parameter", "buffer", "state" (kept per sequence) or "optimizer".
         shared_with: the name under which the same tensor is already counted.
+        counter: its changes are no updates of the memory (a step counter, a buffer that is not read yet).
     """
 
     name: str
@@ -48,6 +49,7 @@ class TensorSpec:
     bytes: int
     role: str = "parameter"
     shared_with: str | None = None
+    counter: bool = False
 
     def __post_init__(self) -> None:
         _one_of("role", self.role, ROLES)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from nestling.levels.formalism import NestedLevel, NestedSystem
 from nestling.levels.groups import Group, Link, groups, short
 
-GUTTER, MARGIN, BOX_HEIGHT, BOX_GAP, ROW_GAP, BAND_PAD, BAND_GAP = 176, 24, 62, 22, 16, 12, 58
+GUTTER, MARGIN, BOX_HEIGHT, BOX_GAP, ROW_GAP, BAND_PAD, BAND_GAP = 176, 24, 62, 22, 30, 12, 56
 MIN_WIDTH, MAX_WIDTH = 620, 1040  # of the rows
 _NARROW, _WIDE = set("iljtfrI.,:;'|()[] -/"), set("mwMW→∂√Σ∞@%")
 
@@ -21,7 +21,7 @@ _NARROW, _WIDE = set("iljtfrI.,:;'|()[] -/"), set("mwMW→∂√Σ∞@%")
 def text_width(text: str, size: float, bold: bool = False) -> float:
     """About how wide a text is in DejaVu Sans, the widest of the usual fonts."""
     units = sum(0.36 if c in _NARROW else 0.9 if c in _WIDE else 0.7 if c.isupper() else 0.61 for c in text)
-    return units * size * (1.1 if bold else 1.0)
+    return units * size * (1.14 if bold else 1.0)
 
 
 def clip(text: str, size: float, width: float, bold: bool = False) -> str:
@@ -71,6 +71,7 @@ class Layout:
     width: float
     height: float
     title: str
+    subtitle: str
     boxes: list[Box]
     bands: list[Band]
     curves: list[Curve]
@@ -119,9 +120,17 @@ def layout(system: NestedSystem) -> Layout:
     lifetimes = [name for name in ("context", "training", "model") if any(g.first.lifetime == name for g in found)]
     title_width = text_width(system.title, 17, True) + 2 * MARGIN
     height = bands[-1].top + bands[-1].height + 84
-    return Layout(max(GUTTER + width + MARGIN, title_width, 800), height, system.title, list(boxes.values()), bands, curves,
+    return Layout(max(GUTTER + width + MARGIN, title_width, 800), height, system.title, _subtitle(system), list(boxes.values()), bands, curves,
                   [k for k in ("parametric", "non-parametric", "backpropagation", "initialization", "generation") if k in used],
                   lifetimes)  # fmt: skip
+
+
+def _subtitle(system: NestedSystem) -> str:
+    count, levels, cost = len(system.memories), len(system.levels), system.cost
+    return (
+        f"{levels} level{'s' * (levels != 1)} · {count} {'memories' if count != 1 else 'memory'} · "
+        f"{short(cost.parameters)} parameters"
+    )
 
 
 def _box(group: Group) -> Box:
@@ -170,7 +179,7 @@ class _Route:
 
 
 def _bundled(links: list[Link], boxes: dict[str, Box], levels: dict[int, Band]) -> list[tuple[Link, str | None, str | None, int, int]]:
-    """Links, where those of one box with all boxes of another level become one with the level."""
+    """Links; where a box deals with all boxes of a level (an optimiser's memory: with many), one link with the level."""
     size = {id(band): sum(levels[b.row] is band for b in boxes.values()) for band in levels.values()}
     sides: dict[tuple, list[Link]] = defaultdict(list)
     for link in links:
@@ -182,9 +191,9 @@ def _bundled(links: list[Link], boxes: dict[str, Box], levels: dict[int, Band]) 
         sides["from", link.target, id(levels[a.row]), link.kind, trains[1]].append(link)
     done: set[int] = set()
     made = []
-    for (side, _, band, _, trains), some in sides.items():
+    for (side, _, band, _, trains), some in sorted(sides.items(), key=lambda item: -len(item[1])):
         fresh = [link for link in some if id(link) not in done]
-        if len(fresh) < 2 or (len(fresh) < size[band] and not (trains and len(fresh) > 2)):
+        if len(fresh) < 3 or (len(fresh) < size[band] and not trains):
             continue
         done.update(id(link) for link in fresh)
         one = Link(fresh[0].source, fresh[0].target, fresh[0].kind, fresh[0].what, sum(l.count for l in fresh))
@@ -284,7 +293,7 @@ def _spread(wanted: list[float], widths: list[float], width: float) -> list[floa
 
 
 def _heights(bands: list[Band], boxes: dict[str, Box]) -> None:
-    y = 64.0
+    y = 72.0
     for band in bands:
         band.top = y
         y += BAND_PAD

@@ -55,16 +55,20 @@ def levels(
             measure with on the meta device.
     """
     _check(model, average, accumulation, tokens_per_step, context_length)
+    if measure is not None:
+        from nestling.levels.measure import measured, tokens_of
+
+        tokens_per_step = tokens_per_step or tokens_of(measure) * accumulation
     inventory = Inventory(model, context_length or _context_length(model))
     training = training_of(optimizer, scheduler, accumulation, inventory)
     memories, transfers, notes = read_modules(inventory)
     system = assemble(inventory, training, memories, transfers, notes, average, tokens_per_step)
     if measure is None:
         return system
-    from nestling.levels.measure import measured
-
-    return measured(system, model, optimizer, measure, scheduler=scheduler, average=average, accumulation=accumulation,
-                    steps=steps, loss=loss, tokens_per_step=tokens_per_step)  # fmt: skip
+    return measured(
+        system, model, optimizer, measure, scheduler=scheduler, average=average, accumulation=accumulation, steps=steps,
+        loss=loss,
+    )  # fmt: skip
 
 
 def _check(model: Any, average: Any, accumulation: Any, tokens_per_step: Any, context_length: Any) -> None:

@@ -28,6 +28,7 @@ class Inner:
     Attributes:
         kind: such as "momentum".  keys, values, objective, retrieval, update: as in AssociativeMemory.
         states: keys of the optimiser's state and the shape each has for a parameter.
+        watch: the states whose changes are its updates; () is all that are no counters.
         rate: updates per step.  steps: inner steps of its solver.
         reads: what it learns from: "gradient", "weights", or the kind of another memory.
         feeds: what takes its output: "weights", or the kind of another memory; "" for none.
@@ -42,6 +43,7 @@ class Inner:
     values: str = "g, the gradients"
     retrieval: str = ""
     states: dict[str, Shapes] = field(default_factory=dict)
+    watch: tuple[str, ...] = ()
     rate: Fraction | int = 1
     steps: int = 1
     reads: str = "gradient"

@@ -61,7 +61,7 @@ def self_modifying_titans(module: SelfModifyingTitans, place: Place) -> Parts:
         names = tuple(f"initial.{index}.{layer}" for layer in range(len(group.architecture.shapes())))
         yield place.weights(
             "initial state", names, retrieval="W₀ of every sequence", macs=0, name=initial(group),
-            keys="the start of a sequence", values="meta-gradient ∂L/∂W₀",
+            keys="start of a sequence", values="meta-gradient, ∂L/∂W₀",
             objective="the outer loss, over all sequences (NL Eq. 28)",
             note=f"where {', '.join(group.names)} begin{'s' * (len(group.names) == 1)} in every sequence",
         )  # fmt: skip
@@ -214,7 +214,7 @@ def _fast_level(module: ContinuumMemory, place: Place, index: int, level: Level)
     macs = sum(p.numel() for p in block.parameters() if p.ndim == 2)
     own = place.path(f"levels.{index}")
     yield AssociativeMemory(
-        own, "in-context level", "the tokens of a chunk", "the tokens that follow them", "mean next-token loss of its chunk (NL Eq. 71)",
+        own, "in-context level", "tokens, of a chunk", "next tokens, those that follow", "mean next-token loss of its chunk (NL Eq. 71)",
         retrieval=f"x + block{index}(x)", update="θ ← θ − η ∂L/∂θ at the end of a chunk",
         solver=Solver("gradient", "gradient descent", f"η = {level.lr:g}"), frequency=Frequency.every(level.chunk_size),
         context="sequence", feasible=f"ℝ^{count}", tensors=tensors, lifetime="context",

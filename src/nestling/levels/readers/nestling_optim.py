@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestling.levels.describe import describes
-from nestling.levels.readers.torch_optim import HEBBIAN, decayed, rate
-from nestling.levels.rules import Inner, Rule
+from nestling.levels.readers.torch_optim import ELEMENTWISE, HEBBIAN, decayed, moments, newton_schulz, orthogonalization, rate
+from nestling.levels.rules import Inner, Rule, like, scalar
 
 
 @describes("nestling.optim.base.MemoryOptimizer")
@@ -64,8 +66,6 @@ def _preconditioner(preconditioner: Any, feeds: str) -> Inner:
 
 
 def _square_work(kind: str):
-    from nestling.levels.readers.torch_optim import newton_schulz
-
     def work(parameter: Tensor) -> int:
         rows = parameter.shape[0] if parameter.ndim > 1 else 1
         small, large = sorted((rows, parameter.numel() // max(rows, 1)))
@@ -79,6 +79,53 @@ def _mlp_work(architecture: Any):
         return parameter.numel() * (1 + 6 * architecture.hidden)  # W₁ and W₂: forward, gradient, read
 
     return work
+
+
+@describes("nestling.optim.dgd.DGD")
+def dgd(optimizer: Any, group: dict[str, Any]) -> Rule:
+    """Gradient descent on an L2 objective: a layer forgets what it answers before it learns (NL Eqs. 56, 57)."""
+    erase = f"{group['erase']:g} " if group["erase"] != 1 else ""
+    update = f"W ← W (I − {erase}e x xᵀ) − e ∂L/∂y xᵀ,  e = η / (1 + η {erase}|x|²)"
+    objective = f"½ {erase}|W x|² − ⟨W x, u⟩ + |W − Wₜ|² / 2η  (NL Eq. 56)"
+    kept = ()
+    if group["momentum"]:
+        states = _state_names(optimizer.memory(group).start)
+        kept = (Inner("momentum", f"m ← {group['momentum']:g} m + Δ", HEBBIAN, values="Δ, the steps it would take", states=states),)
+        update = update.replace("W ← W (", "Δ = W (") + ";  W ← W + m"
+    return Rule("DGD", update, rate(group), kept, macs=3, objective=objective)
+
+
+@describes("nestling.optim.m3.M3")
+def m3(optimizer: Any, group: dict[str, Any]) -> Rule:
+    """Momenta of several periods, each orthogonalised, over a second moment (NL Alg. 1, Eq. 75); AdamW for vectors."""
+    steps, average = group["ns_steps"], group["accumulation"] == "ema"
+    betas, periods = group["betas"], tuple(group["periods"])
+    fast = f"m₁ ← {betas[0]:g} m₁ + {1 - betas[0]:.3g} g" if average else f"m₁ ← m₁ + {betas[0]:g} g"
+    kept = [
+        Inner("momentum", fast, HEBBIAN, states={"m1": like, "step": scalar}, feeds="orthogonalization"),
+        orthogonalization(steps),
+    ]
+    if group["second_moment"]:
+        square = f"v ← {betas[1]:g} v + {1 - betas[1]:.3g} g²" if average else f"v ← v + {betas[1]:g} g²"
+        kept.append(Inner("second moment", square, ELEMENTWISE, values="g², the squared gradients", states={"v": like}, macs=2))
+    for scale, period in enumerate(periods[1:], 2):
+        kind = "slow momentum" if len(periods) == 2 else f"slow momentum {scale}"
+        beta = betas[min(scale, len(betas) - 1)]
+        slow = f"m ← {beta:g} m + {1 - beta:.3g} ḡ" if average else f"m ← m + {beta:g} Σ g"
+        kept.append(
+            Inner(kind, f"{slow}, over {period:,} steps", HEBBIAN, values=f"the last {period:,} gradients", rate=Fraction(1, period),
+                  states={f"m{scale}": like, f"o{scale}": like}, watch=(f"o{scale}",), feeds=f"{kind} orthogonalization",
+                  note="its buffer takes in every gradient; what is read of it changes once a period")
+        )  # fmt: skip
+        inner = orthogonalization(steps, kind, Fraction(1, period))
+        kept.append(replace(inner, kind=f"{kind} orthogonalization"))
+    above = "O₁ + α O₂" if len(periods) > 1 else "O₁"
+    update = f"W ← W − η ({above}) / (√v + ε)" if group["second_moment"] else f"W ← W − η ({above})"
+    own = {"lr": group["lr"], "betas": group["adam_betas"], "weight_decay": group["weight_decay"]}
+    adamw = Rule("AdamW", decayed(own, "W ← W − η m̂ / (√v̂ + ε)"), rate(group), tuple(moments(own, extra={"step": scalar})), macs=3)
+    if group["rule"] == "adamw":
+        return adamw
+    return Rule("M3", decayed(group, update), rate(group), tuple(kept), macs=4, takes=lambda p: p.ndim >= 2, also=adamw)
 
 
 def _state_names(start) -> dict[str, Any]:

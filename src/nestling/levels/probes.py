@@ -1,0 +1,67 @@
+"""Watching memories that learn inside a context: a layer is run token by token, and its state compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nestling.layers.continuum import ContinuumMemory
+from nestling.layers.self_modifying_titans import SelfModifyingTitans
+from nestling.levels.formalism import Measured
+from nestling.levels.readers.nestling_layers import level_kinds
+
+Probe = Callable[[Any, Tensor], dict[str, Measured]]
+LONGEST = 256  # tokens that are run one by one
+
+
+def probe(module: nn.Module) -> Probe | None:
+    """The probe of a module; it gives what each of its memories did, by relative name."""
+    return {SelfModifyingTitans: titans, ContinuumMemory: continuum}.get(type(module))
+
+
+class _Count:
+    """Changes of one memory's weights."""
+
+    def __init__(self) -> None:
+        self.last: list[Tensor] | None = None
+        self.updates, self.norm = 0, 0.0
+
+    def see(self, tensors: list[Tensor]) -> None:
+        if self.last is not None:
+            change = sum(float((a - b).square().sum()) for a, b in zip(tensors, self.last)) ** 0.5
+            self.updates += change > 0
+            self.norm += change
+        self.last = [t.clone() for t in tensors]
+
+    def measured(self, tokens: int) -> Measured:
+        return Measured(self.updates, tokens, "token", self.norm / max(1, self.updates))
+
+
+def titans(layer: SelfModifyingTitans, x: Tensor) -> dict[str, Measured]:
+    """Counts of every memory and its momentum, over the first sequence of x [B, T, D]."""
+    tokens = min(x.shape[1], LONGEST)
+    counts: dict[str, _Count] = {}
+    state = layer.initial_state(1)
+    for t in range(-1, tokens):
+        if t >= 0:
+            _, state = layer(x[:1, t : t + 1], state)
+        for group, fast in zip(layer.groups, state.memories):
+            for i, name in enumerate(group.names):
+                running = name == "memory" and layer.read != "chunk"
+                read = fast.now if running else fast.start
+                counts.setdefault(name, _Count()).see([w[:, i] for w in read])
+                if fast.velocity:
+                    counts.setdefault(f"{name}.momentum", _Count()).see([s[:, i] for s in fast.velocity])
+    return {name: count.measured(tokens) for name, count in counts.items()}
+
+
+@torch.no_grad()
+def continuum(layer: ContinuumMemory, x: Tensor) -> dict[str, Measured]:
+    """Levels that are to learn in the context: a layer without a state of theirs does not."""
+    kinds = level_kinds(layer.levels, x.shape[1] + 1)
+    if "fast" not in kinds or layer(x[:1])[1]:
+        return {}
+    return {f"levels.{i}": Measured(0, x.shape[1], "token", 0.0) for i, kind in enumerate(kinds) if kind == "fast"}
