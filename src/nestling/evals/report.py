@@ -54,8 +54,8 @@ def count(number: float | None) -> str:
 
 
 @contextmanager
-def figure(path: Path, columns: int, size: tuple[float, float], **options: Any):
-    """Axes of a new figure, saved as a PNG at the end."""
+def figure(path: Path, columns: int, size: tuple[float, float], *, rows: int = 1, **options: Any):
+    """Axes of a new figure, saved as a PNG at the end: a list of them, or a list for each of several `rows`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,9 +64,9 @@ def figure(path: Path, columns: int, size: tuple[float, float], **options: Any):
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     style |= {"grid.alpha": 0.3, "axes.titlesize": 11, "legend.frameon": False}
     with pyplot.rc_context(style):
-        drawn, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", **options)
+        drawn, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
         try:
-            yield axes[0]
+            yield axes if rows > 1 else axes[0]
             drawn.savefig(path, dpi=130)
         finally:
             pyplot.close(drawn)

@@ -1,0 +1,1 @@
+"""Experiments with optimisers, one file each (`nestling eval surface|orthogonal|span|vision|language|m3`)."""
