@@ -91,6 +91,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(memory.start(parameter))
+            if not float(group["lr"]) and not gradient.any():
+                return  # how torch creates the state for a distributed checkpoint; there is nothing to remember
         move(parameter, memory.step(state, gradient), group["lr"], group["weight_decay"])
 
     def __getstate__(self) -> dict:

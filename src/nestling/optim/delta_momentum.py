@@ -39,7 +39,7 @@ class DeltaMomentum(MemoryOptimizer):
         lr=1e-2,
         momentum: float = 0.95,
         *,
-        erase: float = 0.1,
+        erase: float = 0.05,
         form: str = "unit",
         preconditioner: Preconditioner | None = None,
         nesterov: bool = False,

@@ -59,7 +59,8 @@ class LayerInputs:
     def __init__(self, model: nn.Module, weights: set[Tensor], gram: bool = False) -> None:
         self.gram, self.sums, self.biases, self.transposed = gram, {}, {}, set()
         hook = _Hook(self)
-        layers = [m for m in model.modules() if _watchable(m) and m.weight in weights]
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS)) or _transposed(m)]
+        layers = [layer for layer in layers if layer.weight in weights]
         for layer in layers:
             bias = self.biases.setdefault(layer.weight, layer.bias)
             if _transposed(layer):
@@ -95,6 +96,20 @@ class LayerInputs:
         y.register_hook(arrived)
 
 
+class LayerSamples(LayerInputs):
+    """All inputs z and error signals u = -dL/dy of each weight, as lists: sums[weight] = [(z, u), ...]."""
+
+    @torch.no_grad()
+    def watch(self, layer, x, y):
+        weight = layer.weight
+
+        def arrived(gradient: Tensor) -> None:
+            sample = layer_rows(layer, x.detach()), -output_rows(layer, gradient)
+            self.sums.setdefault(weight, []).append(sample)
+
+        y.register_hook(arrived)
+
+
 class _Hook:
     """A forward hook that does not keep its collector alive; a copied or pickled model carries an inert one."""
 
@@ -113,10 +128,6 @@ class _Hook:
         if collector is not None and torch.is_grad_enabled() and layer.weight.requires_grad and output.requires_grad:
             x = args[0] if args else next(iter(kwargs.values()))
             collector.watch(layer, x, output)
-
-
-def _watchable(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) or _transposed(module)
 
 
 def _transposed(module: nn.Module) -> bool:
@@ -140,43 +151,83 @@ def _linear_sums(layer: nn.Module, x: Tensor, y: Tensor, gram: bool) -> Sums:
         _wide(products),
         _wide(y).sum(0) if bias else None,
         norms + len(x) if bias else norms,
-        _gram(x.unsqueeze(0), bias) if gram else None,
+        _gram(layer_rows(layer, x)) if gram else None,
         len(x),
     )
 
 
 def _convolution_sums(layer: nn.Module, x: Tensor, y: Tensor, gram: bool) -> Sums:
-    dims, padding = len(layer.kernel_size), layer.padding
-    if x.dim() == dims + 1:
-        x, y = x.unsqueeze(0), y.unsqueeze(0)
-    if isinstance(padding, str) or layer.padding_mode != "zeros":
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * dims
-    x, y = _wide(x), _wide(y)
-    how = dict(stride=layer.stride, padding=padding, dilation=layer.dilation, groups=layer.groups)
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    dims, groups = len(layer.kernel_size), layer.groups
+    padded, padding = _padded(layer, x)
+    y = _wide(y if y.dim() == dims + 2 else y.unsqueeze(0))
     products = torch.ops.aten.convolution_backward(
-        y, x, _wide(layer.weight), None, layer.stride, padding, layer.dilation, False, (0,) * dims, layer.groups,
+        y, padded, _wide(layer.weight), None, layer.stride, padding, layer.dilation, False, (0,) * dims, groups,
         (False, True, False),
     )[1]  # fmt: skip
-    groups, patch = layer.groups, layer.weight.shape[1:]
-    norms = convolve(x.square(), x.new_ones(groups, *patch), **how).transpose(0, 1).reshape(groups, -1)
-    bias, count = _learns_bias(layer), norms.shape[1]
-    if gram:  # the patches themselves, by convolving with every unit kernel
-        kernels = torch.eye(patch.numel(), dtype=x.dtype, device=x.device).view(-1, *patch)
-        kernels = kernels.repeat(groups, *(1 for _ in patch))
-        patches = convolve(x, kernels, **how).unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
+    norms = _convolve(layer, x, torch.square, padded.new_ones(groups, *layer.weight.shape[1:])).sum((1, 3))
+    bias, count = _learns_bias(layer), y.numel() // y.shape[1]
     return Sums(
         products,
         y.transpose(0, 1).flatten(1).sum(1) if bias else None,
-        norms.sum(1) + count if bias else norms.sum(1),
-        _gram(patches, bias) if gram else None,
+        norms.flatten() + count if bias else norms.flatten(),
+        _gram(layer_rows(layer, x)) if gram else None,
         count,
     )
 
 
-def _gram(inputs: Tensor, bias: bool) -> Tensor:
+def layer_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """The inputs z of a layer [groups, N, n]: positions or patches, with a 1 at the end where a bias is learned."""
+    if isinstance(layer, CONVOLUTIONS):  # a patch is what convolving with every unit kernel gives
+        patch = layer.weight.shape[1:]
+        kernels = torch.eye(patch.numel(), dtype=_wide(x).dtype, device=x.device).view(-1, *patch)
+        rows = _convolve(layer, x, lambda padded: padded, kernels.repeat(layer.groups, *(1 for _ in patch)))
+        rows = rows.transpose(2, 3).flatten(1, 2)
+    else:
+        rows = _wide(x).reshape(1, -1, x.shape[-1])
+    return F.pad(rows, (0, 1), value=1.0) if _learns_bias(layer) else rows
+
+
+def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
+    """Outputs of a layer, or their gradients, in the order of `layer_rows`: [groups, N, o / groups]."""
+    if not isinstance(layer, CONVOLUTIONS):
+        return _wide(y).reshape(1, -1, y.shape[-1])
+    y = _wide(y if y.dim() == len(layer.kernel_size) + 2 else y.unsqueeze(0))
+    return y.unflatten(1, (layer.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def pack(weight: Tensor, bias: Tensor | None, groups: int, transposed: bool) -> Tensor:
+    """[W b], or gradients of them, as [groups, o / groups, n] to go with `layer_rows`."""
+    matrix = (weight.mT if transposed else weight.flatten(1)).unflatten(0, (groups, -1))
+    return matrix if bias is None else torch.cat([matrix, bias.view(groups, -1, 1)], 2)
+
+
+def unpack(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> dict[Tensor, Tensor]:
+    """What `pack` packed, by parameter."""
+    matrix = rows.flatten(0, 1)
+    if bias is None:
+        return {weight: matrix.mT if transposed else matrix.view(weight.shape)}
+    matrix, last = matrix[:, :-1], matrix[:, -1]
+    return {weight: matrix.mT if transposed else matrix.reshape(weight.shape), bias: last}
+
+
+def _padded(layer: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A convolution's input [B, i, ...] with the padding that its operator cannot do, and what it still has to do."""
+    dims = len(layer.kernel_size)
+    x = _wide(x if x.dim() == dims + 2 else x.unsqueeze(0))
+    if not isinstance(layer.padding, str) and layer.padding_mode == "zeros":
+        return x, layer.padding
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * dims
+
+
+def _convolve(layer: nn.Module, x: Tensor, function, kernels: Tensor) -> Tensor:
+    """A function of the input, convolved with other kernels as the layer would: [groups, B, outputs, positions]."""
+    x, padding = _padded(layer, x)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(layer.kernel_size) - 1]
+    y = convolve(function(x), kernels, None, layer.stride, padding, layer.dilation, layer.groups)
+    return y.unflatten(1, (layer.groups, -1)).flatten(3).transpose(0, 1)
+
+
+def _gram(rows: Tensor) -> Tensor:
     """Sum of z z^T over positions: [groups, N, n] to [groups, n, n]."""
-    inputs = _wide(inputs)
-    z = F.pad(inputs, (0, 1), value=1.0) if bias else inputs
-    return z.mT @ z
+    return rows.mT @ rows

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nestling.ops.orthogonalize import orthogonalize
+from nestling.optim.closed_forms import matrix_power
 
 
 class Preconditioner(Protocol):
@@ -75,9 +76,7 @@ class Outer:
         wide = gradient.shape[0] <= gradient.shape[1]
         g = gradient if wide else gradient.mT
         h = _average(state["outer"], state["count"], g @ g.mT, self.beta, True)
-        values, vectors = torch.linalg.eigh(h)
-        floor = self.eps * values[-1:] + torch.finfo(h.dtype).tiny
-        g = (vectors * values.clamp(min=floor).rsqrt()) @ (vectors.mT @ g)
+        g = matrix_power(h, -0.5, self.eps) @ g
         return g if wide else g.mT
 
 
