@@ -8,6 +8,7 @@ from torch import Tensor
 from nestling.optim.checks import (
     NONFINITE,
     check_choice,
+    check_fraction,
     check_gradient,
     check_lr,
     check_number,
@@ -57,6 +58,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
             group = self.param_groups[-1]
             check_lr(group["lr"])
             check_number("weight_decay", group["weight_decay"])
+            check_fraction("momentum", group.get("momentum", 0.0))
             self.memory(group)
             for parameter in group["params"]:
                 check_parameter(parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nestling.optim.base import MemoryOptimizer
+from nestling.optim.checks import check_number
 from nestling.optim.deep_memory import MLP
 from nestling.optim.memories import L2, DotProduct, GradientMemory
 from nestling.optim.preconditioners import Preconditioner
@@ -49,6 +50,7 @@ class DeepMomentum(MemoryOptimizer):
         self._setup(params, defaults, nonfinite)
 
     def memory(self, group):
+        check_number("memory_rate", group["memory_rate"])
         return GradientMemory(
             decay=group["momentum"],
             preconditioner=self._preconditioner,
