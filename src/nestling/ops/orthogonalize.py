@@ -8,7 +8,26 @@ applied to X at once, which is the Gram form:
 
 With m the smaller and n the larger side, k steps cost 2 m^2 n + (4 k - 3) m^3 multiply-adds, against k (2 m^2 n + m^3):
 less where n > 1.5 m. But rounding in R grows by a^2 per step in the directions where X is small, so R is formed anew
-from X whenever that growth would reach `GROWTH` (never before, at k = 1: then the two forms are the same arithmetic).
+from X before that growth reaches `GROWTH` (at k = 1 the two forms are the same arithmetic, so nothing is lost).
+
+Where the singular values of the matrix go, once it is divided by its Frobenius norm; none ever goes higher:
+
+    coefficients     steps  from above  into
+    muon             5      2e-3        0.68 .. 1.21
+    polar_express_4  4      4e-3        0.84 .. 1.14
+    polar_express    5      1e-3        0.84 .. 1.13
+    polar_express    8      1e-3        0.99 .. 1.01
+    cubic            15     2e-3        0.72 .. 1.01
+
+Smaller ones are multiplied by the product of the a's, 485 for Muon's five steps. The error of five steps of "muon" or
+"polar_express" to float64, relative, in the Frobenius norm, for condition numbers up to 1e6 is at most
+
+    type      plain  gram
+    float32   5e-5   2e-3
+    float16   6e-2   6e-2
+    bfloat16  4e-1   4e-1
+
+It lies in the directions that are multiplied most: for condition numbers up to 10, bfloat16's is below 3e-2.
 """
 
 from __future__ import annotations
@@ -21,8 +40,8 @@ from torch import Tensor
 
 Triple = tuple[float, float, float]
 
-# The optimal composition for singular values in [1e-3, 1]; its first polynomials overshoot, so they need the safety
-# factor below to take rounding errors beyond 1.
+# Optimal compositions: the longer for singular values in [1e-3, 1], the other for [4e-3, 1] in four steps. All but the
+# last polynomial of each overshoot, so these get a safety factor: rounding may take a value beyond 1.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -31,16 +50,27 @@ _POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
 )
-_SAFETY = 1.01
+_POLAR_EXPRESS_4 = (
+    (8.185466062991017, -23.30618884920107, 17.08798241353668),
+    (3.956343676205408, -2.910707070011722, 0.5514354338077003),
+    (3.344840765312563, -2.5081533429526726, 0.5122767267058385),
+    (2.32405773040722, -1.6898267113027345, 0.4210712462028746),
+)
+SAFETY = 1.01
+
+
+def _safe(triples: Sequence[Triple]) -> tuple[Triple, ...]:
+    """p(s / SAFETY) for every polynomial p but the last."""
+    return (*((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in triples[:-1]), triples[-1])
+
 
 # One triple per step; the last is repeated.
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
     "muon": ((3.4445, -4.7750, 2.0315),),
-    "polar_express": (
-        *((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS),
-        (1.875, -1.25, 0.375),
-    ),
+    "polar_express": _safe(_POLAR_EXPRESS),
+    "polar_express_4": _safe(_POLAR_EXPRESS_4),
     "cubic": ((1.5, -0.5, 0.0),),
 }
 FORMS = ("auto", "plain", "gram")
@@ -79,9 +109,10 @@ def orthogonalize(
 
     Args:
         matrix (Tensor): `[..., m, n]`, any aspect ratio; the iteration runs on the smaller side. A zero matrix stays
-            zero, an empty one empty; one that holds NaN or infinity becomes NaN, alone in its batch.
+            zero, an empty one empty; one that holds NaN or infinity becomes NaN, alone in its batch. Entries whose
+            squares overflow their type (at least float32) give zero.
         steps (int): iterations.
-        coefficients: "muon", "polar_express", "cubic", a triple (a, b, c), or one triple per step.
+        coefficients: a name of `COEFFICIENTS`, a triple (a, b, c), or one triple per step.
         eps (float): floor of the Frobenius norm the matrix is divided by first.
         dtype: the type the iteration runs in; None takes bfloat16 on accelerators, where it is fast, and the matrix's
             own type (at least float32) on a CPU, where bfloat16 products are slow.
