@@ -16,9 +16,6 @@ if TYPE_CHECKING:
         AssociativeMemory,
         ContextFlow,
         Cost,
-        Finding,
-        NestedLevel,
-        NestedSystem,
         Solver,
         TensorSpec,
         Transfer,
@@ -26,6 +23,7 @@ if TYPE_CHECKING:
     from nestling.levels.frequency import Frequency
     from nestling.levels.rules import Inner, Rule
     from nestling.levels.schedule import Level, Schedule
+    from nestling.levels.system import Finding, NestedLevel, NestedSystem
 
 __all__ = [
     "AssociativeMemory", "ContextFlow", "Cost", "Finding", "Frequency", "Inner", "Level", "NestedLevel", "NestedSystem",
@@ -35,10 +33,11 @@ __all__ = [
 _HOMES = {
     "schedule": ("Level", "Schedule"),
     "frequency": ("Frequency",),
-    "formalism": ("AssociativeMemory", "ContextFlow", "Cost", "Finding", "NestedLevel", "NestedSystem", "Solver", "TensorSpec", "Transfer"),
+    "formalism": ("AssociativeMemory", "ContextFlow", "Cost", "Solver", "TensorSpec", "Transfer"),
+    "system": ("Finding", "NestedLevel", "NestedSystem"),
     "describe": ("Place", "describes", "describes_if"),
     "rules": ("Inner", "Rule"),
-}  # fmt: skip
+}
 
 
 class _Levels(ModuleType):

@@ -4,52 +4,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
 from nestling.levels.describe import spec
-from nestling.levels.formalism import (
-    AssociativeMemory,
-    ContextFlow,
-    Cost,
-    Coverage,
-    Finding,
-    NestedSystem,
-    Solver,
-    TensorSpec,
-    Transfer,
-)
+from nestling.levels.formalism import AssociativeMemory, ContextFlow, Cost, Solver, TensorSpec, Transfer
 from nestling.levels.frequency import EVERY_STEP, NEVER, Frequency
+from nestling.levels.gradients import Kept, finished, optimiser_memories
 from nestling.levels.inventory import Inventory, unwrap
 from nestling.levels.order import order
-from nestling.levels.rules import Inner, Rule, scalar
+from nestling.levels.rules import Rule
+from nestling.levels.system import Coverage, Finding, NestedSystem
 from nestling.levels.trainers import Trained, Training
 
 FLOWS = {
-    "training data": ("inputs of a layer and its local errors, one pair for each token", "the data, through the layers below and the loss above"),
+    "training data": (
+        "inputs of a layer and its local errors, one pair for each token",
+        "the data, through the layers below and the loss above",
+    ),
     "sequence": ("keys and values of one sequence's tokens", "the tokens, through the projections"),
     "surprise in context": ("gradients of an in-context memory's own objective", "that memory"),
-    "gradients": ("gradients of the weights, one for each backward pass", "the architecture, by backpropagation (NL Sec. 3.3)"),
+    "gradients": (
+        "gradients of the weights, one for each backward pass",
+        "the architecture, by backpropagation (NL Sec. 3.3)",
+    ),
     "momentum": ("what another memory of the optimiser holds", "the optimiser"),
     "weights": ("the weights after each step", "the optimiser's steps"),
-}  # fmt: skip
-
-
-@dataclass
-class _Kept:
-    """One memory of an optimiser while it is put together."""
-
-    name: str
-    inner: Inner
-    pace: Frequency
-    tensors: list[TensorSpec] = field(default_factory=list)
-    served: dict[str, None] = field(default_factory=dict)  # names of the weights' memories, in order
-    waits_for: dict[str, None] = field(default_factory=dict)  # names of memories of the optimiser it takes in at once
-    numbers: int = 0
-    work: int = 0
-    gradient_bytes: int = 0
+}
 
 
 def assemble(
@@ -71,9 +53,14 @@ def assemble(
         parts = [memory] if memory.frequency is not None else _by_pace(memory, inventory, training)
         renamed[memory.name] = [part.name for part in parts]
         placed += parts
-    transfers = [replace(t, source=s, target=e) for t in transfers for s in _ends(t, t.source, renamed) for e in _ends(t, t.target, renamed)]
-    kept, taught = _optimiser_memories(placed, inventory, training)
-    placed = [_needing(memory, kept) for memory in placed] + [_finished(one) for one in kept]
+    transfers = [
+        replace(t, source=s, target=e)
+        for t in transfers
+        for s in _ends(t, t.source, renamed)
+        for e in _ends(t, t.target, renamed)
+    ]
+    kept, taught = optimiser_memories(placed, inventory, training)
+    placed = [_needing(memory, kept) for memory in placed] + [finished(one) for one in kept]
     placed += _averages(average, placed, inventory)
     if average is not None:
         taught += [Transfer(m, placed[-1].name, "generation", "weights") for m in placed[-1].needs]
@@ -135,7 +122,9 @@ def _share(memory: AssociativeMemory, tensors: list[TensorSpec], share: float, p
     return replace(memory, name=f"{memory.name} [{last}]", tensors=tuple(tensors), cost=cost)
 
 
-def _solved(memory: AssociativeMemory, pace: Frequency, rules: list[tuple[Rule, int]], training: Training) -> AssociativeMemory:
+def _solved(
+    memory: AssociativeMemory, pace: Frequency, rules: list[tuple[Rule, int]], training: Training
+) -> AssociativeMemory:
     if pace == NEVER:
         solver = memory.solver if memory.unknown else Solver("none")
         cost = replace(memory.cost, write_macs=0)
@@ -150,117 +139,15 @@ def _solved(memory: AssociativeMemory, pace: Frequency, rules: list[tuple[Rule, 
                    cost=cost, objective=objective)  # fmt: skip
 
 
-def _optimiser_memories(
-    placed: list[AssociativeMemory], inventory: Inventory, training: Training
-) -> tuple[list[_Kept], list[Transfer]]:
-    """The memories that optimisers keep of gradients, and who teaches whom there."""
-    kept: dict[tuple, _Kept] = {}
-    taught: dict[tuple[str, str, str], Transfer] = {}
-    for memory in placed:
-        if memory.frequency in (None, NEVER) or memory.lifetime != "model":
-            continue
-        for tensor in memory.tensors:
-            trained = training.parameters.get(tensor.name)
-            if trained is None or tensor.shared_with is not None:
-                continue
-            serve = _Serving(kept, taught, training, memory.frequency, memory.name, tensor, inventory.tensors[tensor.name])
-            serve.all(trained)
-    return list(kept.values()), list(taught.values())
-
-
-@dataclass
-class _Serving:
-    """Adds one parameter to the memories of its optimiser."""
-
-    kept: dict[tuple, _Kept]
-    taught: dict[tuple[str, str, str], Transfer]
-    training: Training
-    pace: Frequency
-    weights: str
-    tensor: TensorSpec
-    parameter: Any
-
-    def all(self, trained: Trained) -> None:
-        own = {inner.kind: self.add(trained, inner, self.pace) for inner in trained.rule.memories}
-        total = self.sum(trained)
-        source = self.weights if total is None else total.name
-        for inner in trained.rule.memories:
-            name = own[inner.kind].name
-            if inner.reads == "gradient":
-                self.teach(source, name, "generation", "gradients" if total is None else "summed gradients")
-            elif inner.reads == "weights":
-                self.teach(self.weights, name, "generation", "weights")
-            else:
-                self.teach(own[inner.reads].name, name, "generation", f"the {inner.reads}")
-                if inner.waits:
-                    own[inner.kind].waits_for[own[inner.reads].name] = None
-            if inner.feeds == "weights":
-                self.teach(name, self.weights, "parametric", "the step it proposes")
-            elif inner.feeds and trained_reads(trained.rule, inner.feeds) != inner.kind:
-                self.teach(name, own[inner.feeds].name, "parametric", f"the {inner.kind}")
-                own[inner.feeds].waits_for[name] = None
-        if total is not None and not any(inner.reads == "gradient" for inner in trained.rule.memories):
-            self.teach(source, self.weights, "parametric", "the summed gradient")
-
-    def teach(self, source: str, target: str, kind: str, what: str) -> None:
-        self.taught.setdefault((source, target, kind), Transfer(source, target, kind, what))
-
-    def sum(self, trained: Trained) -> _Kept | None:
-        """The sum of gradients, where a step takes several."""
-        times = self.training.accumulation
-        slow = self.tensor.name in self.training.summed
-        if times == 1 and not slow:
-            return None
-        inner = Inner("gradient sum", "s ← s + g, emptied by the step", "−⟨s, g⟩, value-less", feeds="", retrieval="s",
-                      states={".sum": lambda p: [tuple(p.shape)]})  # fmt: skip
-        return self.add(trained, inner, EVERY_STEP.times(times), f" for {self.pace}" if slow else "")
-
-    def add(self, trained: Trained, inner: Inner, pace: Frequency, suffix: str = "") -> _Kept:
-        key = (trained.optimizer, trained.rule.name, inner.kind, pace, suffix)
-        if key not in self.kept:
-            twins = sum(1 for other in self.kept if other[1:3] == key[1:3])
-            clock = "" if pace.unit == "step" else f" at {pace}"
-            name = f"{trained.rule.name}: {inner.kind}" + (suffix or clock)
-            name += f" ({twins + 1})" if name in {one.name for one in self.kept.values()} else ""
-            self.kept[key] = _Kept(name, inner, pace)
-        one = self.kept[key]
-        dtype = self.parameter.dtype
-        made = [replace(spec(f"{self.tensor.name}.{state.lstrip('.')}", shape, dtype, "optimizer"), counter=shapes is scalar or bool(inner.watch and state not in inner.watch))
-                for state, shapes in inner.states.items() for shape in shapes(self.parameter)]  # fmt: skip
-        one.tensors += made
-        one.served[self.weights] = None
-        one.numbers += self.tensor.numel
-        one.work += 0 if inner.work is None else inner.work(self.parameter)
-        one.gradient_bytes += self.tensor.bytes
-        return one
-
-
-def trained_reads(rule: Rule, kind: str) -> str:
-    """What the rule's memory of this kind reads."""
-    return next((inner.reads for inner in rule.memories if inner.kind == kind), "")
-
-
-def _finished(one: _Kept) -> AssociativeMemory:
-    inner = one.inner
-    size = sum(t.bytes for t in one.tensors)
-    context = {"gradient": "gradients", "weights": "weights"}.get(inner.reads, "momentum")
-    needs = tuple(one.served) if inner.reads == "weights" and inner.waits else tuple(one.waits_for)
-    return AssociativeMemory(
-        one.name, inner.kind, inner.keys, inner.values, inner.objective, inner.retrieval or inner.kind[0], inner.update,
-        Solver(inner.solver, inner.rule, steps=inner.steps), one.pace.times(inner.rate), context,
-        feasible="the shapes of the weights it serves", tensors=tuple(one.tensors), needs=needs, lifetime="training",
-        cost=Cost(0, size, step_macs=inner.macs * one.numbers + one.work, step_bytes=2 * size + one.gradient_bytes),
-        note=inner.note,
-    )  # fmt: skip
-
-
-def _needing(memory: AssociativeMemory, kept: list[_Kept]) -> AssociativeMemory:
+def _needing(memory: AssociativeMemory, kept: list[Kept]) -> AssociativeMemory:
     """The weights with the optimiser's memories whose state at t they need."""
     needs = tuple(o.name for o in kept if memory.name in o.served and o.inner.reads != "weights" and o.inner.waits)
     return replace(memory, needs=(*memory.needs, *needs)) if needs else memory
 
 
-def _averages(average: nn.Module | None, placed: list[AssociativeMemory], inventory: Inventory) -> list[AssociativeMemory]:
+def _averages(
+    average: nn.Module | None, placed: list[AssociativeMemory], inventory: Inventory
+) -> list[AssociativeMemory]:
     """A running average of the weights, as a memory of them."""
     if average is None:
         return []
@@ -268,15 +155,33 @@ def _averages(average: nn.Module | None, placed: list[AssociativeMemory], invent
     theirs, ours = [tuple(p.shape) for p in inner.parameters()], [tuple(p.shape) for p in inventory.root.parameters()]
     if theirs != ours:
         raise ValueError("average holds parameters of other shapes than the model's: make it with AveragedModel(model)")
-    weights = tuple(m.name for m in placed if m.frequency != NEVER and m.lifetime == "model" and any(t.role == "parameter" for t in m.tensors))
+    weights = tuple(
+        m.name
+        for m in placed
+        if m.frequency != NEVER and m.lifetime == "model" and any(t.role == "parameter" for t in m.tensors)
+    )
     tensors = tuple(spec(f"average.{n}", p.shape, p.dtype, "optimizer") for n, p in inner.named_parameters())
     size, count = sum(t.bytes for t in tensors), sum(t.numel for t in tensors)
-    return [AssociativeMemory(
-        "average of weights", "average of weights", "—", "W, the weights after each step", "½ |a − W|²", "W̄, used in W's place",
-        "a ← a + (1 − β)(W − a)", Solver("gradient", "gradient descent, one step"), EVERY_STEP, "weights",
-        "the shapes of the weights", tensors, weights, "model", Cost(0, size, step_macs=count, step_bytes=3 * size),
-        note="updated once for each call of update_parameters",
-    )]  # fmt: skip
+    return [
+        AssociativeMemory(
+            "average of weights",
+            "average of weights",
+            "—",
+            "W, the weights after each step",
+            "½ |a − W|²",
+            "W̄, used in W's place",
+            "a ← a + (1 − β)(W − a)",
+            Solver("gradient", "gradient descent, one step"),
+            EVERY_STEP,
+            "weights",
+            "the shapes of the weights",
+            tensors,
+            weights,
+            "model",
+            Cost(0, size, step_macs=count, step_bytes=3 * size),
+            note="updated once for each call of update_parameters",
+        )
+    ]
 
 
 def coverage_of(placed: Sequence[AssociativeMemory], inventory: Inventory, training: Training) -> Coverage:
@@ -313,7 +218,9 @@ def _findings(placed: list[AssociativeMemory], inventory: Inventory, training: T
             if tensor.shared_with is not None:
                 found.append(Finding("shared", memory.name, f"{tensor.name} is {tensor.shared_with}, counted there"))
         if memory.lifetime == "training" and memory.cost.state_bytes:
-            message = f"{memory.cost.state_bytes:,} bytes learned from gradients are dropped when training ends (NL Sec. 4.5)"
+            message = (
+                f"{memory.cost.state_bytes:,} bytes learned from gradients are dropped when training ends (NL Sec. 4.5)"
+            )
             found.append(Finding("dropped", memory.name, message))
     left: dict[str, list[str]] = defaultdict(list)
     for name, tensor in inventory.tensors.items() if training.optimizers else ():

@@ -82,7 +82,9 @@ def _group(group: Any, twin: nn.Module, memo: dict[int, Any]) -> Any:
 def same_random_numbers() -> Iterator[None]:
     """Whatever is drawn inside, every generator goes on as if it had not been."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - libraries draw from the global generator
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = (
+        list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    )
     with torch.random.fork_rng(devices):
         try:
             yield

@@ -1,10 +1,10 @@
 """What a kind of module or optimiser is as memories: a register of descriptions, open to any new one.
 
-    from nestling.levels import describes
+from nestling.levels import describes
 
-    @describes(MyMemory)
-    def my_memory(module, place):
-        yield place.weights("my kind of memory", retrieval="y = W x", macs=module.weight.numel())
+@describes(MyMemory)
+def my_memory(module, place):
+    yield place.weights("my kind of memory", retrieval="y = W x", macs=module.weight.numel())
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ class Place:
         A name may reach into a child ("initial.0.1"). None and missing ones are left out.
         """
         names = names or tuple(n for n, _ in self._own())
-        return tuple(self._inventory.claim(self.path(n), tensor) for n in names if (tensor := self._find(n)) is not None)
+        return tuple(
+            self._inventory.claim(self.path(n), tensor) for n in names if (tensor := self._find(n)) is not None
+        )
 
     def _own(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.named_parameters(recurse=False, remove_duplicate=False)

@@ -6,22 +6,53 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nestling.levels.formalism import NestedSystem
-from nestling.levels.layout import BOX_HEIGHT, GUTTER, MARGIN, Band, Box, Curve, Layout, layout, text_width
+from nestling.levels.layout import layout
+from nestling.levels.shapes import BOX_HEIGHT, MARGIN, Band, Box, Layout, text_width
+from nestling.levels.system import NestedSystem
 
 THEMES = {
     "light": {
-        "paper": "#fcfcfa", "band": "#f1f2f0", "card": "#ffffff", "ink": "#1c1d20", "muted": "#5c6068", "line": "#cfd1ce",
-        "parametric": "#2563a8", "non-parametric": "#0b7f74", "backpropagation": "#b3261e", "initialization": "#7b4bb3",
-        "generation": "#b4630f", "context": "#0f8f80", "training": "#c77a12", "model": "#4d5f7a", "unknown": "#b3261e",
+        "paper": "#fcfcfa",
+        "band": "#f1f2f0",
+        "card": "#ffffff",
+        "ink": "#1c1d20",
+        "muted": "#5c6068",
+        "line": "#cfd1ce",
+        "parametric": "#2563a8",
+        "non-parametric": "#0b7f74",
+        "backpropagation": "#b3261e",
+        "initialization": "#7b4bb3",
+        "generation": "#b4630f",
+        "context": "#0f8f80",
+        "training": "#c77a12",
+        "model": "#4d5f7a",
+        "unknown": "#b3261e",
     },
     "dark": {
-        "paper": "#16171a", "band": "#1f2125", "card": "#292c31", "ink": "#ececea", "muted": "#a9adb5", "line": "#454952",
-        "parametric": "#7db4ee", "non-parametric": "#5cc9bc", "backpropagation": "#ff8d85", "initialization": "#c39bf2",
-        "generation": "#f2a65a", "context": "#4fc3b5", "training": "#e8ab52", "model": "#8fa5c9", "unknown": "#ff8d85",
+        "paper": "#16171a",
+        "band": "#1f2125",
+        "card": "#292c31",
+        "ink": "#ececea",
+        "muted": "#a9adb5",
+        "line": "#454952",
+        "parametric": "#7db4ee",
+        "non-parametric": "#5cc9bc",
+        "backpropagation": "#ff8d85",
+        "initialization": "#c39bf2",
+        "generation": "#f2a65a",
+        "context": "#4fc3b5",
+        "training": "#e8ab52",
+        "model": "#8fa5c9",
+        "unknown": "#ff8d85",
     },
-}  # fmt: skip
-DASHES = {"parametric": (), "non-parametric": (7, 3), "backpropagation": (2, 3), "initialization": (10, 3, 2, 3), "generation": ()}
+}
+DASHES = {
+    "parametric": (),
+    "non-parametric": (7, 3),
+    "backpropagation": (2, 3),
+    "initialization": (10, 3, 2, 3),
+    "generation": (),
+}
 LIFETIMES = {"context": "learns in the context", "training": "kept while training", "model": "saved with the model"}
 # name: size, bold, colour
 TEXTS = {"title": (17, True, "ink"), "level": (14, True, "ink"), "often": (12, False, "ink"), "kind": (13, True, "ink"),
@@ -81,8 +112,10 @@ def _band(band: Band, width: float) -> list[tuple]:
     if rate == "∞":
         found.append(("rect", x, y - 4, strip, 8, 0, "muted", None))
     elif rate != "0":
-        found += [("line", x + strip * (i + 0.5) / band.ticks, y - 4, x + strip * (i + 0.5) / band.ticks, y + 4, "muted", 1.4)
-                  for i in range(band.ticks)]  # fmt: skip
+        found += [
+            ("line", x + strip * (i + 0.5) / band.ticks, y - 4, x + strip * (i + 0.5) / band.ticks, y + 4, "muted", 1.4)
+            for i in range(band.ticks)
+        ]
     found.append(("line", x, y + 4, x + strip, y + 4, "line", 1))
     return found
 
@@ -130,9 +163,13 @@ def style_sheet(*, variables: bool = True) -> str:
     """The classes of texts and curves, and the colours of both themes as variables."""
     light, dark = ("".join(f"--{name}:{colour};" for name, colour in theme.items()) for theme in THEMES.values())
     lines = [f"svg.levels{{{light}}}@media(prefers-color-scheme:dark){{svg.levels{{{dark}}}}}"] if variables else []
-    lines.append('svg.levels text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sans-serif}')
+    lines.append(
+        'svg.levels text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","DejaVu Sans",sans-serif}'
+    )
     for name, (size, bold, colour) in TEXTS.items():
-        lines.append(f"svg.levels .{name}{{font-size:{size}px;fill:var(--{colour});font-weight:{650 if bold else 400}}}")
+        lines.append(
+            f"svg.levels .{name}{{font-size:{size}px;fill:var(--{colour});font-weight:{650 if bold else 400}}}"
+        )
     for kind, dash in DASHES.items():
         dashes = f";stroke-dasharray:{' '.join(map(str, dash))}" if dash else ""
         lines.append(f"svg.levels .{kind}{{stroke:var(--{kind});fill:none;stroke-width:1.6{dashes}}}")
@@ -143,13 +180,17 @@ def style_sheet(*, variables: bool = True) -> str:
 def to_svg(plan: Layout, *, style: bool = True) -> str:
     """The picture as SVG; without `style` its colours come from the page it stands in."""
     size = f'width="{plan.width:.0f}" height="{plan.height:.0f}" viewBox="0 0 {plan.width:.0f} {plan.height:.0f}"'
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" class="levels" {size} role="img" aria-label="{escape(plan.title)}: levels">']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="levels" {size} role="img" '
+        f'aria-label="{escape(plan.title)}: levels">'
+    ]
     if style:
         out.append(f"<style>{style_sheet()}</style>")
     heads = "".join(
-        f'<marker id="head-{k}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" markerUnits="userSpaceOnUse" '
-        f'orient="auto-start-reverse"><path class="{k}-head" d="M0 0.8L8 4L0 7.2z"/></marker>' for k in DASHES
-    )  # fmt: skip
+        f'<marker id="head-{k}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+        f'markerUnits="userSpaceOnUse" orient="auto-start-reverse"><path class="{k}-head" d="M0 0.8L8 4L0 7.2z"/></marker>'
+        for k in DASHES
+    )
     out.append(f"<defs>{heads}</defs>")
     out.append(f'<rect width="{plan.width:.0f}" height="{plan.height:.0f}" rx="8" fill="var(--paper)"/>')
     out += [_svg_mark(mark) for mark in marks(plan)]
@@ -164,7 +205,9 @@ def _svg_mark(mark: tuple) -> str:
     if kind == "rect":
         x, y, w, h, radius, fill, stroke = rest
         edge = f' stroke="var(--{stroke})"' if stroke else ""
-        return f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{radius}" fill="var(--{fill})"{edge}/>'
+        return (
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{radius}" fill="var(--{fill})"{edge}/>'
+        )
     if kind == "text":
         x, y, text, style = rest
         return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{escape(text)}</text>'
@@ -209,11 +252,24 @@ def _matplotlib_mark(ax: Any, mark: tuple, colours: dict[str, str], order: int) 
     elif kind == "rect":
         x, y, w, h, radius, fill, stroke = rest
         edge = colours[stroke] if stroke else "none"
-        ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=f"round,pad=0,rounding_size={radius}", fc=colours[fill], ec=edge, lw=1, zorder=order))
+        ax.add_patch(
+            FancyBboxPatch(
+                (x, y),
+                w,
+                h,
+                boxstyle=f"round,pad=0,rounding_size={radius}",
+                fc=colours[fill],
+                ec=edge,
+                lw=1,
+                zorder=order,
+            )
+        )
     elif kind == "text":
         x, y, text, style = rest
         size, bold, colour = TEXTS[style]
-        ax.text(x, y, text, fontsize=size * 0.94, weight="bold" if bold else "normal", color=colours[colour], zorder=order)
+        ax.text(
+            x, y, text, fontsize=size * 0.94, weight="bold" if bold else "normal", color=colours[colour], zorder=order
+        )
     elif kind == "line":
         x0, y0, x1, y1, colour, width = rest
         ax.plot([x0, x1], [y0, y1], color=colours[colour], lw=width, zorder=order)
@@ -224,8 +280,14 @@ def _matplotlib_mark(ax: Any, mark: tuple, colours: dict[str, str], order: int) 
             corners += piece
             codes += [Outline.CURVE4] * 3
         dash = (0, DASHES[name]) if DASHES[name] else "solid"
-        ax.add_patch(FancyArrowPatch(path=Outline(corners, codes), arrowstyle="-|>,head_length=6,head_width=3", color=colours[name],
-                                     linestyle=dash, lw=1.6, zorder=order, capstyle="butt"))  # fmt: skip
-
-
-__all__ = ["GUTTER", "Curve", "draw", "marks", "style_sheet", "to_svg"]
+        ax.add_patch(
+            FancyArrowPatch(
+                path=Outline(corners, codes),
+                arrowstyle="-|>,head_length=6,head_width=3",
+                color=colours[name],
+                linestyle=dash,
+                lw=1.6,
+                zorder=order,
+                capstyle="butt",
+            )
+        )

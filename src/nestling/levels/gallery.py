@@ -1,6 +1,7 @@
 """The paper's own decompositions as systems, and the pictures and the page made of them.
 
-    python -m nestling.levels.gallery docs      writes docs/gallery.md, docs/images/levels/*.svg and the tables of docs/levels.md
+`python -m nestling.levels.gallery docs` writes docs/gallery.md, docs/images/levels/*.svg and the tables of
+docs/levels.md.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nestling.levels.describe import Place, describes
-from nestling.levels.formalism import AssociativeMemory, Cost, NestedSystem, Solver, Transfer
+from nestling.levels.formalism import AssociativeMemory, Cost, Solver, Transfer
 from nestling.levels.frequency import EVERY_TOKEN
 from nestling.levels.read import levels
+from nestling.levels.system import NestedSystem
 
 
 class LinearAttention(nn.Module):
@@ -53,7 +55,9 @@ def linear_attention(module: LinearAttention, place: Place):
     adapts = module.k_proj is not None
     if module.start is not None:
         kind = "initial state" if adapts else "linear map"
-        yield place.weights(kind, ("start",), retrieval="M₀" if adapts else "y = M₀ q", macs=0 if adapts else width**2, name="start")
+        yield place.weights(
+            kind, ("start",), retrieval="M₀" if adapts else "y = M₀ q", macs=0 if adapts else width**2, name="start"
+        )
     if not adapts:
         return
     state = place.state("memory", (width, width), module.q_proj.weight.dtype)
@@ -128,35 +132,78 @@ def _hope_deployed() -> NestedSystem:
 
 
 EXHIBITS = (
-    Exhibit("linear", "A linear layer under gradient descent",
-            "One level: the layer is a memory that maps its inputs to their local errors (NL Eqs. 8, 9).",
-            lambda: _sgd(nn.Linear(64, 64, bias=False))),
-    Exhibit("linear-momentum", "The same with momentum",
-            "Two levels: the momentum compresses the gradients, and the layer's next state needs it (NL Eqs. 10-13).",
-            lambda: _sgd(nn.Linear(64, 64, bias=False), 0.9)),
-    Exhibit("linear-attention", "Linear attention under gradient descent",
-            "Two levels: a memory that every token is written into, and the projections that make its keys and values (NL Eqs. 14-18).",
-            lambda: _sgd(LinearAttention(64))),
-    Exhibit("linear-attention-momentum", "Linear attention, with momentum", "Three levels.", lambda: _sgd(LinearAttention(64), 0.9)),
-    Exhibit("mlp", "A linear block, as in a Transformer's MLP",
-            "One level. Compare it with the next.", lambda: _sgd(LinearAttention(64, start=True, writes=False))),
-    Exhibit("ada-transformer", "The same block as an AdaTransformer's",
-            "The same memory with one more level: what was its weight is now where it starts in every sequence (NL Eq. 21).",
-            lambda: _sgd(LinearAttention(64, start=True))),
-    Exhibit("transformer-adamw", "A Transformer under AdamW",
-            "Attention is found anew for every token; AdamW's two moments do not need one another and share a level.", _transformer),
-    Exhibit("transformer-muon", "A Transformer under Muon",
-            "The orthogonalisation of a momentum is an inner problem of its own, five steps for each step (NL Eqs. 42-44). "
-            "Embeddings, norms and biases are AdamW's.", _muon),
-    Exhibit("titans-adamw", "Titans under AdamW",
-            "A deep memory with a momentum of its own learns inside the sequence; its initial state is learned outside.", _titans),
-    Exhibit("hope-m3", "Hope under M3",
-            "Projections, learning rate and decay learn in the sequence too. M3 keeps a fast and a slow momentum; by Def. 2 the slow one is a "
-            "higher level than the weights it helps to train. The second block of the continuum memory steps once in 32,768 tokens, "
-            "and so do its momenta.", _hope_with_m3),
-    Exhibit("hope-deployed", "Hope when training has ended",
-            "Without an optimiser every weight stands still, and what is left to learn is what learns in the context.", _hope_deployed),
-)  # fmt: skip
+    Exhibit(
+        "linear",
+        "A linear layer under gradient descent",
+        "One level: the layer is a memory that maps its inputs to their local errors (NL Eqs. 8, 9).",
+        lambda: _sgd(nn.Linear(64, 64, bias=False)),
+    ),
+    Exhibit(
+        "linear-momentum",
+        "The same with momentum",
+        "Two levels: the momentum compresses the gradients, and the layer's next state needs it (NL Eqs. 10-13).",
+        lambda: _sgd(nn.Linear(64, 64, bias=False), 0.9),
+    ),
+    Exhibit(
+        "linear-attention",
+        "Linear attention under gradient descent",
+        "Two levels: a memory that every token is written into, and the projections that make its keys and values "
+        "(NL Eqs. 14-18).",
+        lambda: _sgd(LinearAttention(64)),
+    ),
+    Exhibit(
+        "linear-attention-momentum",
+        "Linear attention, with momentum",
+        "Three levels.",
+        lambda: _sgd(LinearAttention(64), 0.9),
+    ),
+    Exhibit(
+        "mlp",
+        "A linear block, as in a Transformer's MLP",
+        "One level. Compare it with the next.",
+        lambda: _sgd(LinearAttention(64, start=True, writes=False)),
+    ),
+    Exhibit(
+        "ada-transformer",
+        "The same block as an AdaTransformer's",
+        "The same memory with one more level: what was its weight is now where every sequence starts (NL Eq. 21).",
+        lambda: _sgd(LinearAttention(64, start=True)),
+    ),
+    Exhibit(
+        "transformer-adamw",
+        "A Transformer under AdamW",
+        "Attention is found anew for every token; AdamW's two moments do not need one another and share a level.",
+        _transformer,
+    ),
+    Exhibit(
+        "transformer-muon",
+        "A Transformer under Muon",
+        "The orthogonalisation of a momentum is an inner problem of its own, five steps for each step (NL Eqs. 42-44). "
+        "Embeddings, norms and biases are AdamW's.",
+        _muon,
+    ),
+    Exhibit(
+        "titans-adamw",
+        "Titans under AdamW",
+        "A deep memory with a momentum of its own learns inside the sequence; its initial state is learned outside.",
+        _titans,
+    ),
+    Exhibit(
+        "hope-m3",
+        "Hope under M3",
+        "Projections, learning rate and decay learn in the sequence too. M3 keeps a fast and a slow momentum; by "
+        "Def. 2 the slow one is a higher level than the weights it helps to train. The second block of the continuum "
+        "memory steps once in 32,768 tokens, "
+        "and so do its momenta.",
+        _hope_with_m3,
+    ),
+    Exhibit(
+        "hope-deployed",
+        "Hope when training has ended",
+        "Without an optimiser every weight stands still, and what is left to learn is what learns in the context.",
+        _hope_deployed,
+    ),
+)
 
 
 def by_name(name: str) -> Exhibit:
@@ -180,11 +227,23 @@ def write_figures(folder: str | Path) -> list[Path]:
 
 def gallery_page(images: str = "images/levels") -> str:
     """The gallery as Markdown: a picture and the levels of every exhibit."""
-    lines = ["# Gallery of nested systems", "", "The decompositions of the paper, read from running code. The pictures and tables of this page are written by",
-             "`python -m nestling.levels.gallery docs`; [levels](levels.md) says how to read them.", ""]  # fmt: skip
+    lines = [
+        "# Gallery of nested systems",
+        "",
+        "The decompositions of the paper, read from running code. The pictures and tables of this page are written by",
+        "`python -m nestling.levels.gallery docs`; [levels](levels.md) says how to read them.",
+        "",
+    ]
     for exhibit in EXHIBITS:
         system = exhibit.build()
-        lines += [f"## {exhibit.title}", "", exhibit.text, "", f"![{exhibit.title}: its levels as rows]({images}/{exhibit.name}.svg)", ""]
+        lines += [
+            f"## {exhibit.title}",
+            "",
+            exhibit.text,
+            "",
+            f"![{exhibit.title}: its levels as rows]({images}/{exhibit.name}.svg)",
+            "",
+        ]
         lines += ["| level | updated | memories |", "|--:|---|---|"]
         lines += [f"| {level.index} | {level.frequency} | {_kinds(level)} |" for level in system.levels] + [""]
     return "\n".join(lines)

@@ -6,7 +6,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from nestling.levels.formalism import AssociativeMemory, Cost, NestedSystem
+from nestling.levels.formalism import AssociativeMemory, Cost
+from nestling.levels.system import NestedSystem
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ def _members(memories: list[AssociativeMemory]) -> tuple[str, ...]:
     """Last parts of the names, without the numbers of layers; the last but one where the last says nothing."""
     names = []
     for memory in memories:
+        if memory.lifetime == "training" and ": " in memory.name:  # an optimiser's: whose
+            names += [n for n in [memory.name.split(": ")[0]] if n not in names]
+            continue
         parts = [p for p in re.sub(r" \[.*", "", memory.name).split(".") if p]
         words = [p for p in parts if not p.isdigit()] or parts
-        last = words[-1].split(": ")[-1]
+        last = words[-1]
         if last in ("momentum", "attention", "weights", "running", "state") and len(words) > 1:
             last = f"{words[-2]}.{last}"
         elif last in ("blocks", "levels"):  # which of them is what tells one from another

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from nestling.levels.assemble import coverage_of
 from nestling.levels.copying import Copies, copies, same_random_numbers
-from nestling.levels.formalism import AssociativeMemory, Finding, Measured, NestedLevel, NestedSystem, TensorSpec
+from nestling.levels.formalism import AssociativeMemory, Measured
 from nestling.levels.frequency import NEVER
-from nestling.levels.inventory import Inventory, unwrap
-from nestling.levels.probes import probe
+from nestling.levels.inventory import unwrap
+from nestling.levels.system import Finding, NestedLevel, NestedSystem
 from nestling.levels.trainers import training_of
+from nestling.levels.watch import Watch
 
 
 def tokens_of(batch: Any) -> int:
@@ -63,7 +64,7 @@ def measured(
     with same_random_numbers(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         twin = copies(root, several[0], several[1], average)
-        watch = _Watch(system, twin)
+        watch = Watch(system, twin)
         inputs = watch.inputs()
         run = _Run(twin, batch, loss, accumulation, tokens_of(batch) * accumulation)
         for _ in range(steps):
@@ -100,12 +101,14 @@ class _Run:
             value.backward()
         return value
 
-    def step(self, watch: _Watch) -> None:
+    def step(self, watch: Watch) -> None:
         for _ in range(self.accumulation):
             self.backward()
             watch.after_backward()
         gradients = {id(p): p.grad is not None and bool(p.grad.any()) for p in self.twin.model.parameters()}
-        watch.gradients = gradients if not watch.gradients else {k: v or watch.gradients.get(k, False) for k, v in gradients.items()}
+        watch.gradients = (
+            gradients if not watch.gradients else {k: v or watch.gradients.get(k, False) for k, v in gradients.items()}
+        )
         for optimizer in self.twin.optimizers:
             if not isinstance(optimizer, torch.optim.Optimizer):
                 optimizer.step(self.seen, self.seen + self.tokens)
@@ -159,113 +162,22 @@ def _loss(output: Any) -> tuple[Tensor, str]:
         raise TypeError(f"the model's output ({type(output).__name__}) holds no loss and no tensor: give loss=")
     if tensor.ndim == 0:
         return tensor, ""
-    return 0.5 * tensor.float().square().mean(), "measured with half the mean square of the output as loss; loss= sets another"
-
-
-class _Watch:
-    """The tensors of every memory on the copy, what they were, and how often they changed."""
-
-    def __init__(self, system: NestedSystem, twin: Copies) -> None:
-        self.system, self.twin = system, twin
-        self.inventory = Inventory(twin.model)
-        self.last: dict[tuple[str, str], Tensor] = {}
-        self.moved: dict[tuple[str, str], int] = {}  # memory, tensor: times it changed
-        self.updates: dict[str, int] = {}
-        self.norms: dict[str, float] = {}
-        self.gradients: dict[int, bool] = {}
-        self.backwards = 0
-        for memory in self._of(sums=False):
-            self._look(memory, count=False)
-
-    def _of(self, *, sums: bool) -> Iterator[AssociativeMemory]:
-        for memory in self.system.memories:
-            if memory.lifetime != "context" and (memory.kind == "gradient sum") == sums:
-                yield memory
-
-    def find(self, memory: AssociativeMemory, tensor: TensorSpec) -> Tensor | None:
-        """The live tensor of a name; None where there is none yet."""
-        if tensor.role in ("parameter", "buffer"):
-            return self.inventory.tensors.get(tensor.shared_with or tensor.name)
-        if tensor.name.startswith("average.") and memory.kind == "average of weights":
-            inner, _ = unwrap(self.twin.average.module)
-            return dict(inner.named_parameters()).get(tensor.name.removeprefix("average."))
-        parameter, _, state = tensor.name.rpartition(".")
-        found = self.inventory.tensors.get(parameter)
-        for optimizer in self.twin.optimizers:
-            groups = [None] if isinstance(optimizer, torch.optim.Optimizer) else optimizer.groups
-            for group in groups:
-                if state == "sum":
-                    if group is not None and group.sums is not None and any(p is found for p in group.params):
-                        return group.sums[next(i for i, p in enumerate(group.params) if p is found)]
-                    continue
-                for one in [optimizer] if group is None else group.optimizers:
-                    value = one.state.get(found, {}).get(state) if found is not None else None
-                    if isinstance(value, Tensor):
-                        return value
-        return found.grad if state == "sum" and found is not None else None
-
-    def _look(self, memory: AssociativeMemory, *, count: bool = True) -> None:
-        changed, square = False, 0.0
-        for tensor in memory.tensors:
-            live = None if tensor.counter else self.find(memory, tensor)
-            if live is None:
-                continue
-            key = (memory.name, tensor.name)
-            now, before = live.detach().clone(), self.last.get(key)
-            self.last[key] = now
-            if not count:
-                continue
-            before = torch.zeros_like(now) if before is None else before
-            if not torch.equal(now, before):
-                changed = True
-                self.moved[key] = self.moved.get(key, 0) + 1
-                square += float((now.double() - before.double()).square().sum()) if now.is_floating_point() else 0.0
-        if changed:
-            self.updates[memory.name] = self.updates.get(memory.name, 0) + 1
-            self.norms[memory.name] = self.norms.get(memory.name, 0.0) + math.sqrt(square)
-
-    def after_backward(self) -> None:
-        self.backwards += 1
-        for memory in self._of(sums=True):
-            if memory.frequency.rate > 1:  # sums over the backward passes of one step
-                self._look(memory)
-
-    def after_step(self) -> None:
-        for memory in self._of(sums=False):
-            self._look(memory)
-        for memory in self._of(sums=True):
-            if memory.frequency.rate <= 1:
-                self._look(memory)
-            else:
-                for tensor in memory.tensors:
-                    self.last.pop((memory.name, tensor.name), None)
-
-    def inputs(self) -> dict[str, Any]:
-        """Hooks that keep the first input of every module with a probe."""
-        found: dict[str, Any] = {"handles": []}
-        for name, module in self.inventory.modules.items():
-            if probe(module) is not None:
-                def keep(_: nn.Module, args: tuple, name: str = name) -> None:
-                    found.setdefault(name, args[0].detach() if args and isinstance(args[0], Tensor) else None)
-
-                found["handles"].append(module.register_forward_pre_hook(keep))
-        return found
-
-    def probe(self, inputs: dict[str, Any]) -> dict[str, Measured]:
-        """What the memories inside a context did."""
-        found: dict[str, Measured] = {}
-        with torch.no_grad():
-            for name, x in inputs.items():
-                if x is not None:
-                    for relative, result in probe(self.inventory.modules[name])(self.inventory.modules[name], x).items():
-                        found[".".join(p for p in (name, relative) if p) or relative] = result
-        return found
+    return (
+        0.5 * tensor.float().square().mean(),
+        "measured with half the mean square of the output as loss; loss= sets another",
+    )
 
 
 def _report(
-    system: NestedSystem, watch: _Watch, probed: dict[str, Measured], steps: int, tokens: int, trained: bool, notes: list[str]
+    system: NestedSystem,
+    watch: Watch,
+    probed: dict[str, Measured],
+    steps: int,
+    tokens: int,
+    trained: bool,
+    notes: list[str],
 ) -> NestedSystem:
-    levels, findings = [], [f for f in system.findings]
+    levels, findings = [], list(system.findings)
     for level in system.levels:
         memories = []
         for memory in level.memories:
@@ -274,11 +186,15 @@ def _report(
             if seen is not None:
                 findings += _judge(memory, seen, watch, tokens)
         levels.append(NestedLevel(level.index, level.frequency, tuple(memories)))
-    how = f"measured over {steps} step{'s' * (steps != 1)} of {tokens:,} tokens" + ("" if trained else " without an optimiser")
-    return replace(system, levels=tuple(levels), findings=tuple(dict.fromkeys(findings)), notes=(*system.notes, how, *notes))
+    how = f"measured over {steps} step{'s' * (steps != 1)} of {tokens:,} tokens" + (
+        "" if trained else " without an optimiser"
+    )
+    return replace(
+        system, levels=tuple(levels), findings=tuple(dict.fromkeys(findings)), notes=(*system.notes, how, *notes)
+    )
 
 
-def _seen(memory: AssociativeMemory, watch: _Watch, steps: int) -> Measured | None:
+def _seen(memory: AssociativeMemory, watch: Watch, steps: int) -> Measured | None:
     if not any(key[0] == memory.name for key in watch.last) and memory.kind != "gradient sum":
         return None
     updates = watch.updates.get(memory.name, 0)
@@ -286,7 +202,7 @@ def _seen(memory: AssociativeMemory, watch: _Watch, steps: int) -> Measured | No
     return Measured(updates, over, "step", watch.norms.get(memory.name, 0.0) / max(1, updates))
 
 
-def _judge(memory: AssociativeMemory, seen: Measured, watch: _Watch, tokens: int) -> Iterator[Finding]:
+def _judge(memory: AssociativeMemory, seen: Measured, watch: Watch, tokens: int) -> Iterator[Finding]:
     """What a memory did that was not declared of it."""
     if memory.frequency == NEVER:
         if seen.updates:
@@ -298,17 +214,31 @@ def _judge(memory: AssociativeMemory, seen: Measured, watch: _Watch, tokens: int
     if memory.kind == "gradient sum":
         expected = seen.over
     if seen.updates == 0 and expected >= 1:
-        yield Finding("never moves", memory.name, f"declared {memory.frequency}, but it never changed in {seen.over} {seen.unit}s{_why(memory, watch)}")
+        yield Finding(
+            "never moves",
+            memory.name,
+            f"declared {memory.frequency}, but it never changed in {seen.over} {seen.unit}s{_why(memory, watch)}",
+        )
     elif abs(seen.updates - expected) >= 1:
-        yield Finding("another rate", memory.name, f"declared {memory.frequency}, measured {seen.updates} updates in {seen.over} {seen.unit}s")
+        yield Finding(
+            "another rate",
+            memory.name,
+            f"declared {memory.frequency}, measured {seen.updates} updates in {seen.over} {seen.unit}s",
+        )
     elif seen.updates:
-        still = [t.name for t in memory.tensors if not t.counter and (memory.name, t.name) in watch.last and (memory.name, t.name) not in watch.moved
-                 and t.role == "parameter"]  # fmt: skip
+        still = [
+            t.name
+            for t in memory.tensors
+            if not t.counter
+            and (memory.name, t.name) in watch.last
+            and (memory.name, t.name) not in watch.moved
+            and t.role == "parameter"
+        ]
         if still:
             yield Finding("never moves", memory.name, f"{', '.join(still)} never changed while the rest did")
 
 
-def _why(memory: AssociativeMemory, watch: _Watch) -> str:
+def _why(memory: AssociativeMemory, watch: Watch) -> str:
     live = [watch.inventory.tensors.get(t.shared_with or t.name) for t in memory.tensors if t.role == "parameter"]
     live = [p for p in live if p is not None]
     if live and not any(watch.gradients.get(id(p), False) for p in live):

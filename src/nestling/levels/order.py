@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 from fractions import Fraction
 
-from nestling.levels.formalism import AssociativeMemory, NestedLevel
+from nestling.levels.formalism import AssociativeMemory
+from nestling.levels.system import NestedLevel
 
 
 def order(memories: list[AssociativeMemory], tokens_per_step: int | None = None) -> tuple[NestedLevel, ...]:

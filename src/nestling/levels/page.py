@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nestling.levels.figure import THEMES, style_sheet, to_svg
-from nestling.levels.formalism import Cost, NestedSystem
+from nestling.levels.formalism import Cost
 from nestling.levels.groups import Group, groups, short
 from nestling.levels.layout import layout
+from nestling.levels.system import NestedSystem
 
 
 def page(system: NestedSystem, path: str | Path | None = None) -> str:
@@ -79,7 +80,9 @@ def _group(group: Group, flows: dict, findings: dict[str, list[str]]) -> dict[st
         "context": first.context + (f": {flow.elements}" if flow else ""),
         "solver": str(first.solver),
         "feasible": first.feasible,
-        "lifetime": {"context": "one sequence", "training": "the training run", "model": "as long as the model"}[first.lifetime],
+        "lifetime": {"context": "one sequence", "training": "the training run", "model": "as long as the model"}[
+            first.lifetime
+        ],
         "note": first.note,
         "cost": _cost(group.cost),
         "measured": [f"{m.name}: {m.measured}" for m in group.memories if m.measured],
@@ -96,7 +99,10 @@ def _joined(group: Group, field: str) -> str:
 
 def _cost(cost: Cost) -> list[list[str]]:
     work = "{} multiply-adds, {}B moved"
-    rows = [["parameters", f"{cost.parameters:,}" if cost.parameters else ""], ["holds", f"{cost.state_bytes:,} bytes" if cost.state_bytes else ""]]
+    rows = [
+        ["parameters", f"{cost.parameters:,}" if cost.parameters else ""],
+        ["holds", f"{cost.state_bytes:,} bytes" if cost.state_bytes else ""],
+    ]
     for name, macs, moved in (
         ("to read, per token", cost.read_macs, cost.read_bytes),
         ("to learn, per token", cost.write_macs, cost.write_bytes),

@@ -12,8 +12,9 @@ from torch import nn
 from nestling.levels import readers  # noqa: F401 - registers the known descriptions
 from nestling.levels.assemble import assemble
 from nestling.levels.describe import Place, description_of
-from nestling.levels.formalism import AssociativeMemory, Finding, NestedSystem, Solver, Transfer
+from nestling.levels.formalism import AssociativeMemory, Solver, Transfer
 from nestling.levels.inventory import Inventory
+from nestling.levels.system import Finding, NestedSystem
 from nestling.levels.trainers import Training, training_of
 
 
@@ -129,10 +130,20 @@ def _unknown(inventory: Inventory, path: str, names: Sequence[str]) -> Associati
     memory = place.weights("unknown", retrieval="?", macs=0, keys="?", values="?", objective="?")
     kept = tuple(t for t in memory.tensors if t.name in names)
     label = memory.name if len(kept) == len(memory.tensors) else f"{memory.name} (rest)"
-    cost = replace(memory.cost, parameters=sum(t.numel for t in kept if t.shared_with is None and t.role == "parameter"),
-                   state_bytes=sum(t.bytes for t in kept if t.shared_with is None), read_bytes=0)  # fmt: skip
-    return replace(memory, name=label, tensors=kept, solver=Solver("unknown"), cost=cost,
-                   note=f"{type(module).__module__}.{type(module).__qualname__} has no description: see nestling.levels.describes")  # fmt: skip
+    cost = replace(
+        memory.cost,
+        parameters=sum(t.numel for t in kept if t.shared_with is None and t.role == "parameter"),
+        state_bytes=sum(t.bytes for t in kept if t.shared_with is None),
+        read_bytes=0,
+    )
+    return replace(
+        memory,
+        name=label,
+        tensors=kept,
+        solver=Solver("unknown"),
+        cost=cost,
+        note=f"{type(module).__module__}.{type(module).__qualname__} has no description: see nestling.levels.describes",
+    )
 
 
 def _notes(inventory: Inventory, opaque: dict[str, int]) -> list[str]:

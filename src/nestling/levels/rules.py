@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 Shapes = Callable[[Tensor], list[tuple[int, ...]]]
@@ -28,6 +29,7 @@ class Inner:
     Attributes:
         kind: such as "momentum".  keys, values, objective, retrieval, update: as in AssociativeMemory.
         states: keys of the optimiser's state and the shape each has for a parameter.
+        dtype: the type of a state, from its name and the parameter's type; None is the parameter's own.
         watch: the states whose changes are its updates; () is all that are no counters.
         rate: updates per step.  steps: inner steps of its solver.
         reads: what it learns from: "gradient", "weights", or the kind of another memory.
@@ -43,6 +45,7 @@ class Inner:
     values: str = "g, the gradients"
     retrieval: str = ""
     states: dict[str, Shapes] = field(default_factory=dict)
+    dtype: Callable[[str, torch.dtype], torch.dtype] | None = None
     watch: tuple[str, ...] = ()
     rate: Fraction | int = 1
     steps: int = 1
@@ -54,6 +57,17 @@ class Inner:
     solver: str = "gradient"
     rule: str = "gradient descent, one step"
     note: str = ""
+
+    def dtype_of(self, state: str, parameter: torch.dtype) -> torch.dtype:
+        """The type a state is kept in; a counter is float32."""
+        if self.states.get(state) is scalar:
+            return torch.float32
+        return parameter if self.dtype is None else self.dtype(state, parameter)
+
+
+def at_least_float32(state: str, parameter: torch.dtype) -> torch.dtype:
+    """The type nestling's optimisers keep their memories in."""
+    return torch.promote_types(parameter, torch.float32)
 
 
 @dataclass(frozen=True)

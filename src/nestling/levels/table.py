@@ -8,10 +8,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from nestling.levels.formalism import Cost, NestedSystem
+from nestling.levels.formalism import Cost
 from nestling.levels.frequency import Frequency
 from nestling.levels.groups import Group as Memories
 from nestling.levels.groups import groups, per_token, short
+from nestling.levels.system import NestedSystem
 
 WIDTH = 100
 
@@ -41,7 +42,9 @@ def table(system: NestedSystem, *, findings: int = 8) -> Group:
     total = system.cost
     head = Text(system.title, "bold")
     head.append(f": {len(system.levels)} level{'s' * (len(system.levels) != 1)}, {len(system.memories)} ", "not bold")
-    head.append(f"{'memories' if len(system.memories) != 1 else 'memory'}, {short(total.parameters)} parameters", "not bold")
+    head.append(
+        f"{'memories' if len(system.memories) != 1 else 'memory'}, {short(total.parameters)} parameters", "not bold"
+    )
     return Group(head, "", *blocks, Text("\n".join(_foot(system, findings)), "dim"))
 
 
@@ -78,7 +81,9 @@ def _foot(system: NestedSystem, limit: int) -> list[str]:
         "or bytes (B) of state."
     ]
     if system.tokens_per_step is None:
-        lines.append("*: per step; +: and as much again per step as there are numbers, or more; tokens_per_step= tells per token.")
+        lines.append(
+            "*: per step; +: and as much again per step as there are numbers, or more; tokens_per_step= tells per token."
+        )
     c = system.coverage
     lines.append(
         f"assigned to a level: {_of(c.parameters)} parameter tensors, {_of(c.buffers)} buffers, {_of(c.optimizer_states)} "
@@ -89,7 +94,11 @@ def _foot(system: NestedSystem, limit: int) -> list[str]:
     for finding in system.findings:
         kinds.setdefault(finding.kind, []).append(finding)
     told = [_finding(kind, some) for kind, some in kinds.items()]
-    return lines + told[:limit] + ([f"and {len(told) - limit} more kinds of findings (.findings)"] if len(told) > limit else [])
+    return (
+        lines
+        + told[:limit]
+        + ([f"and {len(told) - limit} more kinds of findings (.findings)"] if len(told) > limit else [])
+    )
 
 
 def _finding(kind: str, some: list) -> str:

@@ -72,7 +72,9 @@ def training_of(optimizer: Any, scheduler: Any, accumulation: int, inventory: In
         if foreign:
             training.foreign.append(foreign)
         if foreign and not training.parameters:
-            raise ValueError(f"{type(one).__name__} trains none of the model's parameters: was it made for another model?")
+            raise ValueError(
+                f"{type(one).__name__} trains none of the model's parameters: was it made for another model?"
+            )
     return training
 
 
@@ -117,6 +119,16 @@ def rule_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
 
         return of
 
-    unknown = Inner("unknown", "?", "?", keys="?", values="?", states={n: shapes(n) for n in sorted(names)}, rule="", macs=0,
-                    solver="unknown", note="this optimiser has no description: see nestling.levels.describes")  # fmt: skip
+    unknown = Inner(
+        "unknown",
+        "?",
+        "?",
+        keys="?",
+        values="?",
+        states={n: shapes(n) for n in sorted(names)},
+        rule="",
+        macs=0,
+        solver="unknown",
+        note="this optimiser has no description: see nestling.levels.describes",
+    )
     return Rule(f"{type(optimizer).__name__} (unknown)", "?", "", (unknown,))

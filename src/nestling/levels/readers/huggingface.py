@@ -86,9 +86,19 @@ def rotary(module: nn.Module, place: Place) -> Parts:
     tensors = place.tensors()
     size = sum(t.bytes for t in tensors)
     yield AssociativeMemory(
-        place.path(), "fixed positions", "a position", "its angles", "—", retrieval="angle = position · ω", update="never",
-        solver=Solver("none"), frequency=NEVER, context="none", tensors=tensors, cost=Cost(0, size, 0, size),
-    )  # fmt: skip
+        place.path(),
+        "fixed positions",
+        "a position",
+        "its angles",
+        "—",
+        retrieval="angle = position · ω",
+        update="never",
+        solver=Solver("none"),
+        frequency=NEVER,
+        context="none",
+        tensors=tensors,
+        cost=Cost(0, size, 0, size),
+    )
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -96,7 +106,13 @@ def _is_mlp(module: nn.Module) -> bool:
     maps = [m for m in module.children() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     rest = [m for m in module.children() if m not in maps]
     empty = all(next(m.parameters(), None) is None for m in rest)
-    return _from_library(module) and type(module).__name__.endswith("MLP") and _holds_nothing(module) and bool(maps) and empty
+    return (
+        _from_library(module)
+        and type(module).__name__.endswith("MLP")
+        and _holds_nothing(module)
+        and bool(maps)
+        and empty
+    )
 
 
 @describes_if(_is_mlp)
@@ -107,11 +123,15 @@ def mlp(module: nn.Module, place: Place) -> Parts:
 
 
 @describes_if(
-    lambda module: _holds_nothing(module)
-    and (
-        type(module).__module__ in ("transformers.activations", "transformers.pytorch_utils")
-        or any(type(module).__module__.startswith(f"transformers.models.{family}.") for family in _FAMILIES)
-        and not type(module).__name__.endswith("Attention")
+    lambda module: (
+        _holds_nothing(module)
+        and (
+            type(module).__module__ in ("transformers.activations", "transformers.pytorch_utils")
+            or (
+                any(type(module).__module__.startswith(f"transformers.models.{family}.") for family in _FAMILIES)
+                and not type(module).__name__.endswith("Attention")
+            )
+        )
     )
 )
 def container(module: nn.Module, place: Place) -> Parts:

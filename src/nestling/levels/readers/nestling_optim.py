@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from nestling.levels.describe import describes
-from nestling.levels.readers.torch_optim import ELEMENTWISE, HEBBIAN, decayed, moments, newton_schulz, orthogonalization, rate
-from nestling.levels.rules import Inner, Rule, like, scalar
+from nestling.levels.readers.torch_optim import (
+    ELEMENTWISE,
+    HEBBIAN,
+    decayed,
+    moments,
+    newton_schulz,
+    orthogonalization,
+    rate,
+)
+from nestling.levels.rules import Inner, Rule, at_least_float32, like, scalar
 
 
 @describes("nestling.optim.base.MemoryOptimizer")
@@ -30,7 +38,9 @@ def memory_optimizer(optimizer: Any, group: dict[str, Any]) -> Rule:
         update = f"m ← m ({decay} I − e kᵀk) − (e / {erase:g}) {value}"
     else:
         update = f"m ← {decay} m − {write}{value}"
-    objective = f"½ {erase:g} |m(k) + {value} / {erase:g}|²  (NL Eq. 49)" if erase else HEBBIAN.replace("g⟩", f"−{value}⟩")
+    objective = (
+        f"½ {erase:g} |m(k) + {value} / {erase:g}|²  (NL Eq. 49)" if erase else HEBBIAN.replace("g⟩", f"−{value}⟩")
+    )
     retrieval = "m(g) = B + W₁ tanh(W₂ g)  (NL Eq. 50)" if deep else "m"
     names = _state_names(states.start)
     kept = [
@@ -38,7 +48,7 @@ def memory_optimizer(optimizer: Any, group: dict[str, Any]) -> Rule:
             "deep momentum" if deep else "delta momentum" if erase else "momentum", update, objective,
             keys=key if deep or erase else "—", values=f"−{value}", retrieval=retrieval, states=names,
             macs=1 + 2 * bool(erase), work=_mlp_work(memory.architecture) if deep else None,
-            reads="preconditioner" if preconditioner else "gradient", waits=True,
+            reads="preconditioner" if preconditioner else "gradient", dtype=at_least_float32,
         )
     ]  # fmt: skip
     if preconditioner:
@@ -55,14 +65,35 @@ def _preconditioner(preconditioner: Any, feeds: str) -> Inner:
         "Orthogonal": ("O ← O − ζ ∂/∂O |OᵀO − I|²", "|P(g)ᵀ P(g) − I|² (NL Eq. 43)", "the nearest orthogonal matrix"),
     }
     if kind not in texts:
-        return Inner("unknown", "?", "?", keys="g", values="?", feeds=feeds, solver="unknown", rule="", states=_state_names(preconditioner.start))
+        return Inner(
+            "unknown",
+            "?",
+            "?",
+            keys="g",
+            values="?",
+            feeds=feeds,
+            solver="unknown",
+            rule="",
+            states=_state_names(preconditioner.start),
+        )
     update, objective, values = texts[kind]
     steps = getattr(preconditioner, "steps", 1)
     return Inner(
-        "preconditioner", update, objective, keys="g", values=values, retrieval="P g", feeds=feeds, rate=steps, steps=steps,
-        states=_state_names(preconditioner.start), macs=2, work=None if kind == "Diagonal" else _square_work(kind),
+        "preconditioner",
+        update,
+        objective,
+        keys="g",
+        values=values,
+        retrieval="P g",
+        feeds=feeds,
+        rate=steps,
+        steps=steps,
+        states=_state_names(preconditioner.start),
+        macs=2,
+        work=None if kind == "Diagonal" else _square_work(kind),
         rule="Newton-Schulz" if kind == "Orthogonal" else "gradient descent, one step",
-    )  # fmt: skip
+        dtype=at_least_float32,
+    )
 
 
 def _square_work(kind: str):
@@ -90,7 +121,16 @@ def dgd(optimizer: Any, group: dict[str, Any]) -> Rule:
     kept = ()
     if group["momentum"]:
         states = _state_names(optimizer.memory(group).start)
-        kept = (Inner("momentum", f"m ← {group['momentum']:g} m + Δ", HEBBIAN, values="Δ, the steps it would take", states=states),)
+        kept = (
+            Inner(
+                "momentum",
+                f"m ← {group['momentum']:g} m + Δ",
+                HEBBIAN,
+                values="Δ, the steps it would take",
+                states=states,
+                dtype=at_least_float32,
+            ),
+        )
         update = update.replace("W ← W (", "Δ = W (") + ";  W ← W + m"
     return Rule("DGD", update, rate(group), kept, macs=3, objective=objective)
 
@@ -100,6 +140,12 @@ def m3(optimizer: Any, group: dict[str, Any]) -> Rule:
     """Momenta of several periods, each orthogonalised, over a second moment (NL Alg. 1, Eq. 75); AdamW for vectors."""
     steps, average = group["ns_steps"], group["accumulation"] == "ema"
     betas, periods = group["betas"], tuple(group["periods"])
+
+    def kept_in(state: str, parameter: torch.dtype) -> torch.dtype:
+        if state[0] != "o" or (group["slow_dtype"] is None and (not average or parameter == torch.float64)):
+            return at_least_float32(state, parameter)
+        return group["slow_dtype"] or torch.bfloat16
+
     fast = f"m₁ ← {betas[0]:g} m₁ + {1 - betas[0]:.3g} g" if average else f"m₁ ← m₁ + {betas[0]:g} g"
     kept = [
         Inner("momentum", fast, HEBBIAN, states={"m1": like, "step": scalar}, feeds="orthogonalization"),
@@ -107,22 +153,40 @@ def m3(optimizer: Any, group: dict[str, Any]) -> Rule:
     ]
     if group["second_moment"]:
         square = f"v ← {betas[1]:g} v + {1 - betas[1]:.3g} g²" if average else f"v ← v + {betas[1]:g} g²"
-        kept.append(Inner("second moment", square, ELEMENTWISE, values="g², the squared gradients", states={"v": like}, macs=2))
+        kept.append(
+            Inner("second moment", square, ELEMENTWISE, values="g², the squared gradients", states={"v": like}, macs=2)
+        )
     for scale, period in enumerate(periods[1:], 2):
         kind = "slow momentum" if len(periods) == 2 else f"slow momentum {scale}"
         beta = betas[min(scale, len(betas) - 1)]
         slow = f"m ← {beta:g} m + {1 - beta:.3g} ḡ" if average else f"m ← m + {beta:g} Σ g"
         kept.append(
-            Inner(kind, f"{slow}, over {period:,} steps", HEBBIAN, values=f"the last {period:,} gradients", rate=Fraction(1, period),
-                  states={f"m{scale}": like, f"o{scale}": like}, watch=(f"o{scale}",), feeds=f"{kind} orthogonalization",
-                  note="its buffer takes in every gradient; what is read of it changes once a period")
-        )  # fmt: skip
+            Inner(
+                kind,
+                f"{slow}, over {period:,} steps",
+                HEBBIAN,
+                values=f"the last {period:,} gradients",
+                rate=Fraction(1, period),
+                states={f"m{scale}": like, f"o{scale}": like},
+                watch=(f"o{scale}",),
+                feeds=f"{kind} orthogonalization",
+                note="its buffer takes in every gradient; what is read of it changes once a period",
+            )
+        )
         inner = orthogonalization(steps, kind, Fraction(1, period))
         kept.append(replace(inner, kind=f"{kind} orthogonalization"))
     above = "O₁ + α O₂" if len(periods) > 1 else "O₁"
     update = f"W ← W − η ({above}) / (√v + ε)" if group["second_moment"] else f"W ← W − η ({above})"
     own = {"lr": group["lr"], "betas": group["adam_betas"], "weight_decay": group["weight_decay"]}
-    adamw = Rule("AdamW", decayed(own, "W ← W − η m̂ / (√v̂ + ε)"), rate(group), tuple(moments(own, extra={"step": scalar})), macs=3)
+    adamw = Rule(
+        "AdamW",
+        decayed(own, "W ← W − η m̂ / (√v̂ + ε)"),
+        rate(group),
+        tuple(moments(own, extra={"step": scalar})),
+        macs=3,
+    )
+    kept = [replace(inner, dtype=kept_in) for inner in kept]
+    adamw = replace(adamw, memories=tuple(replace(inner, dtype=at_least_float32) for inner in adamw.memories))
     if group["rule"] == "adamw":
         return adamw
     return Rule("M3", decayed(group, update), rate(group), tuple(kept), macs=4, takes=lambda p: p.ndim >= 2, also=adamw)

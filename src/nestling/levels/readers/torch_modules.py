@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -88,12 +87,21 @@ def attention(
     macs = 2 * seen * heads * head_dim
     own = place.path(name)
     yield AssociativeMemory(
-        own, "softmax attention", "k, the keys of the context", "v, their values", "Σᵢ exp(q·kᵢ) |vᵢ − y|²  (NL Eq. 62)",
-        retrieval="y = Σᵢ softmax(q·kᵢ) vᵢ", update="kₜ, vₜ are kept" if causal else "all keys and values are read at once",
-        solver=Solver("non-parametric", "Nadaraya-Watson"), frequency=ALWAYS, context="sequence",
+        own,
+        "softmax attention",
+        "k, the keys of the context",
+        "v, their values",
+        "Σᵢ exp(q·kᵢ) |vᵢ − y|²  (NL Eq. 62)",
+        retrieval="y = Σᵢ softmax(q·kᵢ) vᵢ",
+        update="kₜ, vₜ are kept" if causal else "all keys and values are read at once",
+        solver=Solver("non-parametric", "Nadaraya-Watson"),
+        frequency=ALWAYS,
+        context="sequence",
         feasible=f"functions of {'all of the context' if window is None else f'the last {window} tokens'}",
-        tensors=tuple(cache), lifetime="context", cost=Cost(0, size, macs, size, 2 * macs, row),
-    )  # fmt: skip
+        tensors=tuple(cache),
+        lifetime="context",
+        cost=Cost(0, size, macs, size, 2 * macs, row),
+    )
     for source in sources:
         yield Transfer(place.path(source), own, "generation", "queries, keys, values")
         yield Transfer(own, place.path(source), "backpropagation", "gradient through the attention")
@@ -127,7 +135,9 @@ _UPDATES = {
 @describes(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 def recurrent(module: nn.RNNBase, place: Place) -> Parts:
     """Recurrent maps that the outer loop trains, and a state that every token is written into."""
-    family = next(k.__name__.removesuffix("Cell") for k in type(module).__mro__ if k.__name__.removesuffix("Cell") in _GATES)
+    family = next(
+        k.__name__.removesuffix("Cell") for k in type(module).__mro__ if k.__name__.removesuffix("Cell") in _GATES
+    )
     layers, ways = getattr(module, "num_layers", 1), 1 + getattr(module, "bidirectional", False)
     macs = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
     yield place.weights("recurrent map", retrieval="gates = W x + U h", macs=macs, name="weights")
@@ -156,8 +166,22 @@ def loose(module: nn.Module, place: Place) -> Parts:
     yield from ()
 
 
-_FUNCTIONS = ("activation", "dropout", "pooling", "padding", "flatten", "container", "transformer", "loss", "upsampling",
-              "fold", "pixelshuffle", "channelshuffle", "distance", "instancenorm")  # fmt: skip
+_FUNCTIONS = (
+    "activation",
+    "dropout",
+    "pooling",
+    "padding",
+    "flatten",
+    "container",
+    "transformer",
+    "loss",
+    "upsampling",
+    "fold",
+    "pixelshuffle",
+    "channelshuffle",
+    "distance",
+    "instancenorm",
+)
 
 
 @describes_if(lambda module: type(module).__module__.removeprefix("torch.nn.modules.") in _FUNCTIONS)
@@ -167,5 +191,3 @@ def function(module: nn.Module, place: Place) -> Parts:
 
 
 describes(nn.Identity)(transparent)
-
-

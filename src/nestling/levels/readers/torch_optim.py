@@ -6,7 +6,21 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import (
-    ASGD, LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, RAdam, RMSprop, Rprop, SparseAdam,
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Muon,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
 )  # fmt: skip
 
 from nestling.levels.describe import describes
@@ -42,7 +56,9 @@ def sgd(optimizer: SGD, group: dict[str, Any]) -> Rule:
     return Rule("SGD with momentum", step, rate(group), (kept,))
 
 
-def moments(group: dict[str, Any], first: str = "exp_avg", second: str = "exp_avg_sq", extra: dict | None = None) -> list[Inner]:
+def moments(
+    group: dict[str, Any], first: str = "exp_avg", second: str = "exp_avg_sq", extra: dict | None = None
+) -> list[Inner]:
     """Adam's two moments: independent of one another, so on one level (NL Sec. 3.1)."""
     b1, b2 = group.get("betas", (0.9, 0.999))
     return [
@@ -58,8 +74,16 @@ def adam(optimizer: Adam, group: dict[str, Any]) -> Rule:
     extra = {"step": scalar} | ({"mu_product": scalar} if isinstance(optimizer, NAdam) else {})
     kept = moments(group, extra=extra)
     if group.get("amsgrad"):
-        kept.append(Inner("largest second moment", "v̄ ← max(v̄, v)", "—", values="v, the second moments", reads="second moment",
-                          states={"max_exp_avg_sq": like}))  # fmt: skip
+        kept.append(
+            Inner(
+                "largest second moment",
+                "v̄ ← max(v̄, v)",
+                "—",
+                values="v, the second moments",
+                reads="second moment",
+                states={"max_exp_avg_sq": like},
+            )
+        )
     decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay")
     step = decayed(group, "W ← W − η m̂ / (√v̂ + ε)", coupled=not decoupled)
     return Rule(type(optimizer).__name__, step, rate(group), tuple(kept), macs=3)
@@ -89,7 +113,10 @@ def rmsprop(optimizer: RMSprop, group: dict[str, Any]) -> Rule:
     if group["centered"]:
         kept.append(Inner("first moment", "ḡ ← α ḡ + (1 − α) g", ELEMENTWISE, states={"grad_avg": like}))
     if group["momentum"]:
-        kept = [Inner(i.kind, i.update, i.objective, values=i.values, states=i.states, macs=i.macs, feeds="momentum") for i in kept]
+        kept = [
+            Inner(i.kind, i.update, i.objective, values=i.values, states=i.states, macs=i.macs, feeds="momentum")
+            for i in kept
+        ]
         kept.append(momentum("m ← μ m + g / √v", values="g / √v, the scaled gradients"))
     return Rule("RMSprop", "W ← W − η m" if group["momentum"] else "W ← W − η g / √v", rate(group), tuple(kept), macs=2)
 
@@ -107,16 +134,27 @@ def adadelta(optimizer: Adadelta, group: dict[str, Any]) -> Rule:
 @describes(Rprop)
 def rprop(optimizer: Rprop, group: dict[str, Any]) -> Rule:
     """Step sizes that grow while a gradient keeps its sign."""
-    last = Inner("last gradient", "p ← g", "½ |p − g|²", states={"prev": like, "step": scalar}, feeds="step sizes", macs=0)
-    sizes = Inner("step sizes", "η ← η · (1.2 or 0.5, by the sign of p g)", "—", values="sign of p g", states={"step_size": like})
+    last = Inner(
+        "last gradient", "p ← g", "½ |p − g|²", states={"prev": like, "step": scalar}, feeds="step sizes", macs=0
+    )
+    sizes = Inner(
+        "step sizes", "η ← η · (1.2 or 0.5, by the sign of p g)", "—", values="sign of p g", states={"step_size": like}
+    )
     return Rule("Rprop", "W ← W − η sign g", "a step size for each weight", (last, sizes))
 
 
 @describes(ASGD)
 def asgd(optimizer: ASGD, group: dict[str, Any]) -> Rule:
     """Gradient descent whose weights are averaged: the average is a memory of the weights."""
-    average = Inner("average of weights", "a ← a + μ (W − a)", "½ |a − W|²", values="W, the weights", reads="weights", feeds="",
-                    states={"ax": like, "mu": scalar, "eta": scalar, "step": scalar})  # fmt: skip
+    average = Inner(
+        "average of weights",
+        "a ← a + μ (W − a)",
+        "½ |a − W|²",
+        values="W, the weights",
+        reads="weights",
+        feeds="",
+        states={"ax": like, "mu": scalar, "eta": scalar, "step": scalar},
+    )
     return Rule("ASGD", "W ← (1 − λ η) W − η g", rate(group), (average,))
 
 
@@ -172,7 +210,19 @@ def muon(optimizer: Muon, group: dict[str, Any]) -> Rule:
 def lbfgs(optimizer: LBFGS, group: dict[str, Any]) -> Rule:
     """The last gradients and steps: a window of pairs, read as an inverse curvature."""
     # torch keeps them flat, in the state of the first parameter: the shapes are those of a run
-    names = ("old_dirs", "old_stps", "ro", "prev_flat_grad", "d", "t", "H_diag", "al", "prev_loss", "func_evals", "n_iter")
+    names = (
+        "old_dirs",
+        "old_stps",
+        "ro",
+        "prev_flat_grad",
+        "d",
+        "t",
+        "H_diag",
+        "al",
+        "prev_loss",
+        "func_evals",
+        "n_iter",
+    )
     kept = Inner(
         "curvature pairs", f"keep the last {group['history_size']} pairs of step and change of gradient", "|H y − s|²",
         keys="y, changes of the gradient", values="s, the steps taken", states=dict.fromkeys(names, lambda p: []),
