@@ -110,7 +110,7 @@ class DataConfig:
 class OptimConfig:
     """How weights move: the optimiser by name, its options, gradient accumulation and clipping.
 
-    `name` is "adamw", "muon" or any class as `package.module.Class`; `options` go to its constructor.
+    `name` is "adamw", "muon", "m3" or any class as `package.module.Class`; `options` go to its constructor.
     """
 
     name: str = "adamw"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nestling.levels.schedule import Schedule
 from nestling.training.config import OptimConfig, unknown
 
-BUILT_IN = ("adamw", "muon")
+BUILT_IN = ("adamw", "muon", "m3")
 
 
 @dataclass
@@ -155,7 +155,8 @@ class LevelOptimizers:
 def make_optimizers(
     params: list[nn.Parameter], config: OptimConfig, matrices: set[nn.Parameter]
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers for some parameters: vectors are not decayed, and Muon takes only `matrices` (AdamW the rest)."""
+    """The optimisers for some parameters: vectors are not decayed; `matrices` take the step of Muon or M3, the rest
+    AdamW's."""
     if config.name == "muon":
         hidden = [p for p in params if p in matrices]
         made = []
@@ -166,6 +167,13 @@ def make_optimizers(
             made.append(_construct(Muon, "muon", [{"params": hidden}], config, options))
         rest = [p for p in params if p not in matrices]
         return made + ([_adamw(rest, config, {})] if rest else [])
+    if config.name == "m3":
+        from nestling.optim import M3
+
+        hidden = [p for p in params if p in matrices]
+        groups = [{"params": hidden, "rule": "matrix", "weight_decay": config.weight_decay}] if hidden else []
+        rest = _decay_groups([p for p in params if p not in matrices], config)
+        return [_construct(M3, "m3", groups + [g | {"rule": "adamw"} for g in rest], config, config.options)]
     if config.name == "adamw":
         return [_adamw(params, config, config.options)]
     return [_construct(_find_class(config.name), config.name, _decay_groups(params, config), config, config.options)]

@@ -29,13 +29,17 @@ Row = Callable[["Job"], dict[str, Any] | None]
 
 @dataclass
 class Model:
-    """What is trained; `contenders` names the optimisers that train it (none: all), `options` are the model's."""
+    """What is trained; `contenders` names the optimisers that train it (none: all), `options` are the model's.
+
+    `equal_time`: run again with as many steps as fit into the time of the first contender's run.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     contenders: list[str] = field(default_factory=list)
     trials: int = 6
     steps: int = 400
+    equal_time: bool = True
 
 
 @dataclass
@@ -46,7 +50,6 @@ class Comparison(Study):
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     search_seed: int = 100
     searched: list[str] = field(default_factory=list)  # who searches a rate (none: all); the others take the first's
-    equal_time: bool = True  # run again with as many steps as fit into the first contender's time
     lr_low: float = 3e-4
     lr_high: float = 0.1
     batch_size: int = 64
@@ -69,7 +72,7 @@ class Comparison(Study):
 
     def decisive(self, job: Job) -> dict[str, Any]:
         values = super().decisive(job)
-        for name in ("models", "searched", "equal_time", "search_seed"):
+        for name in ("models", "searched", "search_seed"):
             values.pop(name)
         model = self.model(job.model)
         values["model"] = [model.name, model.options, model.steps]
@@ -223,7 +226,7 @@ def plan(settings: Comparison, contenders: list[Contender], row: Row) -> list[Jo
             found, job = trials(settings, model, settings.contender(name), row)
             search += [job] if len(found) < model.trials else []
         finals += [job for seed in settings.seeds for c in chosen if (job := final(settings, model, c, seed, row))]
-        if settings.equal_time:
+        if model.equal_time:
             timed += [job for seed in settings.seeds for c in chosen if (job := cut(settings, model, c, seed, row))]
     return search + finals + timed
 

@@ -28,7 +28,7 @@ def summarize(settings: Comparison, contenders: list[Contender], row: Row) -> di
         rows: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
         for c in of_model(settings, model, contenders):
             jobs = [final(settings, model, c, seed, row) for seed in settings.seeds]
-            cuts = [cut(settings, model, c, seed, row) for seed in settings.seeds] if settings.equal_time else []
+            cuts = [cut(settings, model, c, seed, row) for seed in settings.seeds] if model.equal_time else []
             rows[c.name] = {"final": _by_seed(jobs, row), "time": _by_seed(cuts, row)}
         first = settings.contenders[0].name
         for c in of_model(settings, model, contenders):
@@ -39,9 +39,8 @@ def summarize(settings: Comparison, contenders: list[Contender], row: Row) -> di
         "first": settings.contenders[0].name,
         "batch_size": settings.batch_size,
         "seeds": len(settings.seeds),
-        "trials": max((m.trials for m in settings.models), default=0),
         "lr_range": [settings.lr_low, settings.lr_high],
-        "models": [{"name": m.name, "steps": m.steps} for m in settings.models],
+        "models": [{"name": m.name, "steps": m.steps, "trials": m.trials} for m in settings.models],
         "contenders": found,
     }
 
@@ -121,23 +120,24 @@ def _evaluated(rows: list[dict[str, Any]]) -> list[Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """Figures at equal steps and at equal time, as Markdown, for each model."""
-    text = ""
+    text, alone = "", len(summary["models"]) == 1
     for model in summary["models"]:
         found = [c for c in summary["contenders"] if c["model"] == model["name"]]
         if not found:
             continue
         found.sort(key=lambda c: (c["loss"] or {"mean": 99.0})["mean"])
-        several = f"{model['name']}, " if len(summary["models"]) > 1 else ""
-        text += f"{several}{count(found[0]['parameters'])} parameters, at equal steps ({model['steps']}):\n\n"
+        lead = "" if alone else f"{model['name']}, "
+        text += f"{lead}{count(found[0]['parameters'])} parameters, at equal steps ({model['steps']}):\n\n"
         text += _steps_table(found, summary["first"]) + "\n"
         if any(c["time"]["loss"] for c in found if c["contender"] != summary["first"]):
             found.sort(key=lambda c: (c["time"]["loss"] or {"mean": 99.0})["mean"])
-            text += f"{several}at equal time (that of {summary['first']}):\n\n"
+            text += f"{lead}at equal time (that of {summary['first']}):\n\n"
             text += _time_table(found, summary["first"]) + "\n"
     low, high = summary["lr_range"]
+    trials = " and ".join(str(m["trials"]) if alone else f"{m['trials']} ({m['name']})" for m in summary["models"])
     text += f"Mean ± standard deviation over {summary['seeds']} seeds, differences seed by seed. Each optimiser had "
-    text += f"{summary['trials']} trials for its learning rate between {low:g} and {high:g}, on held-out training "
-    text += "data; weight decay, schedule, clipping and batches are the same for all. CPU time of one thread.\n"
+    text += f"{trials} trials for its learning rate between {low:g} and {high:g}, on held-out training data; "
+    text += "weight decay, schedule, clipping and batches are the same for all. CPU time of one thread.\n"
     if any(c["lr_at_edge"] for c in summary["contenders"]):
         text += "\\* the best learning rate is the smallest or largest that was tried.\n"
     return text
