@@ -8,6 +8,8 @@ from nestling.layers.self_modifying_titans import SelfModifyingTitans
 from nestling.memory import LinearMemory, MLPMemory, Rule
 from nestling.memory.fused import is_fused
 
+pytestmark = pytest.mark.usefixtures("form")
+
 SETTINGS = {
     "default": {},
     "no_momentum": dict(momentum=False),
@@ -16,6 +18,8 @@ SETTINGS = {
     "adaptive_q": dict(adaptive=("k", "v", "q", "eta", "alpha"), gates="linear"),
     "two_chunk_sizes": dict(memory_chunk_size=12),
     "fixed_decay": dict(decay="fixed", adaptive=("k", "v")),
+    "linear": dict(architecture="linear"),
+    "linear_after": dict(architecture="linear", read="after", retain="zero"),
     "rate_one": dict(rate="one", decay="none", adaptive=("k",), momentum=False),
 }
 
@@ -121,7 +125,7 @@ def test_edges_stay_finite_and_equal(scale):
 def test_when_the_step_by_hand_applies():
     memory = MLPMemory(4, 4, 8)
     assert is_fused(memory, Rule())
-    assert not is_fused(LinearMemory(4, 4), Rule())
+    assert is_fused(LinearMemory(4, 4), Rule())
     assert not is_fused(MLPMemory(4, 1, 8, residual=False), Rule())
     for change in (dict(dgd=False), dict(step="layer"), dict(meta_grad="first_order"), dict(self_targets=False),
                    dict(objective="dot"), dict(gated_erase=True)):  # fmt: skip

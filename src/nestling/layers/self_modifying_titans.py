@@ -17,6 +17,7 @@ from nestling.layers.stream import Segment, segments
 from nestling.layers.titans_state import ADAPTIVE, Group, TitansState, check_call, check_settings, state_dtype
 from nestling.memory.architectures import LinearMemory, MLPMemory
 from nestling.memory.fused import fused_advance, is_fused
+from nestling.memory.project import project
 from nestling.memory.rule import Context, FastWeights, Rule, advance, forward, settle
 from nestling.ops.chunk import decay_table
 from nestling.ops.conv import short_convolution
@@ -312,9 +313,7 @@ class SelfModifyingTitans(nn.Module):
             names = [name for name in group.names if name != "memory"]
             if not names:
                 continue
-            weights = tuple(w[: len(names)] for w in fast.start)
-            x = part["x"].expand(len(names), *part["x"].shape)
-            for name, out in zip(names, forward(group.architecture, weights, x).unbind(0), strict=True):
+            for name, out in zip(names, project(group.architecture, fast.start, part["x"], len(names)), strict=True):
                 if name in ("eta", "alpha"):
                     part[name] = out.squeeze(-1)
                 else:

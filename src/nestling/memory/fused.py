@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestling.memory.architectures import Architecture, MLPMemory
+from nestling.memory.architectures import Architecture, LinearMemory, MLPMemory
+from nestling.memory.fused_linear import linear_advance
 from nestling.memory.rule import Anchor, Context, FastWeights, Rule, advance, joint_step
 from nestling.ops import compiled
 from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
@@ -25,7 +26,7 @@ from nestling.ops.compiled import step as compiled_step
 def is_fused(architecture: Architecture, rule: Rule) -> bool:
     """Whether `fused_advance` stands for `rule.advance` with these settings."""
     mlp = isinstance(architecture, MLPMemory) and architecture.residual
-    return mlp and rule == Rule()
+    return (mlp or isinstance(architecture, LinearMemory)) and rule == Rule()
 
 
 def fused_advance(
@@ -39,6 +40,8 @@ def fused_advance(
     anchor: Anchor,
 ) -> tuple[FastWeights, Tensor | None, None]:
     """`rule.advance` for a chunk from its start (`fresh`), without a report."""
+    if isinstance(architecture, LinearMemory):
+        return linear_advance(architecture, rule, fast, context, queries=queries, after=after, anchor=anchor)
     (w2, w1), velocity, lead = fast.now, fast.velocity or (None, None), fast.now[0].shape[:3]
     rest = anchor or (None, None)
     heads = (context.keys, context.values, queries, context.rate, context.momentum, *context.decays)

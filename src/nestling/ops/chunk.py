@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nestling.ops import compiled
 from nestling.ops.compiled import chunk as compiled_chunk
+from nestling.ops.compiled import table as compiled_table
 
 
 class Decays(NamedTuple):
@@ -32,11 +33,34 @@ class Decays(NamedTuple):
 
 def decay_table(decay: Tensor, momentum: Tensor | None) -> Decays:
     """Decay tables A, K, M of a chunk from decay [..., C] and momentum [..., C] (None: no momentum)."""
+    if compiled.is_available(decay, momentum):
+        return Decays(*_Table.apply(decay.contiguous(), None if momentum is None else momentum.contiguous()))
+    return _decay_table(decay, momentum)
+
+
+def _decay_table(decay: Tensor, momentum: Tensor | None) -> Decays:
     table = _Products.apply(decay)
     if momentum is None:
         return Decays(table, None, None)
     velocity = _Products.apply(momentum)
     return Decays(table, table @ velocity - table, velocity)
+
+
+class _Table(torch.autograd.Function):
+    """`_decay_table` by the C++ library."""
+
+    @staticmethod
+    def forward(ctx, decay, momentum):
+        tables = compiled_table.forward(decay, momentum)
+        ctx.save_for_backward(decay, momentum, tables[0], tables[2])
+        return tables
+
+    @staticmethod
+    def backward(ctx, *grads):
+        decay, momentum, *tables = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return tuple(differentiate(_decay_table, (decay, momentum), grads, ctx.needs_input_grad))
+        return compiled_table.backward(decay, momentum, *tables, *grads)
 
 
 class _Products(torch.autograd.Function):
@@ -97,7 +121,8 @@ class _Chunk(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
             needed = ctx.needs_input_grad[1:]
             return None, *differentiate(lambda *a: _definition(Chunk(*a), ctx.after), args, grads, needed)
-        return None, *(compiled_chunk.backward if ctx.compiled else chunk_backward)(Chunk(*args), ctx.after, *saved, *grads)
+        backward = compiled_chunk.backward if ctx.compiled else chunk_backward
+        return None, *backward(Chunk(*args), ctx.after, *saved, *grads)
 
 
 def differentiate(function, args, grads, needed) -> list[Tensor | None]:

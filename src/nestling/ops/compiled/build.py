@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("library.cpp", "step.h", "chunk.h", "matrix.h")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
-BLAS = ("sgemm_", "strsm_", "dgemm_", "dtrsm_")
+SOURCES = ("library.cpp", "step.h", "linear.h", "read.h", "chunk.h", "decay.h", "matrix.h")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS += ["-shared", "-fPIC"]
+BLAS = ("sgemm_", "dgemm_")
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _blas() -> list:
-    """Products and triangular solves in torch's own library, by their Fortran names."""
+    """Matrix products in torch's own library, by their Fortran names."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not path.exists():
         raise Unavailable(f"no {path.name} to take matrix products from")

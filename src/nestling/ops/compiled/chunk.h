@@ -45,7 +45,7 @@ void chunk_forward(const Layer<T>& c, const Tables<T>& table, int C, bool after,
             for (int j = 0; j < o; ++j) d[t * o + j] = c.writes[t * o + j] - c.erase[t] * base[t * o + j];
             for (int j = 0; j < C; ++j) square[t * C + j] = c.erase[t] * c.gram[t * C + j] * A[t * S + 1 + j];
         }
-        solve('N', C, o, square, d);
+        solve(C, o, square, d);
     } else {
         std::copy(c.writes, c.writes + C * o, d);
     }
@@ -183,7 +183,7 @@ void chunk_backward(const Layer<T>& c, const Tables<T>& table, int C, bool after
     for (int t = 0; t < C; ++t)
         for (int j = 0; j < C; ++j) square[t * C + j] = c.erase[t] * c.gram[t * C + j] * A[t * S + 1 + j];
     std::copy(g_d, g_d + C * o, y);
-    solve('T', C, o, square, y);
+    solve_transposed(C, o, square, y);
     T* g_erase = scratch.take(C);
     for (int t = 0; t < C; ++t) {
         const T found = dot(o, y + t * o, c.products + t * o);

@@ -15,7 +15,8 @@ def forward(c: NamedTuple, after: bool) -> tuple[Tensor | None, ...]:
     total, tokens, _ = c.writes.shape
     velocity = None if c.velocity is None else torch.empty_like(c.velocity)
     reads = None if c.queries is None else c.writes.new_empty(c.queries.shape[0], *c.writes.shape[1:])
-    outputs = torch.empty_like(c.weight), velocity, reads, torch.empty_like(c.writes), c.keys.new_empty(total, tokens, tokens)
+    d, gram = torch.empty_like(c.writes), c.keys.new_empty(total, tokens, tokens)
+    outputs = torch.empty_like(c.weight), velocity, reads, d, gram
     run("rule_forward", c.weight.dtype, _sizes(c, after), (c, outputs), total)
     return outputs
 

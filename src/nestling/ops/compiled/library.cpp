@@ -1,26 +1,45 @@
-// What Python calls: work on the memories (or, for `step`, the heads) begin..end of a batch.
+// What Python calls: NAME_float32 and NAME_float64(sizes, structs of pointers ..., begin, end), which work on the memories
+// (or the heads) begin..end of a batch.
 
+#include "decay.h"
+#include "linear.h"
+#include "read.h"
 #include "step.h"
 
-#define EXPORT(T, name)                                                                                                   \
-    extern "C" void rule_forward_##name(const Batch* z, const ChunkInputs<T>* in, const ChunkOutputs<T>* out,             \
-                                        int64_t begin, int64_t end) { rule_forward<T>(*z, *in, *out, begin, end); }       \
-    extern "C" void rule_backward_##name(const Batch* z, const ChunkInputs<T>* in, const ChunkUp<T>* up,                  \
-                                         const ChunkGrads<T>* g, int64_t begin, int64_t end) {                            \
-        rule_backward<T>(*z, *in, *up, *g, begin, end);                                                                   \
-    }                                                                                                                     \
-    extern "C" void step_forward_##name(const Sizes* z, const Inputs<T>* in, const Outputs<T>* out, const Saved<T>* save, \
-                                        int64_t begin, int64_t end) { step_forward<T>(*z, *in, *out, *save, begin, end); }\
-    extern "C" void step_backward_##name(const Sizes* z, const Inputs<T>* in, const Saved<T>* save, const Outputs<T>* up, \
-                                         const Grads<T>* g, int64_t begin, int64_t end) {                                 \
-        step_backward<T>(*z, *in, *save, *up, *g, begin, end);                                                            \
+#define EXPORT2(name, Z, A, B)                                                                                        \
+    extern "C" void name##_float32(const Z* z, const A<float>* a, const B<float>* b, int64_t begin, int64_t end) {    \
+        name<float>(*z, *a, *b, begin, end);                                                                          \
+    }                                                                                                                 \
+    extern "C" void name##_float64(const Z* z, const A<double>* a, const B<double>* b, int64_t begin, int64_t end) {  \
+        name<double>(*z, *a, *b, begin, end);                                                                         \
     }
-EXPORT(float, float32)
-EXPORT(double, float64)
+#define EXPORT3(name, Z, A, B, C)                                                                                     \
+    extern "C" void name##_float32(const Z* z, const A<float>* a, const B<float>* b, const C<float>* c, int64_t begin, \
+                                   int64_t end) { name<float>(*z, *a, *b, *c, begin, end); }                          \
+    extern "C" void name##_float64(const Z* z, const A<double>* a, const B<double>* b, const C<double>* c,            \
+                                   int64_t begin, int64_t end) { name<double>(*z, *a, *b, *c, begin, end); }
+#define EXPORT4(name, Z, A, B, C, D)                                                                                  \
+    extern "C" void name##_float32(const Z* z, const A<float>* a, const B<float>* b, const C<float>* c,               \
+                                   const D<float>* d, int64_t begin, int64_t end) {                                   \
+        name<float>(*z, *a, *b, *c, *d, begin, end);                                                                  \
+    }                                                                                                                 \
+    extern "C" void name##_float64(const Z* z, const A<double>* a, const B<double>* b, const C<double>* c,            \
+                                   const D<double>* d, int64_t begin, int64_t end) {                                  \
+        name<double>(*z, *a, *b, *c, *d, begin, end);                                                                 \
+    }
 
-extern "C" void use_blas(void* sgemm, void* strsm, void* dgemm, void* dtrsm) {
+EXPORT2(rule_forward, Batch, ChunkInputs, ChunkOutputs)
+EXPORT3(rule_backward, Batch, ChunkInputs, ChunkUp, ChunkGrads)
+EXPORT3(step_forward, Sizes, Inputs, Outputs, Saved)
+EXPORT4(step_backward, Sizes, Inputs, Saved, Outputs, Grads)
+EXPORT3(linear_forward, LinearSizes, LinearIn, LinearOut, LinearSaved)
+EXPORT4(linear_backward, LinearSizes, LinearIn, LinearSaved, LinearOut, LinearGrads)
+EXPORT2(read_forward, ReadSizes, ReadIn, ReadOut)
+EXPORT3(read_backward, ReadSizes, ReadIn, ReadUp, ReadGrads)
+EXPORT2(table_forward, Table, TableIn, TableOut)
+EXPORT3(table_backward, Table, TableIn, TableUp, TableIn)
+
+extern "C" void use_blas(void* sgemm, void* dgemm) {
     Blas<float>::gemm = reinterpret_cast<Blas<float>::Gemm>(sgemm);
-    Blas<float>::trsm = reinterpret_cast<Blas<float>::Trsm>(strsm);
     Blas<double>::gemm = reinterpret_cast<Blas<double>::Gemm>(dgemm);
-    Blas<double>::trsm = reinterpret_cast<Blas<double>::Trsm>(dtrsm);
 }

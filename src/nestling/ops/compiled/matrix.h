@@ -1,4 +1,4 @@
-// Small row-major matrices: products and solves by BLAS, rows by loops that the compiler turns into vector instructions.
+// Small row-major matrices: products by BLAS, rows by loops that the compiler turns into vector instructions.
 
 #pragma once
 #include <algorithm>
@@ -13,25 +13,17 @@ namespace {
 template <class T> struct Blas {
     using Gemm = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*,
                           const T*, const int*, const T*, T*, const int*);
-    using Trsm = void (*)(const char*, const char*, const char*, const char*, const int*, const int*, const T*, const T*,
-                          const int*, T*, const int*);
     static Gemm gemm;
-    static Trsm trsm;
 };
 template <class T> typename Blas<T>::Gemm Blas<T>::gemm = nullptr;
-template <class T> typename Blas<T>::Trsm Blas<T>::trsm = nullptr;
 
-// c [m, n] = a b + beta c, where a is stored [m, k] ('N') or [k, m] ('T') and b [k, n] or [n, k]
-template <class T> void mm(char ta, char tb, int m, int n, int k, const T* a, const T* b, T beta, T* c) {
-    const T one = 1;
-    const int lda = ta == 'N' ? k : m, ldb = tb == 'N' ? n : k;
-    Blas<T>::gemm(&tb, &ta, &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &n);  // columns first: c^T = b^T a^T
+// c [m, n] = alpha a b + beta c, where a is stored [m, k] ('N') or [k, m] ('T') and b [k, n] or [n, k]; rows of `lda` numbers
+template <class T> void mm(char ta, char tb, int m, int n, int k, const T* a, int lda, const T* b, T alpha, T beta, T* c) {
+    const int ldb = tb == 'N' ? n : k;
+    Blas<T>::gemm(&tb, &ta, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &n);  // columns first: c^T = b^T a^T
 }
-
-// x [n, columns] <- (I + L)^-1 x, or (I + L)^-T x; L [n, n] strictly lower
-template <class T> void solve(char transposed, int n, int columns, const T* system, T* x) {
-    const T one = 1;
-    Blas<T>::trsm("R", "U", &transposed, "U", &columns, &n, &one, system, &n, x, &columns);
+template <class T> void mm(char ta, char tb, int m, int n, int k, const T* a, const T* b, T beta, T* c) {
+    mm(ta, tb, m, n, k, a, ta == 'N' ? k : m, b, T(1), beta, c);
 }
 
 template <class T> void scaled(int n, T a, const T* x, T* y) {
@@ -40,6 +32,30 @@ template <class T> void scaled(int n, T a, const T* x, T* y) {
 template <class T> void axpy(int n, T a, const T* __restrict x, T* __restrict y) {
     for (int j = 0; j < n; ++j) y[j] += a * x[j];
 }
+// x [n, columns] <- (I + L)^-1 x; L [n, n] strictly lower. Blocks on the diagonal by rows, what is below by products.
+template <class T> void solve(int n, int columns, const T* L, T* x) {
+    constexpr int size = 16;
+    for (int begin = 0; begin < n; begin += size) {
+        const int end = std::min(n, begin + size);
+        for (int t = begin + 1; t < end; ++t)
+            for (int j = begin; j < t; ++j) axpy(columns, -L[t * n + j], x + j * columns, x + t * columns);
+        if (end < n)
+            mm('N', 'N', n - end, columns, end - begin, L + end * n + begin, n, x + begin * columns, T(-1), T(1), x + end * columns);
+    }
+}
+
+// x <- (I + L)^-T x
+template <class T> void solve_transposed(int n, int columns, const T* L, T* x) {
+    constexpr int size = 16;
+    for (int begin = (n - 1) / size * size; begin >= 0; begin -= size) {
+        const int end = std::min(n, begin + size);
+        for (int t = end - 1; t > begin; --t)
+            for (int j = begin; j < t; ++j) axpy(columns, -L[t * n + j], x + t * columns, x + j * columns);
+        if (begin > 0)
+            mm('T', 'N', begin, columns, end - begin, L + begin * n, n, x + begin * columns, T(-1), T(1), x);
+    }
+}
+
 template <class T> void product(int n, const T* x, const T* y, T* z) {
     for (int j = 0; j < n; ++j) z[j] = x[j] * y[j];
 }

@@ -32,9 +32,9 @@ def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor | None, ...], S
     new = step.w2.new_empty
     read = None if step.queries is None else new(groups, tokens, hidden)
     saved = Saved(
-        new(total, 2 * tokens, hidden), new(total, tokens, inner), new(total, tokens, hidden), new(total, tokens, inner),
-        new(total, 5, tokens), new(groups, tokens, tokens), new(total, tokens, tokens), new(total, tokens, hidden),
-        new(total, tokens, inner), read,
+        pre=new(total, 2 * tokens, hidden), error=new(total, tokens, inner), pulled=new(total, tokens, hidden),
+        out=new(total, tokens, inner), sizes=new(total, 5, tokens), gram2=new(groups, tokens, tokens),
+        gram1=new(total, tokens, tokens), d2=new(total, tokens, hidden), d1=new(total, tokens, inner), read=read,
     )  # fmt: skip
     outputs = (*(None if w is None else torch.empty_like(w) for w in step[:4]), _like(step.queries))
     run("step_forward", step.w2.dtype, _sizes(step, after), (step, outputs, saved), groups)
