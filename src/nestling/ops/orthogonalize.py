@@ -209,7 +209,8 @@ class _Workspace:
 
     def apply(self, triples: list[Triple], x: Tensor, out: Tensor) -> None:
         """Some steps on one Gram matrix; the last of them needs no new R."""
-        r, step, half, next_r, q, next_q = (buffer[: len(x)] for buffer in self.square)
+        buffers = self.square if len(x) == len(self.wide) else [buffer[: len(x)] for buffer in self.square]
+        r, step, half, next_r, q, next_q = buffers
         _symmetric(r, x, x.mT)
         if len(triples) == 1:  # a X + (P - a I) X
             [(a, b, c)] = triples
@@ -238,12 +239,18 @@ def _symmetric(out: Tensor, left: Tensor, right: Tensor, plus: Tensor | None = N
     accelerator, and under the compiler, one product is faster.
     """
     size = out.shape[-1]
-    blocks = BLOCKS if size >= 64 * BLOCKS and out.device.type == "cpu" and not torch.compiler.is_compiling() else 1
-    edges = [size * i // blocks for i in range(blocks + 1)]
+    if size < 64 * BLOCKS or out.device.type != "cpu" or torch.compiler.is_compiling():
+        _product(out, left, right, plus, beta, alpha)
+        return
+    edges = [size * i // BLOCKS for i in range(BLOCKS + 1)]
     for start, stop in zip(edges, edges[1:]):
-        part, rows, columns = out[:, start:stop, :stop], left[:, start:stop], right[:, :, :stop]
-        if plus is None:
-            torch.bmm(rows, columns, out=part)
-        else:
-            torch.baddbmm(plus[:, start:stop, :stop], rows, columns, beta=beta, alpha=alpha, out=part)
+        addend = None if plus is None else plus[:, start:stop, :stop]
+        _product(out[:, start:stop, :stop], left[:, start:stop], right[:, :, :stop], addend, beta, alpha)
         out[:, :start, start:stop].copy_(out[:, start:stop, :start].mT)
+
+
+def _product(out: Tensor, left: Tensor, right: Tensor, plus: Tensor | None, beta: float, alpha: float) -> None:
+    if plus is None:
+        torch.bmm(left, right, out=out)
+    else:
+        torch.baddbmm(plus, left, right, beta=beta, alpha=alpha, out=out)
