@@ -188,7 +188,8 @@ def to_svg(plan: Layout, *, style: bool = True) -> str:
         out.append(f"<style>{style_sheet()}</style>")
     heads = "".join(
         f'<marker id="head-{k}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
-        f'markerUnits="userSpaceOnUse" orient="auto-start-reverse"><path class="{k}-head" d="M0 0.8L8 4L0 7.2z"/></marker>'
+        f'markerUnits="userSpaceOnUse" orient="auto-start-reverse">'
+        f'<path class="{k}-head" d="M0 0.8L8 4L0 7.2z"/></marker>'
         for k in DASHES
     )
     out.append(f"<defs>{heads}</defs>")

@@ -53,7 +53,7 @@ class _Route:
 def _bundled(
     links: list[Link], boxes: dict[str, Box], levels: dict[int, Band]
 ) -> list[tuple[Link, str | None, str | None, int, int]]:
-    """Links; where a box deals with all boxes of a level (an optimiser's memory: with many), one link with the level."""
+    """Links; where a box deals with all boxes of a level (an optimiser's memory: with many), one with the level."""
     size = {id(band): sum(levels[b.row] is band for b in boxes.values()) for band in levels.values()}
     sides: dict[tuple, list[Link]] = defaultdict(list)
     for link in links:

@@ -77,17 +77,15 @@ def _costs(cost: Cost, frequency: Frequency, system: NestedSystem) -> tuple[str,
 
 def _foot(system: NestedSystem, limit: int) -> list[str]:
     lines = [
-        f"reads, learns: multiply-adds per token, in a context of {system.context_length:,} tokens; numbers: parameters, "
-        "or bytes (B) of state."
+        f"reads, learns: multiply-adds per token, in a context of {system.context_length:,} tokens; numbers: "
+        "parameters, or bytes (B) of state."
     ]
     if system.tokens_per_step is None:
-        lines.append(
-            "*: per step; +: and as much again per step as there are numbers, or more; tokens_per_step= tells per token."
-        )
+        lines.append("*: per step; +: and more per step. tokens_per_step= tells it per token.")
     c = system.coverage
     lines.append(
-        f"assigned to a level: {_of(c.parameters)} parameter tensors, {_of(c.buffers)} buffers, {_of(c.optimizer_states)} "
-        "optimiser states" + (f"; unknown: {len(c.unknown)}" if c.unknown else "")
+        f"assigned to a level: {_of(c.parameters)} parameter tensors, {_of(c.buffers)} buffers, "
+        f"{_of(c.optimizer_states)} optimiser states" + (f"; unknown: {len(c.unknown)}" if c.unknown else "")
     )
     lines += [f"note: {note}" for note in system.notes]
     kinds: dict[str, list] = {}
