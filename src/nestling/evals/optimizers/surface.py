@@ -43,7 +43,8 @@ class Surface(Study):
         return list(dict.fromkeys([tuple(self.shown), *grid]))
 
     def smoke(self) -> Surface:
-        return self.changed(stiffness=[4.0], height=[1.0], waves=[1.0, 2.0], lrs=self.lrs[2::6], steps=60, patience=5)
+        return self.changed(stiffness=[4.0], height=[1.0], waves=[1.0, 2.0], lrs=self.lrs[2::6], starts=self.starts[:1],
+                            steps=60, patience=5, tolerance=1.0)  # fmt: skip
 
     def decisive(self, job: Job) -> dict[str, Any]:
         values = super().decisive(job)
