@@ -20,7 +20,7 @@ from nestling.bench import measure
 from nestling.bench.block import Softmax, block
 from nestling.bench.measure import Settings, Timing
 from nestling.layers.settings import MIXERS, build_mixer
-from nestling.ops import delta_rule, delta_rule_reference
+from nestling.ops import compiled, delta_rule, delta_rule_reference
 
 
 @dataclass
@@ -134,12 +134,24 @@ def mixers(settings: Settings) -> Table:
     s = settings
     x = s.random(s.batch, s.tokens, s.dim)
     steps = {name: measure.train_step(_layer(s, name), x, s) for name in MIXERS}
+    steps["selfmod, expansion 2"] = measure.train_step(_layer(s, "selfmod", expansion=2), x, s)
+    steps["selfmod in PyTorch"] = _in_pytorch(measure.train_step(_layer(s, "selfmod"), x, s))
     steps["softmax attention alone"] = measure.train_step(Softmax(s.dim, s.heads).to(s.device), x, s)
     steps["block"] = measure.train_step(block(s.dim, s.heads, s.device), x, s)
     timing = measure.interleave(steps, s)
     count = s.batch * s.tokens
     rows = [{"layer": name} | _compare(timing, name, "block", count) for name in steps if name != "block"]
     return Table(f"Every layer against the softmax block, T {s.tokens}, forward and backward", rows)
+
+
+def _in_pytorch(step: Callable[[], None]) -> Callable[[], None]:
+    """The step without the compiled forms."""
+
+    def run() -> None:
+        with compiled.disabled():
+            step()
+
+    return run
 
 
 def efficiency(settings: Settings) -> Table:

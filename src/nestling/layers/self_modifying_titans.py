@@ -63,7 +63,7 @@ class SelfModifyingTitans(nn.Module):
         num_heads: int = 4,
         *,
         head_dim: int | None = None,
-        expansion: int = 2,
+        expansion: int = 1,
         chunk_size: int = 64,
         memory_chunk_size: int | None = None,
         adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha"),

@@ -7,8 +7,9 @@ its first product to its last. Tests tie the forms. Compiled on first use; witho
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from nestling.ops.compiled.build import library, limit_blas_threads
 
 _TYPES = {torch.float32: "float32", torch.float64: "float64"}
+_enabled = True
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 Pointers = Sequence[Tensor | None]
@@ -26,7 +28,18 @@ def is_available(*tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     kinds = {(t.device.type, t.dtype) for t in given}
     ((device, kind), *others) = kinds
-    return not others and device == "cpu" and kind in _TYPES and library() is not None
+    return _enabled and not others and device == "cpu" and kind in _TYPES and library() is not None
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """PyTorch does the work inside: for counting operations, and for comparing."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
 
 
 def run(name: str, kind: torch.dtype, sizes: Sequence[int], parts: Sequence[Pointers], count: int) -> None:
