@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -31,6 +31,7 @@ def test_with_an_mlp_it_is_not():
     assert (ours - run(torch.optim.SGD([q], 0.1, momentum=0.9), q, gradients)).norm() > 0.05 * ours.norm()
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_a_write_is_a_gradient_step_on_the_written_objective(rows, columns, hidden, l2):
     """NL Eq. 50: all weights of m follow alpha m - rate * gradient, W1 and W2 counted from their start, by autograd."""

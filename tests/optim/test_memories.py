@@ -1,10 +1,11 @@
 """The engine: which settings are which optimiser, and that each write is the gradient of the objective it names."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
@@ -70,7 +71,7 @@ def muon_scale(matrix):
 def test_an_orthogonalised_output_is_muon(shape):
     """With torch's bfloat16 iteration as output, torch.optim.Muon step for step; with ours, to bfloat16's accuracy."""
     parameters = [[nn.Parameter(torch.ones(shape))] for _ in range(3)]
-    settings = dict(decay=0.95, rate=0.05, nesterov=True)
+    choices = dict(decay=0.95, rate=0.05, nesterov=True)
 
     def torchs(m):
         return torch_newton_schulz(m, (3.4445, -4.7750, 2.0315), 5, 1e-7).float() * muon_scale(m)
@@ -79,8 +80,8 @@ def test_an_orthogonalised_output_is_muon(shape):
         return orthogonalize(m, dtype=torch.bfloat16) * muon_scale(m)
 
     optimizers = [
-        MemoryOptimizer(parameters[0], 0.02, GradientMemory(**settings, output=torchs), weight_decay=0.1),
-        MemoryOptimizer(parameters[1], 0.02, GradientMemory(**settings, output=mine), weight_decay=0.1),
+        MemoryOptimizer(parameters[0], 0.02, GradientMemory(**choices, output=torchs), weight_decay=0.1),
+        MemoryOptimizer(parameters[1], 0.02, GradientMemory(**choices, output=mine), weight_decay=0.1),
         torch.optim.Muon(parameters[2], lr=0.02, weight_decay=0.1, momentum=0.95),
     ]
     for _ in range(5):
@@ -123,6 +124,7 @@ def test_keys_and_values_are_settings():
     assert torch.allclose(p, expected)
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.sampled_from(["identity", "unit"]))
 def test_a_write_is_a_gradient_step_on_the_written_objective(rows, columns, l2, features):
     """m <- alpha m - grad L for a matrix memory whose rows of keys are stored under the unit vectors."""
@@ -238,3 +240,11 @@ def test_the_outer_version_is_full_matrix_adagrad_and_for_one_gradient_its_polar
 def test_an_element_that_saw_nothing_stays_at_zero():
     zero = torch.zeros(2)
     assert torch.equal(elementwise_memory(zero, zero, zero), zero)
+
+
+def test_the_example_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs" / "memory_view.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    scope = {}
+    exec(code, scope)
+    assert scope["optimizer"].state[scope["model"].weight]["momentum"].abs().max() > 0

