@@ -36,8 +36,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "three scales (1, 8, 64)": {"periods": [1, 8, 64]},
     "alpha 0.1": {"alpha": 0.1},
     "alpha 1": {"alpha": 1.0},
-    "slow beta 0.5": {"betas": [0.95, 0.999, 0.5]},
-    "fast beta 0.9": {"betas": [0.9, 0.999, 0.9]},
     "sum": {"accumulation": "sum"},
     "no second moment": {"second_moment": False},
     "Nesterov": {"nesterov": True},
@@ -54,7 +52,7 @@ def defaults() -> Choices:
     return Choices(
         contenders=[Contender(name, "m3", options) for name, options in CHANGES.items()],
         searched=SEARCHED,
-        models=[Model("vit", {"width": 64, "layers": 3, "heads": 4}, trials=4, steps=200, equal_time=False)],
+        models=[Model("vit", {"width": 64, "layers": 3, "heads": 4}, trials=3, steps=200, equal_time=False)],
     )
 
 

@@ -260,29 +260,32 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """Final loss and forgetting by optimiser, state kept and dropped, one pair of panels for each overlap."""
+    """By optimiser, state kept and dropped: loss at the end, what was forgotten, and the update backward."""
     names = list(dict.fromkeys(g["contender"] for g in summary["groups"]))
-    panels = [(o, k) for o in summary["overlaps"] for k in ("forgotten",)] + [(summary["overlaps"][0], "backward")]
-    titles = [f"Forgotten, cosine {o:g}" for o in summary["overlaps"]]
-    titles.append(f"Update backward, {summary['probes'][0]} steps into a task (cosine {summary['overlaps'][0]:g})")
-    with figure(path, len(panels), (4 * len(panels), 1.2 + 0.36 * len(names)), sharey=True) as axes:
-        for axis, (overlap, measure), title in zip(axes, panels, titles):
-            for kept, shift, colour in ((True, -0.18, COLOURS[0]), (False, 0.18, COLOURS[1])):
-                for place, name in enumerate(names):
-                    found = [g for g in summary["groups"]
-                             if (g["contender"], g["overlap"], g["kept"]) == (name, overlap, kept)]  # fmt: skip
-                    value = found and found[0][measure]
-                    value = value and value.get(str(summary["probes"][0]), value)
-                    if not value:
-                        continue
-                    label = ("state kept" if kept else "state dropped") if place == 0 else None
-                    axis.errorbar(value["mean"], place + shift, xerr=value["std"], fmt="o", markersize=5, capsize=3,
-                                  color=colour, label=label)  # fmt: skip
-            axis.set_title(title)
+    low, high, probe = summary["overlaps"][0], summary["overlaps"][-1], str(summary["probes"][0])
+    panels = [
+        (low, "final", f"Loss at the end, cosine {low:g}", "mean over all tasks"),
+        (low, "forgotten", f"Forgotten, cosine {low:g}", "rise of the loss of earlier tasks"),
+        (high, "forgotten", f"Forgotten, cosine {high:g}", "rise of the loss of earlier tasks"),
+        (low, "backward", f"Update backward, step {probe}", "share of the squared update"),
+    ]
+    with figure(path, len(panels), (15.5, 1.4 + 0.36 * len(names)), sharey=True) as axes:
+        for axis, (overlap, measure, title, label) in zip(axes, panels):
+            for g in summary["groups"]:
+                value = g["backward"][probe] if measure == "backward" else g[measure]
+                if g["overlap"] == overlap and value:
+                    place = names.index(g["contender"]) + (-0.18 if g["kept"] else 0.18)
+                    axis.errorbar(value["mean"], place, xerr=value["std"], fmt="o", markersize=5, capsize=3,
+                                  color=COLOURS[0] if g["kept"] else COLOURS[1])  # fmt: skip
             axis.axvline(0, color="0.5", linewidth=0.8)
+            axis.set_xscale("symlog", linthresh=1e-3)
+            negative = measure == "forgotten" and overlap == low
+            ticks = [-0.1, 0, 0.001, 0.01, 0.1] if negative else [0, 0.001, 0.01, 0.1, 1]
+            axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axis.set(title=title, xlabel=label)
+            axis.minorticks_off()
         axes[0].set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()
-        for axis in axes[:-1]:
-            axis.set_xlabel("rise of the loss of earlier tasks")
-        axes[-1].set_xlabel("share of the squared update")
-        axes[0].legend(loc="best")
+        for colour, label in zip(COLOURS, ("state kept", "state dropped")):
+            axes[-1].plot([], [], "o", color=colour, label=label)
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))

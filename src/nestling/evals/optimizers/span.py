@@ -196,14 +196,20 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """Spans by decay, for half and for 99% of the mass."""
-    with figure(path, 2, (11, 4.2), sharey=True) as axes:
+    """Spans by decay, for half and for 99% of the mass; memories of equal spans share a line."""
+    rows = _rows(summary)
+    lines: dict[tuple, list[str]] = {}
+    for name, spans in rows.items():
+        lines.setdefault(tuple(sorted((b, *s) for b, s in spans.items())), []).append(name)
+    with figure(path, 2, (12.5, 4.2), sharey=True) as axes:
         for which, (axis, title) in enumerate(zip(axes, ("Half of the mass", "99% of the mass"))):
             left = [1 - b for b in summary["betas"]]
             axis.plot(left, [f[which] for f in summary["formula"]], color="0.3", linestyle="--", label="formula")
-            for (name, spans), colour in zip(_rows(summary).items(), COLOURS):
-                points = sorted((1 - b, s[which]) for b, s in spans.items())
-                axis.plot(*zip(*points), color=colour, marker="o", markersize=4, linewidth=1, alpha=0.8, label=name)
-            axis.set(xscale="log", yscale="log", xlabel="1 - β", ylabel="last gradients", title=title)
+            for (points, names), colour in zip(lines.items(), COLOURS):
+                x, y = [1 - p[0] for p in points], [p[1 + which] for p in points]
+                axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1, label=" =\n".join(names))
+            axis.set(xscale="log", yscale="log", xlabel="β", ylabel="last gradients", title=title)
+            axis.set_xticks(left, [f"{b:g}" for b in summary["betas"]])
+            axis.minorticks_off()
             axis.invert_xaxis()
-        axes[0].legend(fontsize=9)
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
