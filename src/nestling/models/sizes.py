@@ -13,7 +13,7 @@ _SIZES: dict[str, tuple[int, int, int, int, int | None]] = {
     "tiny": (256, 192, 3, 4, None),
     "mini": (256, 256, 4, 4, None),
     "10m": (256, 384, 5, 6, None),
-    "35m": (32_000, 448, 7, 7, None),
+    "35m": (32_000, 448, 7, 7, 1536),
     "125m": (32_000, 768, 12, 12, 2304),
     "350m": (32_000, 1024, 24, 16, None),
     "760m": (32_000, 1536, 24, 24, None),
@@ -26,7 +26,7 @@ NAMES = tuple(_SIZES)
 def config(name: str, **overrides: Any) -> HopeConfig:
     """The configuration of a named size, its fields changed by `overrides`.
 
-    "tiny" (1.7M parameters) and "mini" (4M) read bytes and train on a CPU; the others are named by their parameters
+    "tiny" (1.5M parameters) and "mini" (3.7M) read bytes and train on a CPU; the others are named by their parameters
     ("760m" and "1.3b" are the paper's).
 
     Raises:
