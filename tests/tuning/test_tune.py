@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 
+import optuna
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from nestling.cli.common import friendly
 from nestling.training.config import TrainConfig
 from nestling.tuning import Command, Space, Training, tune
 from nestling.tuning.objectives import load_callable
+from nestling.tuning.study import _open
 
 BOWL = "import math, sys; print('noise'); print(math.log(float(sys.argv[1]) / 0.01) ** 2)"
 
@@ -42,6 +44,33 @@ def test_a_command_is_searched_and_gone_on_with(tmp_path):
     assert len(said) == 6
     assert len(set(said)) == 6
     json.dumps(again.to_dict())
+
+
+def test_a_trial_that_was_cut_off_is_done_again(tmp_path):
+    space, bowl = Space.parse(["lr=1e-4:1:log"]), command(BOWL, "{lr}")
+    done = tune(bowl, tmp_path, space=space, trials=1)
+    cut_off = _open(optuna, tmp_path, False, True, 0).ask()  # as a kill leaves it: running
+    lr = space.suggest(cut_off)["lr"]
+    said = []
+    found = tune(bowl, tmp_path, space=space, trials=2, say=said.append)
+    assert (done.finished, found.finished, found.failed) == (1, 2, 1)
+    assert f"lr {lr:.6g} " in said[0]
+
+
+def test_a_search_that_is_stopped_goes_on(tmp_path):
+    calls = []
+
+    def goal(trial):
+        calls.append(trial.suggest_float("x", 0, 1))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    found = tune(goal, tmp_path, trials=3)
+    assert found.interrupted
+    assert found.finished == 1
+    assert tune(goal, tmp_path, trials=3).finished == 3
+    assert calls[2] == calls[1]
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path):

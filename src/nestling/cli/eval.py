@@ -11,10 +11,14 @@ from nestling.cli.common import assignments, print_json
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="quality, cost or stability.", metavar="NAME")],
-    out: Annotated[Path | None, typer.Option(help="The experiment's folder [default: experiments/NAME].")] = None,
+    name: Annotated[str, typer.Argument(help="Which experiment, see above.", metavar="NAME")],
+    out: Annotated[Path | None, typer.Option(help="The experiment's folder (default: experiments/NAME).")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A folder of .txt files [default: books in the folder NESTLING_DATA names].")
+        Path | None,
+        typer.Option(
+            help="The data's folder: .txt files, or Fashion-MNIST's four .gz files for vision and m3 (default: books "
+            "or fashion-mnist in the folder NESTLING_DATA names)."
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes of one thread each (0: run in this one).")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run only this contender (may be repeated).")] = None,
@@ -32,11 +36,22 @@ def main(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Run an experiment: a grid of small trainings, then a table and a figure.
+    """Run an experiment: a grid of small runs, then a table and a figure.
 
+    Models (language, from a folder of books):
     [bold]quality[/bold] compares Hope with other sequence layers at equal parameters, tokens and tuned learning rate;
     [bold]cost[/bold] changes one option of the self-modifying layer at a time;
     [bold]stability[/bold] trains at a high learning rate in float32 and bf16.
+
+    Optimisers (without data):
+    [bold]surface[/bold] counts steps down the curved valley of Fig. 4;
+    [bold]orthogonal[/bold] learns tasks one after the other: what an optimiser's memory forgets;
+    [bold]span[/bold] measures how many gradients a momentum holds.
+
+    Optimisers (on data, each at its own searched learning rate):
+    [bold]vision[/bold] trains a small ViT on Fashion-MNIST with AdamW, Muon, AdEMAMix, AdaMuon and M3;
+    [bold]language[/bold] does so with a Transformer and Hope on books;
+    [bold]m3[/bold] changes one choice of M3 at a time.
 
     The folder holds config.json (change it, or use -o), results.jsonl with a line per run, summary.json, table.md and
     plot.png. A run that is finished is never done again: stop at any time, and the same command goes on.
@@ -45,6 +60,9 @@ def main(
 
     See that everything works, in seconds:
       nestling eval quality --smoke
+
+    How long is a momentum's memory? Seconds, and no data:
+      nestling eval span --smoke
 
     On a folder of books, two runs at a time, for at most an hour:
       nestling eval quality --data books/ --workers 2 --time-limit 60

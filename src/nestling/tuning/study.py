@@ -95,13 +95,13 @@ def tune(
                 values = space.suggest(trial) if own else None
                 figure, state = _run(optuna, objective, trial, values, stop)
             except (KeyboardInterrupt, SystemExit):
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                study.enqueue_trial(trial.params)
+                _again(optuna, study, trial)
                 stop.set()
                 break
-            except (Failed, ValueError, TypeError) as error:
-                if own and isinstance(error, TypeError):
-                    raise
+            except (Failed, ValueError) as error:
+                if stop.is_set():  # the signal reached the command too
+                    _again(optuna, study, trial)
+                    break
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 errors.append(f"trial {trial.number} ({_shown(trial.params)}): {error}")
                 ended = [t.state for t in study.trials if t.state.is_finished()]
@@ -165,11 +165,17 @@ def _open(optuna: Any, out: Path, maximize: bool, prune: bool, seed: int) -> Any
         )  # fmt: skip
         # a resumed search must not propose again what it proposed before: the number of trials moves the seed
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), n_startup_trials=6, multivariate=True)
-    for trial in study.trials:  # cut off by a kill: its settings come again
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            study.enqueue_trial(trial.params)
+    for trial in study.trials:
+        if trial.state == optuna.trial.TrialState.RUNNING:  # cut off by a kill
+            _again(optuna, study, trial)
     return study
+
+
+def _again(optuna: Any, study: Any, trial: Any) -> None:
+    """Take a trial that was cut off out of the count; its settings come next."""
+    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    if trial.params:
+        study.enqueue_trial(trial.params)
 
 
 def _same_search(out: Path, objective: Any, space: Space | None, maximize: bool) -> None:
