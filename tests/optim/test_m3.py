@@ -241,8 +241,8 @@ def test_views_of_more_than_two_dimensions():
     """A convolution is rows x the rest, three dimensions a batch of matrices, unless the group says otherwise."""
     g = torch.Generator().manual_seed(0)
     start = torch.randn(4, 2, 3, generator=g, dtype=torch.float64)
-    flat, batch, convolution = nn.Parameter(start.clone()), nn.Parameter(start.clone()), nn.Parameter(start[..., None].clone())
-    matrix = nn.Parameter(start.flatten(1).clone())
+    flat, batch = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    convolution, matrix = nn.Parameter(start[..., None].clone()), nn.Parameter(start.flatten(1).clone())
     optimizer = M3([{"params": [flat], "view": "flatten"}, {"params": [batch, convolution, matrix]}], lr=0.1)
     for p in (flat, batch, convolution, matrix):
         p.grad = gradient(start, 0).view(p.shape)

@@ -57,7 +57,7 @@ class M3(torch.optim.Optimizer):
         lr: float | Tensor = 1e-3,
         *,
         betas: Sequence[float] = (0.95, 0.999, 0.9),
-        alpha: float | Sequence[float] = 0.5,
+        alpha: float | Sequence[float] = 0.25,
         periods: Sequence[int] = (1, 16),
         ns_steps: int = 5,
         coefficients="muon",
@@ -122,6 +122,13 @@ class M3(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for batch in self._prepare():
+            batched(*batch)
+        return loss
+
+    @torch.compiler.disable
+    def _prepare(self) -> list[tuple]:
+        """Check the gradients, count the step, take AdamW's; returns what is left: the arguments of `batched`."""
         used = []
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
@@ -129,17 +136,17 @@ class M3(torch.optim.Optimizer):
                     checks.check_gradient(parameter, _name(group, index))
                     used.append(parameter.grad)
         if not used or not checks.finite(used, self.nonfinite):
-            return loss
+            return []
         # Reading a distributed state dict before any step makes torch take a step of zero gradients at lr 0 to create
         # the state. That is no step of ours: it would shift the slow periods.
         counts = bool(self.state) or any(float(g["lr"]) for g in self.param_groups) or any(g.any() for g in used)
+        batches = []
         for group in self.param_groups:
-            self._step_group(group, counts)
-        return loss
+            batches += self._prepare_group(group, counts)
+        return batches
 
-    @torch.compiler.disable(recursive=False)
-    def _step_group(self, group: dict, counts: bool) -> None:
-        others, same_shape = {}, {}
+    def _prepare_group(self, group: dict, counts: bool) -> list[tuple]:
+        others, same_shape, batches = {}, {}, []
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None or parameter.numel() == 0:
                 continue
@@ -149,23 +156,24 @@ class M3(torch.optim.Optimizer):
                 state.update(_matrix_state(parameter, group) if matrix else _adamw_state(parameter))
             if not counts:
                 continue
-            state["step"] += 1
             kind = (parameter.device, parameter.dtype)
             if matrix:
+                state["step"] += 1
                 key = (*kind, parameter.shape, int(state["step"]), _parts(parameter, group, index))
                 same_shape.setdefault(key, []).append(parameter)
             else:
                 others.setdefault(kind, []).append(parameter)
         for parameters in others.values():
             _adamw_step(parameters, [self.state[p] for p in parameters], group)
-        for (_, _, shape, step, (sizes, dim)), parameters in same_shape.items():
+        for (*_, shape, step, (sizes, dim)), parameters in same_shape.items():
             rule = _rule(group, shape, sizes, dim)
             states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
             if group["foreach"]:
-                batched(parameters, gradients, states, rule, step)
+                batches.append((parameters, gradients, states, rule, step))
             else:
                 for one in zip(parameters, gradients, states):
                     definition(*one, rule, step)
+        return batches
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a saved state, bit for bit; ValueError if a memory's shape is not its parameter's."""
@@ -250,13 +258,10 @@ def _adamw_state(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-@torch.compiler.disable
 def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> None:
     """torch's own AdamW, on a float32 copy of narrower parameters."""
     dtype = states[0]["exp_avg"].dtype
     wide = [p.to(dtype) for p in parameters]
-    for state in states:
-        state["step"] -= 1  # torch counts it
     adamw(
         wide,
         [p.grad.to(dtype) for p in parameters],
