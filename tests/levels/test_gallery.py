@@ -96,7 +96,9 @@ def test_all_five_kinds_of_transfer_occur(built):
 
 def test_muon_and_adamw_serve_different_weights(built):
     system = built["transformer-muon"]
-    teachers = {t.source for t in system.transfers if t.target == "transformer.h.0.attn.c_attn" and t.kind == "parametric"}
+    teachers = {
+        t.source for t in system.transfers if t.target == "transformer.h.0.attn.c_attn" and t.kind == "parametric"
+    }
     assert teachers == {"Muon: orthogonalization", "AdamW: first moment", "AdamW: second moment"}  # AdamW's: the bias
     teachers = {t.source for t in system.transfers if t.target == "transformer.wte" and t.kind == "parametric"}
     assert teachers == {"AdamW: first moment", "AdamW: second moment"}

@@ -83,14 +83,15 @@ def _ends(transfer: Transfer, name: str, renamed: dict[str, list[str]]) -> list[
 def _by_pace(memory: AssociativeMemory, inventory: Inventory, training: Training) -> list[AssociativeMemory]:
     """Weights whose tensors move at different paces, as one memory for each pace."""
     groups: dict[Frequency, list[TensorSpec]] = defaultdict(list)
-    rules: dict[Frequency, dict[str, tuple[Rule, int]]] = defaultdict(dict)
+    rules: dict[Frequency, dict[tuple[str, str], tuple[Rule, int]]] = defaultdict(dict)
     for tensor in memory.tensors:
         trained = training.parameters.get(tensor.shared_with or tensor.name)
         pace = _pace(tensor, trained, inventory)
         groups[pace].append(tensor)
         if trained is not None and pace != NEVER:
             count = 0 if tensor.shared_with is not None else tensor.numel
-            rules[pace][trained.rule.name] = (trained.rule, rules[pace].get(trained.rule.name, (None, 0))[1] + count)
+            key = (trained.rule.name, trained.rule.update)
+            rules[pace][key] = (trained.rule, rules[pace].get(key, (None, 0))[1] + count)
     if memory.unknown and len(groups) > 1:  # nothing is known of its parts: as fast as the fastest of them
         fastest = max(groups, key=lambda pace: pace.per_token(1))
         groups = {fastest: list(memory.tensors)}
@@ -129,14 +130,16 @@ def _solved(
         solver = memory.solver if memory.unknown else Solver("none")
         cost = replace(memory.cost, write_macs=0)
         return replace(memory, frequency=NEVER, solver=solver, update="never", cost=cost)
-    rules = sorted(rules, key=lambda pair: -pair[1])  # the rule of most numbers speaks first
+    rules = sorted(rules, key=lambda pair: -pair[1])  # the rule of most numbers speaks first, and for all of its name
+    spoken = {rule.name: rule for rule, _ in reversed(rules)}
+    names = list(dict.fromkeys(rule.name for rule, _ in rules))
     size = sum(t.bytes for t in memory.tensors if t.shared_with is None)
     by = " × ".join(filter(None, [rules[0][0].rate, *training.schedulers]))
     cost = replace(memory.cost, step_macs=sum(r.macs * n for r, n in rules), step_bytes=3 * size)
-    solver = memory.solver if memory.unknown else Solver("gradient", " and ".join(r.name for r, _ in rules), by)
+    solver = memory.solver if memory.unknown else Solver("gradient", " and ".join(names), by)
     objective = rules[0][0].objective or memory.objective
-    return replace(memory, frequency=pace, update="; ".join(dict.fromkeys(r.update for r, _ in rules)), solver=solver,
-                   cost=cost, objective=objective)  # fmt: skip
+    update = "; ".join(dict.fromkeys(spoken[name].update for name in names))
+    return replace(memory, frequency=pace, update=update, solver=solver, cost=cost, objective=objective)
 
 
 def _needing(memory: AssociativeMemory, kept: list[Kept]) -> AssociativeMemory:

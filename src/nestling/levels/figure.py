@@ -22,7 +22,7 @@ THEMES = {
         "non-parametric": "#0b7f74",
         "backpropagation": "#b3261e",
         "initialization": "#7b4bb3",
-        "generation": "#b4630f",
+        "generation": "#a1560a",
         "context": "#0f8f80",
         "training": "#c77a12",
         "model": "#4d5f7a",

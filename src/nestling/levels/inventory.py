@@ -70,8 +70,9 @@ class Inventory:
             return
         seen[module] = name
         self.modules[name] = module
-        for child, inner in module.named_children():
-            self._walk(inner, f"{name}.{child}" if name else child, seen)
+        for child, inner in module._modules.items():  # named_children leaves out repeated ones
+            if inner is not None:
+                self._walk(inner, f"{name}.{child}" if name else child, seen)
 
     def _add(self, name: str, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedTensorMixin):

@@ -63,6 +63,10 @@ def levels(
     inventory = Inventory(model, context_length or _context_length(model))
     training = training_of(optimizer, scheduler, accumulation, inventory)
     memories, transfers, notes = read_modules(inventory)
+    if not memories:
+        raise ValueError(
+            f"{type(inventory.root).__name__} holds nothing: no parameter, no buffer, no memory that is known"
+        )
     system = assemble(inventory, training, memories, transfers, notes, average, tokens_per_step)
     if measure is None:
         return system

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +75,7 @@ def adam(optimizer: Adam, group: dict[str, Any]) -> Rule:
     extra = {"step": scalar} | ({"mu_product": scalar} if isinstance(optimizer, NAdam) else {})
     kept = moments(group, extra=extra)
     if group.get("amsgrad"):
+        kept[1] = replace(kept[1], feeds="largest second moment")
         kept.append(
             Inner(
                 "largest second moment",
