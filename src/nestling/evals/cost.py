@@ -21,7 +21,7 @@ Row = Callable[[Job], dict[str, Any] | None]
 def defaults() -> Experiment:
     """The experiment's settings."""
     changes: dict[str, dict[str, Any]] = {
-        "expansion 1": {"expansion": 1},
+        "expansion 2": {"expansion": 2},
         "expansion 4": {"expansion": 4},
         "gates mlp": {"gates": "mlp"},
         "chunk 32": {"chunk_size": 32},
@@ -38,7 +38,7 @@ def defaults() -> Experiment:
         "adaptive q": {"adaptive": ["k", "v", "q", "eta", "alpha"]},
         "all static": {"adaptive": []},
     }
-    contenders: list[dict[str, Any]] = [{"name": "default", "seeds": [0, 1, 2, 3]}]
+    contenders: list[dict[str, Any]] = [{"name": "default"}]
     contenders += [{"name": name, "options": options} for name, options in changes.items()]
     contenders += [{"name": f"heads {n}", "model": {"num_attention_heads": n}} for n in (1, 4)]
     return Experiment.from_dict(
@@ -51,7 +51,7 @@ def defaults() -> Experiment:
             },
             "data": {"seq_len": 256, "batch_size": 2},
             "lrs": [5e-3],
-            "seeds": [0, 1],
+            "seeds": [0, 1, 2],
             "speed_rounds": 5,
             "contenders": contenders,
         }

@@ -245,7 +245,7 @@ def table(summary: dict[str, Any]) -> str:
         for g in summary["groups"]:
             if g["overlap"] == overlap:
                 lr = "-" if g["lr"] is None else f"{g['lr']:.2g}" + ("*" if g["lr_at_edge"] else "")
-                figures = [pm(g[k], 4) for k in ("final", "learnt", "forgotten")]
+                figures = [pm(g[k], 5) for k in ("final", "learnt", "forgotten")]
                 shares = [pm(g["backward"][str(n)]) for n in (first, last)]
                 rows.append([g["contender"], "kept" if g["kept"] else "dropped", lr, *figures, *shares])
         text += f"Directions of two tasks at a cosine of {overlap:g}:\n\n" + markdown(header, rows) + "\n"
@@ -284,6 +284,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axis.set(title=title, xlabel=label)
             axis.minorticks_off()
+            axis.set_xlim(left=-0.6 if negative else None)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()
         for colour, label in zip(COLOURS, ("state kept", "state dropped")):
