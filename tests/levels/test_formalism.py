@@ -69,6 +69,20 @@ def test_equal_and_independent_memories_share_the_slowest_level_they_can():
     assert names(order([plain, m, momentum])) == [{"m"}, {"plain", "w"}]
 
 
+def test_the_clock_of_steps_meets_that_of_a_context_in_no_case():
+    inside = memory("inside", Frequency.every(64), lifetime="context")
+    often, slow = memory("often", Frequency(500, "step")), memory("slow", Frequency.every(65))
+    assert names(order([slow, often, inside])) == [{"inside"}, {"often"}, {"slow"}]
+
+
+def test_what_waits_for_nothing_stands_with_most_of_its_speed():
+    m = memory("m", Frequency(1, "step"), kind="momentum")
+    weights = [memory(f"w{i}", Frequency(1, "step"), needs=("m",), kind="map") for i in range(3)]
+    average = memory("average", Frequency(1, "step"), needs=("w0", "w1", "w2"), kind="average")
+    statistics = memory("statistics", Frequency(1, "step"), kind="statistics")
+    assert names(order([m, *weights, average, statistics])) == [{"m"}, {"w0", "w1", "w2", "statistics"}, {"average"}]
+
+
 def test_a_kind_stays_together_where_its_needs_allow():
     a, b = memory("a", Frequency(1), kind="momentum"), memory("b", Frequency(1), kind="momentum")
     w = memory("w", Frequency(1), needs=("a",))  # nothing waits for b: alone it would stand beside w

@@ -84,8 +84,8 @@ def _box(group: Group, *, named: bool) -> Box:
         if cost.state_bytes
         else ""
     )
-    rule = memory.solver.rule.replace(" and ", " + ") if named and memory.lifetime == "model" else ""
-    last = " · ".join(filter(None, [clip(names, 11, 150), size, rule]))
+    rule = memory.solver.rule.replace(" and ", " + ") if named and cost.parameters else ""
+    last = " · ".join(filter(None, [clip(names, 11, 120), size, rule]))
     width = max(text_width(title, 13, True), text_width(maps, 12), text_width(last, 11)) + 30
     width = min(max(width, 112), 244)
     lines = (clip(title, 13, width - 26, True), clip(maps, 12, width - 26), clip(last, 11, width - 26))

@@ -9,12 +9,14 @@ from fractions import Fraction
 from nestling.levels.formalism import AssociativeMemory
 from nestling.levels.system import NestedLevel
 
+Speed = tuple[int, Fraction]
+
 
 def order(memories: list[AssociativeMemory], tokens_per_step: int | None = None) -> tuple[NestedLevel, ...]:
     """The levels of some memories, fastest first.
 
     A is faster than B if its frequency is higher, or if they are equal and B's state at t needs A's at t. What is
-    equal and independent shares a level: the slowest it can be on, or that of others of its kind.
+    equal and independent shares a level: what waits for nothing stands with others of its kind, else with most others.
 
     Args:
         tokens_per_step: compares frequencies per token with frequencies per step. Without it, what learns in a context
@@ -23,38 +25,36 @@ def order(memories: list[AssociativeMemory], tokens_per_step: int | None = None)
     Raises:
         ValueError: memories that need one another at one time.
     """
-    per_step = tokens_per_step or _between(memories)
-    speeds = {m.name: m.frequency.per_token(per_step) for m in memories}
+    speeds = {m.name: _speed(m, tokens_per_step) for m in memories}
     places = _together(memories, _depths({m.name: m.needs for m in memories}, speeds), speeds)
     groups: dict[tuple, list[AssociativeMemory]] = defaultdict(list)
     for memory in memories:
-        groups[(-speeds[memory.name], -places[memory.name])].append(memory)
+        groups[speeds[memory.name], places[memory.name]].append(memory)
     return tuple(
-        NestedLevel(index, groups[key][0].frequency, tuple(groups[key])) for index, key in enumerate(sorted(groups), 1)
+        NestedLevel(index, groups[key][0].frequency, tuple(groups[key]))
+        for index, key in enumerate(sorted(groups, reverse=True), 1)
     )
 
 
 def faster(a: AssociativeMemory, b: AssociativeMemory, tokens_per_step: int | None = None) -> bool:
     """Whether a is faster than b (NL Def. 2)."""
-    per_step = tokens_per_step or _between([a, b])
-    x, y = (m.frequency.per_token(per_step) for m in (a, b))
+    x, y = (_speed(m, tokens_per_step) for m in (a, b))
     return x > y or (x == y and a.name in b.needs)
 
 
-def _between(memories: list[AssociativeMemory]) -> Fraction:
-    """A length of a step longer than every period inside a context, and shorter than those that outlast one."""
+def _speed(memory: AssociativeMemory, tokens_per_step: int | None) -> Speed:
+    """What frequencies are compared by: a rank, and the updates per unit among those of one rank."""
+    frequency = memory.frequency
+    if frequency.rate in (0, math.inf):
+        return (-1 if frequency.rate == 0 else 3), Fraction(0)
+    if tokens_per_step is not None:
+        return 1, frequency.per_token(tokens_per_step)
+    if frequency.unit == "step":
+        return 1, frequency.rate
+    return (2 if memory.lifetime == "context" else 0), frequency.rate
 
-    def periods(context: bool) -> list[Fraction]:
-        chosen = [m.frequency for m in memories if (m.lifetime == "context") == context]
-        return [1 / f.rate for f in chosen if f.unit == "token" and 0 < f.rate < math.inf]
 
-    inside, outside = max(periods(True), default=Fraction(1)), min(periods(False), default=None)
-    if outside is None or outside > 2 * inside:
-        return 2 * inside
-    return (inside + outside) / 2 if outside > inside else inside
-
-
-def _depths(needs: dict[str, tuple[str, ...]], speeds: dict[str, Fraction | float]) -> dict[str, int]:
+def _depths(needs: dict[str, tuple[str, ...]], speeds: dict[str, Speed]) -> dict[str, int]:
     """Longest chain, among equal speeds, from each memory to one that nothing waits for."""
     waiting: dict[str, list[str]] = defaultdict(list)
     for name, needed in needs.items():
@@ -78,10 +78,17 @@ def _depths(needs: dict[str, tuple[str, ...]], speeds: dict[str, Fraction | floa
     return depths
 
 
-def _together(
-    memories: list[AssociativeMemory], depths: dict[str, int], speeds: dict[str, Fraction | float]
-) -> dict[str, int]:
-    """Depths with what is of one kind and speed on one level, where what it needs allows that."""
+def _together(memories: list[AssociativeMemory], depths: dict[str, int], speeds: dict[str, Speed]) -> dict[str, int]:
+    """Depths with what is of one kind and speed on one level, where what it needs allows that.
+
+    What needs nothing and is not needed stands where most of its speed do.
+    """
+    tied = {m.name for m in memories if any(speeds.get(n) == speeds[m.name] for n in m.needs)}
+    tied |= {n for m in memories for n in m.needs if speeds.get(n) == speeds[m.name]}
+    for m in memories:
+        if m.name not in tied:
+            around = [depths[n] for n in tied if speeds[n] == speeds[m.name]]
+            depths[m.name] = max(sorted(set(around)), key=around.count, default=0)
     deepest: dict[tuple, int] = defaultdict(int)
     for m in memories:
         deepest[m.kind, speeds[m.name]] = max(deepest[m.kind, speeds[m.name]], depths[m.name])

@@ -93,6 +93,9 @@ def _context_length(model: nn.Module) -> int:
     for name in ("max_position_embeddings", "n_positions"):
         if isinstance(size := getattr(config, name, None), int):
             return size
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if isinstance(image, int) and isinstance(patch, int):
+        return (image // patch) ** 2 + 1  # patches, and the class token
     return 1024
 
 
