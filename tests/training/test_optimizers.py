@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from nestling.levels.schedule import Level, Schedule
-from nestling.ops.orthogonalize import orthogonalize
 from nestling.training import OptimConfig
 from nestling.training.muon import Muon
 from nestling.training.optimizers import LevelOptimizers
@@ -99,12 +98,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert torch.allclose(before["blocks.0.weight"] - model.blocks[0].weight, torch.full((3, 3), 0.3))
 
 
-def test_a_saved_state_goes_on_in_the_middle_of_a_chunk():
-    model, optimizers = with_levels(None, 4 * TOKENS)
+@pytest.mark.parametrize("name", ["adamw", "m3"])
+def test_a_saved_state_goes_on_in_the_middle_of_a_chunk(name):
+    model, optimizers = with_levels(None, 4 * TOKENS, name=name)
     drive(model, optimizers, 6, gradient=lambda step: 0.1 * step)
     weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
     saved = copy.deepcopy(optimizers.state_dict())
-    other, resumed = with_levels(None, 4 * TOKENS)
+    other, resumed = with_levels(None, 4 * TOKENS, name=name)
     other.load_state_dict(weights)
     resumed.load_state_dict(saved)
     for pair in ((model, optimizers), (other, resumed)):
@@ -146,6 +146,21 @@ def test_muon_takes_hidden_matrices_only(llama):
     assert len(hidden) + len(rest) == len(list(model.parameters()))
 
 
+def test_m3_takes_hidden_matrices_and_adamw_the_rest_in_one_optimiser(llama):
+    model = llama()
+    options = {"split": {"up_proj": 2}, "periods": [1, 4]}
+    [m3] = LevelOptimizers(model, OptimConfig(name="m3", weight_decay=0.3, options=options)).groups[0].optimizers
+    rules = {id(p): (g["rule"], g["weight_decay"]) for g in m3.param_groups for p in g["params"]}
+    assert rules[id(model.model.layers[0].mlp.up_proj.weight)] == ("matrix", 0.3)
+    assert rules[id(model.model.embed_tokens.weight)] == rules[id(model.lm_head.weight)] == ("adamw", 0.3)
+    assert rules[id(model.model.norm.weight)] == ("adamw", 0.0)
+    assert len(rules) == len(list(model.parameters()))
+    groups = with_levels(None, 2 * TOKENS, name="m3", options={"split": {"blocks.1": 3}})[1].groups
+    assert [group.optimizers[0].defaults["split"] for group in groups] == [{}, {"blocks.1": 3}]
+    with pytest.raises(ValueError, match="split names 'qkv'"):
+        LevelOptimizers(model, OptimConfig(name="m3", options={"split": {"qkv": 3}}))
+
+
 @pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
 def test_muon_is_torch_muon_up_to_its_bfloat16(adjust):
     shapes = [(8, 16), (8, 16), (16, 8)]
@@ -163,25 +178,6 @@ def test_muon_is_torch_muon_up_to_its_bfloat16(adjust):
             optimizer.step()
     for a, b, s in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (a - s).norm()
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (2, 3, 5, 7)])
-def test_orthogonalize_flattens_singular_values(shape):
-    matrix = torch.randn(shape, dtype=torch.float64)
-    values = torch.linalg.svdvals(orthogonalize(matrix, steps=8))
-    assert values.min() > 0.6
-    assert values.max() < 1.3
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    mixed = u.mT @ orthogonalize(matrix) @ vh.mT  # the singular vectors are kept
-    assert torch.allclose(mixed, torch.diag_embed(mixed.diagonal(dim1=-2, dim2=-1)), atol=1e-9)
-
-
-def test_orthogonalize_refuses_bad_input():
-    assert torch.isfinite(orthogonalize(torch.zeros(3, 4))).all()
-    with pytest.raises(ValueError, match="matrix"):
-        orthogonalize(torch.ones(3))
-    with pytest.raises(ValueError, match="steps"):
-        orthogonalize(torch.ones(3, 3), steps=0)
 
 
 @pytest.mark.parametrize(

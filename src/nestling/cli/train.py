@@ -81,7 +81,7 @@ def main(
     batch_size: Annotated[int | None, typer.Option(help="Windows of one micro-batch.", rich_help_panel=DATA)] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=OPTIMISER)] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="adamw, muon, or package.module.Class.", rich_help_panel=OPTIMISER)
+        str | None, typer.Option(help="adamw, muon, m3, or package.module.Class.", rich_help_panel=OPTIMISER)
     ] = None,
     optimizer_options: Annotated[
         str | None,

@@ -69,13 +69,15 @@ class LevelOptimizers:
             params = [p for p in levels.get(index, ()) if p.requires_grad]
             taken.update(params)
             if params:
-                group = LevelGroup(index, [names[p] for p in params], params, make_optimizers(params, config, matrices))
+                group = LevelGroup(
+                    index, [names[p] for p in params], params, make_optimizers(params, config, matrices, names)
+                )
                 group.sums = [torch.zeros_like(p) for p in params]
                 self.groups.append(group)
         rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
         if rest:
             self.groups.insert(
-                0, LevelGroup(None, [names[p] for p in rest], rest, make_optimizers(rest, config, matrices))
+                0, LevelGroup(None, [names[p] for p in rest], rest, make_optimizers(rest, config, matrices, names))
             )
         if not self.groups:
             raise ValueError("the model has no trainable parameter")
@@ -153,7 +155,10 @@ class LevelOptimizers:
 
 
 def make_optimizers(
-    params: list[nn.Parameter], config: OptimConfig, matrices: set[nn.Parameter]
+    params: list[nn.Parameter],
+    config: OptimConfig,
+    matrices: set[nn.Parameter],
+    names: dict[nn.Parameter, str],
 ) -> list[torch.optim.Optimizer]:
     """The optimisers for some parameters: vectors are not decayed; `matrices` take the step of Muon or M3, the rest
     AdamW's."""
@@ -173,7 +178,12 @@ def make_optimizers(
         hidden = [p for p in params if p in matrices]
         groups = [{"params": hidden, "rule": "matrix", "weight_decay": config.weight_decay}] if hidden else []
         rest = _decay_groups([p for p in params if p not in matrices], config)
-        return [_construct(M3, "m3", groups + [g | {"rule": "adamw"} for g in rest], config, config.options)]
+        groups += [group | {"rule": "adamw"} for group in rest]
+        groups = [group | {"params": [(names[p], p) for p in group["params"]]} for group in groups]
+        here, anywhere = " ".join(names[p] for p in params), " ".join(names.values())
+        parts = config.options.get("split") or {}  # of other groups' matrices: not for this optimiser
+        parts = {part: sizes for part, sizes in parts.items() if part in here or part not in anywhere}
+        return [_construct(M3, "m3", groups, config, config.options | {"split": parts})]
     if config.name == "adamw":
         return [_adamw(params, config, config.options)]
     return [_construct(_find_class(config.name), config.name, _decay_groups(params, config), config, config.options)]
