@@ -29,7 +29,9 @@ def defaults() -> Experiment:
             # the slow ones first, so that no process waits for them at the end
             "contenders": [
                 {"name": "hope"},
+                {"name": "hope, expansion 2", "options": {"expansion": 2}},
                 {"name": "titans", "mixer": "titans"},
+                {"name": "titans, expansion 1", "mixer": "titans", "options": {"expansion": 1}},
                 {"name": "deltanet", "mixer": "deltanet"},
                 {"name": "transformer + conv", "mixer": "attention"},
                 {"name": "transformer", "mixer": "attention", "options": {"conv_size": 0}},
@@ -123,17 +125,16 @@ def table(summary: dict[str, Any]) -> str:
     header = ["model", "parameters", "lr", "held-out book", "tails", "book - " + summary["first"]]
     bins = next((s["book_by_position"] for s in summary["contenders"] if s["book_by_position"]), None)
     places = [bins[max(0, len(bins) - 4)], bins[-1]] if bins else []
-    header += [f"book, bytes {b['first']}-{b['last']}" for b in places] + ["tokens/s"]
+    header += [f"book, bytes {b['first']}-{b['last']}" for b in places]
     rows = []
     for s in summary["contenders"]:
         bins = s["book_by_position"]
         lr = "-" if s["lr"] is None else f"{s['lr']:g}" + ("*" if s["lr_at_edge"] else "")
         ends = [pm(next((b for b in bins if b["first"] == place["first"]), None)) for place in places]
-        speed = count(s["tokens_per_second"] and s["tokens_per_second"]["mean"])
         figures = [count(s["parameters"]), lr, pm(s["book"]), pm(s["tails"]), pm(s["book_minus_first"])]
-        rows.append([s["contender"], *figures, *ends, speed])
+        rows.append([s["contender"], *figures, *ends])
     note = f"\nBits per byte, mean ± standard deviation over seeds, after {count(summary['tokens'])} training bytes; "
-    note += "differences are taken seed by seed. Tokens/s: training, one thread, median step.\n"
+    note += "differences are taken seed by seed.\n"
     if any(s["lr_at_edge"] for s in summary["contenders"]):
         note += "\\* the best learning rate lies at the edge of the grid: a wider grid may be better.\n"
     return markdown(header, rows) + note
