@@ -142,6 +142,10 @@ def test_accumulated_gradients_are_a_memory():
     total = system.levels[0].memories[0]
     assert (total.measured.updates, total.measured.over) == (12, 12)
     assert {(t.source, t.kind) for t in system.transfers if t.target == "0"} == {(total.name, "parametric")}
+    assert {(t.source, t.kind) for t in system.transfers if t.target == total.name} == {
+        ("0", "generation"),
+        ("2", "generation"),
+    }
     assert not [f for f in system.findings if f.kind != "dropped"]
 
 

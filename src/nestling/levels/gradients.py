@@ -93,7 +93,9 @@ class _Serving:
             return None
         inner = Inner("gradient sum", "s ← s + g, emptied by the step", "−⟨s, g⟩, value-less", feeds="", retrieval="s",
                       states={".sum": lambda p: [tuple(p.shape)]})  # fmt: skip
-        return self.add(trained, inner, EVERY_STEP.times(times), f" for {self.pace}" if slow else "")
+        total = self.add(trained, inner, EVERY_STEP.times(times), f" for {self.pace}" if slow else "")
+        self.teach(self.weights, total.name, "generation", "gradients")
+        return total
 
     def add(self, trained: Trained, inner: Inner, pace: Frequency, suffix: str = "") -> Kept:
         key = (trained.optimizer, trained.rule.name, inner.kind, pace, suffix)

@@ -106,7 +106,7 @@ def short(number: float) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
             return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
+    return f"{number:.3g}" if number >= 1 or number == 0 else f"{number:.2g}"
 
 
 def per_token(cost: Cost, rate: float | None) -> tuple[float, float]:

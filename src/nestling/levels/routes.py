@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from nestling.levels.groups import Link
 from nestling.levels.shapes import BAND_PAD, BOX_GAP, BOX_HEIGHT, GUTTER, MIN_WIDTH, Band, Box, Curve
 
+MANY = 7  # curves from one box to boxes of one level, from which on they are drawn as one to the level
+
 
 def place(
     links: list[Link], boxes: dict[str, Box], levels: dict[int, Band]
@@ -53,7 +55,7 @@ class _Route:
 def _bundled(
     links: list[Link], boxes: dict[str, Box], levels: dict[int, Band]
 ) -> list[tuple[Link, str | None, str | None, int, int]]:
-    """Links; where a box deals with all boxes of a level (an optimiser's memory: with many), one with the level."""
+    """Links; where a box deals with all boxes of a level (or with many), one with the level."""
     size = {id(band): sum(levels[b.row] is band for b in boxes.values()) for band in levels.values()}
     sides: dict[tuple, list[Link]] = defaultdict(list)
     for link in links:
@@ -67,7 +69,7 @@ def _bundled(
     made = []
     for (side, _, band, _, trains), some in sorted(sides.items(), key=lambda item: -len(item[1])):
         fresh = [link for link in some if id(link) not in done]
-        if len(fresh) < 3 or (len(fresh) < size[band] and not trains):
+        if len(fresh) < 3 or (len(fresh) < min(size[band], MANY) and not trains):
             continue
         done.update(id(link) for link in fresh)
         one = Link(fresh[0].source, fresh[0].target, fresh[0].kind, fresh[0].what, sum(l.count for l in fresh))

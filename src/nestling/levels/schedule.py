@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-OPTIMIZERS = ("gd",)
+OPTIMIZERS = ("gd", "momentum", "adamw")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,11 @@ class Level:
             it to the outer loop: it is trained at every outer step like any other weight (a Transformer's MLP).
         lr: step size of the updates inside a context; 0 freezes the level. A slow level's outer step takes the outer
             optimiser's learning rate.
-        optimizer: the rule of the updates inside a context; "gd" is plain gradient descent on the mean next-token
-            loss of the level's chunk.
+        optimizer: the rule of the updates inside a context, on the mean next-token loss of the level's chunk: "gd",
+            plain gradient descent, "momentum" or "adamw".
+        momentum: of the optimiser's average of gradients (not for "gd").
+        clip: largest norm of a stream's gradient at an update, None for any.
+        decay: part of what was learned in the context that each update forgets, in [0, 1].
 
     Raises:
         ValueError, TypeError: a field outside its range or of another type.
@@ -30,6 +33,9 @@ class Level:
     chunk_size: int | float | None = None
     lr: float = 1e-2
     optimizer: str = "gd"
+    momentum: float = 0.9
+    clip: float | None = None
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         size = self.chunk_size
@@ -45,6 +51,12 @@ class Level:
             raise ValueError(f"lr must be finite and not negative (0 freezes the level); got {self.lr}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1); got {self.momentum}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip must be a positive norm, or None for none; got {self.clip}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1]; got {self.decay}")
 
     @property
     def frozen(self) -> bool:
