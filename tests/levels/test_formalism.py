@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import math
 from fractions import Fraction
 
@@ -158,10 +159,12 @@ def test_an_unknown_name_lists_those_there_are():
 
 
 def test_the_package_is_the_function_and_stays_a_package():
+    from nestling.levels import read
     from nestling.levels.schedule import Level
 
     assert nestling.levels.Level is Level
     assert nestling.levels.Schedule.__name__ == "Schedule"
+    assert inspect.signature(nestling.levels) == inspect.signature(read.levels)
     assert callable(nestling.levels) and "NestedSystem" in dir(nestling.levels)
     with pytest.raises(AttributeError, match="nothing"):
         _ = nestling.levels.nothing

@@ -90,6 +90,26 @@ def test_levels_of_the_continuum_memory_have_paces_of_their_own(make_hope):
 
 
 @pytest.mark.parametrize(
+    ("rule", "kinds"),
+    [
+        ("gd", []),
+        ("momentum", ["in-context momentum"]),
+        ("adamw", ["in-context first moment", "in-context second moment"]),
+    ],
+)
+def test_a_fast_level_has_the_memories_of_its_own_optimiser(make_hope, rule, kinds):
+    fast = {"chunk_size": 16, "optimizer": rule, "momentum": 0.8, "clip": 1.0, "decay": 0.25}
+    model = make_hope(cms_levels=[fast, {"chunk_size": None}], mixer="attention", mixer_options={})
+    system = nestling.levels(model)
+    level = system["model.layers.0.memory.levels.0"]
+    assert (
+        str(level.frequency) == "1 / 16 tokens" and "|g| ≤ 1" in level.solver.rate and "0.75 (θ − θ₀)" in level.update
+    )
+    assert sorted({m.kind for m in system.levels[1].memories}) == (kinds or ["in-context level"])
+    assert [system[name].kind for name in level.needs] == kinds
+
+
+@pytest.mark.parametrize(
     ("module", "found"),
     [
         (nn.Conv2d(1, 2, 3), {"conv2d": "convolution"}),
@@ -163,6 +183,11 @@ def registry():
     _CLASSES.update(before)
 
 
+def test_a_parametrised_weight_is_unknown():
+    system = nestling.levels(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert {m.name: m.kind for m in system.memories}["parametrizations.weight"] == "unknown"
+
+
 def test_one_function_teaches_a_new_module(registry):
     @describes(Fast)
     def fast(module, place):
@@ -215,6 +240,8 @@ def test_a_wrong_description_is_named(registry):
         nestling.levels(Fast())
     with pytest.raises(TypeError, match="describes takes"):
         describes(int)
+    with pytest.raises(TypeError, match="needs a class"):
+        describes()
 
 
 def test_shared_parameters_are_counted_once_and_shown(gpt2):
@@ -274,7 +301,7 @@ def test_wrappers_are_looked_through_and_named(wrap):
 
 def test_a_sharded_model_is_read_as_the_whole(tmp_path):
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
@@ -289,6 +316,15 @@ def test_a_sharded_model_is_read_as_the_whole(tmp_path):
         sharded = nestling.levels(model, adamw(model))
         assert [m.name for m in sharded.memories] == [m.name for m in plain.memories]
         assert sharded.cost == plain.cost and sharded.coverage.complete
+        for whole in (True, False):  # the older wrapper: its own flat parameter is named, not guessed at
+            module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                old = FullyShardedDataParallel(module, use_orig_params=whole, device_id=torch.device("cpu"))
+            system = nestling.levels(old, adamw(old))
+            assert "read through FullyShardedDataParallel" in system.notes
+            assert system.coverage.complete == whole
+            assert whole or "use_orig_params=True" in system.coverage.unknown[0]
     finally:
         dist.destroy_process_group()
 

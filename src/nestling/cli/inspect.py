@@ -76,8 +76,8 @@ def main(
         )
     if target is None:
         raise ValueError("say what to inspect: a size such as tiny, a folder, a config.json or module:factory")
+    from nestling.cli.targets import build_optimizer, load, random_tokens
     from nestling.levels.read import levels
-    from nestling.levels.targets import build_optimizer, load, random_tokens
 
     arguments = load(target, assignments(settings or [], "--set"), weights=measure)
     model = arguments["model"]

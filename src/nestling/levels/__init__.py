@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nestling.levels.describe import Place, describes, describes_if
     from nestling.levels.formalism import (
         AssociativeMemory,
@@ -43,11 +45,25 @@ _HOMES = {
 class _Levels(ModuleType):
     """The module, callable, and lazy: the schedule alone needs none of the rest."""
 
-    def __call__(self, model: Any, optimizer: Any = None, **options: Any) -> NestedSystem:
-        """The nested system of a model with its optimiser; see `nestling.levels.read.levels`."""
+    def __call__(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        *,
+        scheduler: Any = None,
+        average: nn.Module | None = None,
+        accumulation: int = 1,
+        tokens_per_step: int | None = None,
+        context_length: int | None = None,
+        measure: Any = None,
+        steps: int = 3,
+        loss: Any = None,
+    ) -> NestedSystem:
+        """The nested system of a model with its optimiser; `nestling.levels.read.levels` says what each argument is."""
+        given = {name: value for name, value in locals().items() if name != "self"}
         from nestling.levels.read import levels
 
-        return levels(model, optimizer, **options)
+        return levels(**given)
 
     def __getattr__(self, name: str) -> Any:
         for home, names in _HOMES.items():

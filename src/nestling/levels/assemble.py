@@ -118,8 +118,11 @@ def _share(memory: AssociativeMemory, tensors: list[TensorSpec], share: float, p
     """A memory cut to some of its tensors, with their part of its costs."""
     own = [t for t in tensors if t.shared_with is None]
     last = ", ".join(t.name.rpartition(".")[2] for t in tensors)
-    cost = Cost(sum(t.numel for t in own), sum(t.bytes for t in own), round(memory.cost.read_macs * share),
-                round(memory.cost.read_bytes * share), round(memory.cost.write_macs * share))  # fmt: skip
+    cost = Cost(
+        sum(t.numel for t in own if t.role == "parameter"),
+        sum(t.bytes for t in own),
+        *(round(part * share) for part in (memory.cost.read_macs, memory.cost.read_bytes, memory.cost.write_macs)),
+    )
     return replace(memory, name=f"{memory.name} [{last}]", tensors=tuple(tensors), cost=cost)
 
 

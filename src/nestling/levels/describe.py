@@ -41,9 +41,11 @@ def describes(*kinds: type | str) -> Callable[[Description], Description]:
     Raises:
         TypeError: something that is no class of modules or optimisers.
     """
+    if not kinds:
+        raise TypeError("describes needs a class: @describes(MyModule)")
     for kind in kinds:
         fits = isinstance(kind, type) and issubclass(kind, (nn.Module, torch.optim.Optimizer))
-        if not (fits or (isinstance(kind, str) and "." in kind)) or not kinds:
+        if not (fits or (isinstance(kind, str) and "." in kind)):
             raise TypeError(f"describes takes module or optimiser classes, or their dotted names; got {kind!r}")
 
     def add(description: Description) -> Description:
@@ -179,7 +181,7 @@ class Place:
         size = sum(t.bytes for t in tensors)
         own = [t for t in tensors if t.shared_with is None]
         cost = Cost(
-            parameters=sum(t.numel for t in own),
+            parameters=sum(t.numel for t in own if t.role == "parameter"),
             state_bytes=sum(t.bytes for t in own),
             read_macs=macs,
             read_bytes=size if read_bytes is None else read_bytes,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nestling.layers.continuum import ContinuumMemory
 from nestling.layers.self_modifying_titans import SelfModifyingTitans
 from nestling.levels.formalism import Measured
-from nestling.levels.readers.nestling_layers import level_kinds
+from nestling.levels.readers.continuum import level_kinds
 
 Probe = Callable[[Any, Tensor], dict[str, Measured]]
 LONGEST = 256  # tokens that are run one by one

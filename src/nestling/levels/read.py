@@ -14,8 +14,8 @@ from nestling.levels.assemble import assemble
 from nestling.levels.describe import Place, description_of
 from nestling.levels.formalism import AssociativeMemory, Solver, Transfer
 from nestling.levels.inventory import Inventory
-from nestling.levels.system import Finding, NestedSystem
-from nestling.levels.trainers import Training, training_of
+from nestling.levels.system import NestedSystem
+from nestling.levels.trainers import training_of
 
 
 def levels(
@@ -137,20 +137,13 @@ def _unknown(inventory: Inventory, path: str, names: Sequence[str]) -> Associati
     memory = place.weights("unknown", retrieval="?", macs=0, keys="?", values="?", objective="?")
     kept = tuple(t for t in memory.tensors if t.name in names)
     label = memory.name if len(kept) == len(memory.tensors) else f"{memory.name} (rest)"
-    cost = replace(
-        memory.cost,
-        parameters=sum(t.numel for t in kept if t.shared_with is None and t.role == "parameter"),
-        state_bytes=sum(t.bytes for t in kept if t.shared_with is None),
-        read_bytes=0,
-    )
-    return replace(
-        memory,
-        name=label,
-        tensors=kept,
-        solver=Solver("unknown"),
-        cost=cost,
-        note=f"{type(module).__module__}.{type(module).__qualname__} has no description: see nestling.levels.describes",
-    )
+    own = [t for t in kept if t.shared_with is None]
+    counts = dict(parameters=sum(t.numel for t in own if t.role == "parameter"), state_bytes=sum(t.bytes for t in own))
+    note = f"{type(module).__module__}.{type(module).__qualname__} has no description: see nestling.levels.describes"
+    if any(t.name.endswith("_flat_param") for t in kept):
+        note = "all weights are one flat parameter: wrap with use_orig_params=True, or fully_shard, to tell them apart"
+    cost = replace(memory.cost, **counts, read_bytes=0)
+    return replace(memory, name=label, tensors=kept, solver=Solver("unknown"), cost=cost, note=note)
 
 
 def _notes(inventory: Inventory, opaque: dict[str, int]) -> list[str]:
@@ -160,6 +153,3 @@ def _notes(inventory: Inventory, opaque: dict[str, int]) -> list[str]:
         notes.append(f"read by their parts (a memory in their own code would not be seen): {kinds}")
     notes += [f"{second} is the module {first or 'itself'} again" for second, first in inventory.repeated]
     return notes
-
-
-__all__ = ["Finding", "Training", "levels", "read_modules"]

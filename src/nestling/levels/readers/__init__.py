@@ -1,5 +1,12 @@
 """Descriptions of the modules and optimisers that are known: importing this package registers them."""
 
-from nestling.levels.readers import huggingface, nestling_layers, nestling_optim, torch_modules, torch_optim
+from nestling.levels.readers import (
+    continuum,
+    huggingface,
+    nestling_layers,
+    nestling_optim,
+    torch_modules,
+    torch_optim,
+)
 
-__all__ = ["huggingface", "nestling_layers", "nestling_optim", "torch_modules", "torch_optim"]
+__all__ = ["continuum", "huggingface", "nestling_layers", "nestling_optim", "torch_modules", "torch_optim"]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
 
 import torch
 
 from nestling.layers.attention import Attention
-from nestling.layers.continuum import ContinuumMemory, LevelBlock
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.self_modifying_titans import SelfModifyingTitans
 from nestling.layers.titans_state import Group
 from nestling.levels.describe import Place, describes, transparent
 from nestling.levels.formalism import AssociativeMemory, Cost, Solver, Transfer
-from nestling.levels.frequency import EVERY_TOKEN, NEVER, Frequency
+from nestling.levels.frequency import EVERY_TOKEN, Frequency
 from nestling.levels.readers.torch_modules import Parts, attention
-from nestling.levels.schedule import Level
 
 describes(
     "nestling.models.hope.modeling.HopeForCausalLM",
@@ -193,86 +189,3 @@ def _teaching(module: SelfModifyingTitans, place: Place) -> Iterator[Transfer]:
             if teacher != name and (teacher != "q" or name == "memory"):
                 yield Transfer(place.path(teacher), place.path(name), "generation", what[teacher])
     yield Transfer(place.path("memory"), place.path("out_proj"), "parametric", "y, its answer")
-
-
-@describes(ContinuumMemory)
-def continuum(module: ContinuumMemory, place: Place) -> Parts:
-    """A chain of MLP blocks: each trains at the pace of its level (NL Eqs. 70-74, decision D10)."""
-    if module.aggregate is not None:
-        yield place.weights(
-            "aggregation",
-            ("aggregate",),
-            retrieval="y = x + Σₗ aₗ blockₗ(x)",
-            macs=module.aggregate.numel() * module.dim,
-            name="aggregate",
-        )
-    kinds = level_kinds(module.levels, place.context_length)
-    for index, (level, kind) in enumerate(zip(module.levels, kinds)):
-        block = f"blocks.{index}"
-        if kind == "frozen":
-            place.pace(block, NEVER)
-        elif kind == "slow":
-            place.pace(block, Frequency.every(level.chunk_size))
-        elif kind == "fast":
-            place.begins(block)
-            yield from _fast_level(module, place, index, level)
-    yield from _chain(module, place, kinds)
-
-
-def level_kinds(levels: tuple[Level, ...], context_length: int) -> list[str]:
-    """ "fast", "outer", "slow" or "frozen" for each level, as `Schedule` names them, for any size of outer step."""
-    outer = next((i for i, level in enumerate(levels) if level.chunk_size is None), math.inf)
-    kinds = []
-    for index, level in enumerate(levels):
-        if level.frozen:
-            kinds.append("frozen")
-        elif level.chunk_size is None:
-            kinds.append("outer")
-        else:
-            kinds.append("fast" if index < outer and level.chunk_size < context_length else "slow")
-    return kinds
-
-
-def _fast_level(module: ContinuumMemory, place: Place, index: int, level: Level) -> Parts:
-    """The per-sequence weights of a level that learns inside the context; the module's own are where they begin."""
-    block = module.blocks[index]
-    tensors = tuple(place.state(f"levels.{index}.{n}", p.shape, p.dtype) for n, p in block.named_parameters())
-    size, count = sum(t.bytes for t in tensors), sum(t.numel for t in tensors)
-    macs = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-    own = place.path(f"levels.{index}")
-    yield AssociativeMemory(
-        own,
-        "in-context level",
-        "tokens, of a chunk",
-        "next tokens, those that follow",
-        "mean next-token loss of its chunk (NL Eq. 71)",
-        retrieval=f"x + block{index}(x)",
-        update="θ ← θ − η ∂L/∂θ at the end of a chunk",
-        solver=Solver("gradient", "gradient descent", f"η = {level.lr:g}"),
-        frequency=Frequency.every(level.chunk_size),
-        context="sequence",
-        feasible=f"ℝ^{count}",
-        tensors=tensors,
-        lifetime="context",
-        cost=Cost(0, size, macs, size, 2 * macs, 0, count, 3 * size),
-    )
-    yield Transfer(place.path(f"blocks.{index}"), own, "initialization", "θ₀ of every sequence (NL Eq. 73)")
-
-
-@describes(LevelBlock)
-def level_block(module: LevelBlock, place: Place) -> Parts:
-    """The MLP of one level, with its norm."""
-    macs = sum(p.numel() for p in module.parameters() if p.ndim == 2)
-    retrieval = "y = W₁ σ(W₂ n)" if module.gate_proj is None else "y = W₁ (σ(W₃ n) ⊙ W₂ n)"
-    yield place.weights("MLP block", None, retrieval=f"{retrieval},  n = norm(x)", macs=macs)
-
-
-def _chain(module: ContinuumMemory, place: Place, kinds: list[str]) -> Iterator[Transfer]:
-    """One gradient flow through the levels; in the nested variant a slower level is the faster one's initial state."""
-
-    blocks = [place.path(f"{'levels' if kind == 'fast' else 'blocks'}.{i}") for i, kind in enumerate(kinds)]
-    for fast, slow in itertools.pairwise(blocks):
-        if module.variant != "independent":
-            yield Transfer(slow, fast, "backpropagation", "error through the chain")
-        if module.variant == "nested":
-            yield Transfer(slow, fast, "initialization", "state at the end of its context (NL Eq. 72)")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestling.cli.common import nested
+
 OPTIMIZERS = {"m3": "nestling.optim.M3", "sgd": "torch.optim.SGD"}
 
 
@@ -73,7 +75,6 @@ def _config(path: Path) -> Any:
 def _changed(config: Any, settings: dict[str, Any] | None) -> Any:
     if not settings:
         return config
-    from nestling.cli.common import nested
     from nestling.training.config import unknown
 
     values = {
