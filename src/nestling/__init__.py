@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from nestling.version import __version__
 
 if TYPE_CHECKING:
+    from nestling.continuum import stack_levels
     from nestling.levels.schedule import Level, Schedule
     from nestling.models.hope import HopeConfig, HopeForCausalLM, HopeModel
 
-__all__ = ["HopeConfig", "HopeForCausalLM", "HopeModel", "Level", "Schedule", "__version__"]
+__all__ = ["HopeConfig", "HopeForCausalLM", "HopeModel", "Level", "Schedule", "__version__", "stack_levels"]
 
 _HOMES = {
+    "nestling.continuum": ("stack_levels",),
     "nestling.levels.schedule": ("Level", "Schedule"),
     "nestling.models.hope": ("HopeConfig", "HopeForCausalLM", "HopeModel"),
 }

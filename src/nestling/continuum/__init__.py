@@ -1,0 +1,5 @@
+"""Models that go on learning while they read: levels of fast weights over the blocks of a model (NL Sec. 7)."""
+
+from nestling.continuum.stack import stack_levels
+
+__all__ = ["stack_levels"]
