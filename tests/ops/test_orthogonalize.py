@@ -158,6 +158,12 @@ def test_multiply_adds_are_those_that_run(rows, columns, form):
     assert multiply_adds(5, 512, 2048) < 0.6 * multiply_adds(5, 512, 2048, form="plain")
 
 
+@pytest.mark.parametrize("form", ["plain", "gram"])
+def test_row_blocks_run_the_multiply_adds_that_are_counted(form):
+    flops = count_flops(lambda: orthogonalize(torch.randn(256, 512), 2, form=form))
+    assert flops == 2 * multiply_adds(2, 256, 512, form=form, cut=True)
+
+
 def optimal_quintic(low, high):
     """The odd quintic nearest to 1 on [low, high] in the largest error (Remez exchange), and that error."""
     inner = [(3 * low + high) / 4, (low + 3 * high) / 4]

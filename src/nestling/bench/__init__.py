@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 from nestling.bench.correctness import check
+from nestling.bench.dgd import dgd
 from nestling.bench.measure import QUICK, Settings, environment
-from nestling.bench.parts import PARTS, Table
+from nestling.bench.optim import PARTS as OPTIMIZERS
+from nestling.bench.parts import PARTS as LAYERS
+from nestling.bench.parts import Table
 
-__all__ = ["PARTS", "QUICK", "Incorrect", "Settings", "Table", "run"]
+__all__ = ["GROUPS", "PARTS", "QUICK", "Incorrect", "Settings", "Table", "run"]
 
-DEFAULT_PARTS = tuple(name for name in PARTS if name != "model")
+PARTS = LAYERS | OPTIMIZERS | {"dgd": dgd}
+GROUPS = {"layers": tuple(name for name in LAYERS if name != "model"), "optim": (*OPTIMIZERS, "dgd")}
 
 
 class Incorrect(Exception):
@@ -29,7 +33,7 @@ def run(
 
     Args:
         settings: sizes, repeats, device.
-        only: names of `PARTS`; None is all of them but "model", or "model" alone where the settings name one.
+        only: names of `PARTS`; None is the group "layers", or "model" alone where the settings name one.
         report: called with each part's name and table as it is done.
 
     Returns:
@@ -38,7 +42,7 @@ def run(
     Raises:
         ValueError: an unknown part.  Incorrect: a check failed.
     """
-    chosen = (("model",) if settings.model else DEFAULT_PARTS) if only is None else tuple(only)
+    chosen = (("model",) if settings.model else GROUPS["layers"]) if only is None else tuple(only)
     unknown = [name for name in chosen if name not in PARTS]
     if unknown or not chosen:
         raise ValueError(f"parts are {', '.join(PARTS)}; got {', '.join(unknown) or 'none'}")

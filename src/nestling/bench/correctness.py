@@ -9,7 +9,10 @@ from torch import Tensor
 
 from nestling.layers.settings import MIXERS, build_mixer
 from nestling.ops import delta_rule, delta_rule_reference
+from nestling.ops.orthogonalize import orthogonalize, orthogonalize_reference
+from nestling.optim import M3
 
+SHAPES = ((256, 320), (8, 24), (24, 8), (8, 8))
 TOLERANCE = 1e-8  # float64, relative to the largest value
 
 
@@ -22,6 +25,8 @@ def check(device: str = "cpu") -> list[str]:
             checks[name] = lambda r=read, m=momentum: _operator(r, m, device)
     for name in MIXERS:
         checks[f"{name}: a sequence cut in pieces is one pass"] = lambda n=name: _pieces(n, (1, 30, 64), device)
+    checks |= {f"{form} form of Newton-Schulz": lambda f=form: _newton_schulz(f, device) for form in ("plain", "gram")}
+    checks["M3's batched step"] = lambda: _m3(device)
     checks["selfmod: token by token is one pass"] = lambda: _pieces("selfmod", range(70), device)
     failures = []
     for name, run in checks.items():
@@ -72,6 +77,29 @@ def _operator(read: str, momentum: bool, device: str) -> float:
         outputs = [y for y in form(**args, read=read) if y is not None]
         results.append([*outputs, *_gradients(outputs, list(args.values()))])
     return _distance(results[1], results[0])
+
+
+def _newton_schulz(form: str, device: str) -> float:
+    """Wide, tall and square matrices, with symmetric products in row blocks where they are large enough."""
+    g = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(2, *shape, generator=g, dtype=torch.float64).to(device) for shape in SHAPES]
+    got = [orthogonalize(x, form=form, dtype=torch.float64) for x in matrices]
+    return _distance(got, [orthogonalize_reference(x) for x in matrices])
+
+
+def _m3(device: str) -> float:
+    """Weights after two slow periods, batched against one by one."""
+    results = []
+    for foreach in (True, False):
+        g = torch.Generator().manual_seed(0)
+        weights = [torch.randn(s, generator=g, dtype=torch.float64).to(device) for s in SHAPES[1:] * 2]
+        optimizer = M3(weights, lr=0.01, periods=(1, 3), weight_decay=0.1, foreach=foreach, ns_dtype=torch.float64)
+        for _ in range(6):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=g, dtype=torch.float64).to(device)
+            optimizer.step()
+        results.append(weights)
+    return _distance(*results)
 
 
 def _pieces(name: str, cuts, device: str) -> float:

@@ -67,7 +67,7 @@ def plot(result: dict, path: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawings = {"lengths": _lengths, "mixers": _mixers, "decode": _decode, "memory": _memory}
+    drawings = {"lengths": _lengths, "mixers": _mixers, "decode": _decode, "memory": _memory, "optim": _optim}
     chosen = [name for name in drawings if name in result["parts"]]
     if not chosen:
         raise ValueError(f"nothing to draw: none of {', '.join(drawings)} was measured")
@@ -134,6 +134,23 @@ def _memory(ax, rows) -> None:
     ax.set_ylim(bottom=0)
     ax.set(title="Peak memory of a training step", ylabel="MiB")
     ax.legend(frameon=False)
+
+
+def _optim(ax, rows) -> None:
+    """Steps in units of Muon's, at each width, on one thread."""
+    rows = [r for r in rows if r["threads"] == min(r["threads"] for r in rows)]
+    names = list(dict.fromkeys(r["optimizer"] for r in rows))
+    for name in names:
+        own = [r for r in rows if r["optimizer"] == name]
+        style = "o-" if name.startswith("M3") else "s--"
+        ax.plot([r["width"] for r in own], [r["times Muon"] for r in own], style, label=name)
+    widths = sorted({r["width"] for r in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(widths, [str(w) for w in widths])
+    ax.minorticks_off()
+    ax.set_yscale("log")
+    ax.set(title="A step of each optimiser", xlabel="width of the transformer", ylabel="times Muon's in float32")
+    ax.legend(frameon=False, fontsize=7)
 
 
 def main(arguments: list[str]) -> None:

@@ -11,9 +11,13 @@ import typer
 
 
 def main(
+    what: Annotated[str, typer.Argument(help="layers, or optim: a step of each optimiser.")] = "layers",
     only: Annotated[
         str | None,
-        typer.Option(help="Parts, comma-separated: chunk, lengths, mixers, efficiency, decode, memory, peers, model."),
+        typer.Option(
+            help="Parts, comma-separated: chunk, lengths, mixers, efficiency, decode, memory, peers, model; "
+            "optim, optim_target, optim_bfloat16, orthogonality, dgd."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run? The figures mean nothing.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -44,15 +48,20 @@ def main(
     Two parts:
       nestling bench --only mixers,efficiency
 
+    Optimisers, five minutes on one core:
+      nestling bench optim --json optim.json --plot optim.png
+
     A model on a GPU:
       nestling bench --model 350m --device cuda --dtype bfloat16
     """
     import torch
 
-    from nestling.bench import QUICK, Incorrect, Settings, run, show
+    from nestling.bench import GROUPS, QUICK, Incorrect, Settings, run, show
 
     if threads < 1:
         raise ValueError(f"--threads must be at least 1, not {threads}")
+    if what not in GROUPS:
+        raise ValueError(f"nestling bench measures {' or '.join(GROUPS)}, not {what!r}; --only takes single parts")
     torch.set_num_threads(threads)
     chosen = dict(QUICK) if quick else {}
     given = dict(repeats=repeats, model=model, model_batch=batch, model_tokens=tokens)
@@ -75,6 +84,8 @@ def main(
             Console().print(grid)
 
     parts = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    if parts is None and what != "layers":
+        parts = list(GROUPS[what])
     try:
         result = run(settings, parts, report)
     except Incorrect as wrong:

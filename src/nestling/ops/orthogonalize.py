@@ -177,11 +177,14 @@ def segments(triples: Sequence[Triple], rows: int, columns: int, dtype: torch.dt
     return cut
 
 
-def multiply_adds(steps: int, rows: int, columns: int, *, form: str = "auto", coefficients="muon", dtype=torch.float32):
-    """Multiply-adds of one matrix, symmetric products counted in full."""
+def multiply_adds(
+    steps: int, rows: int, columns: int, *, coefficients="muon", dtype=torch.float32, form="auto", cut=False
+) -> float:
+    """Multiply-adds of one matrix; `cut`: with symmetric products in row blocks, as on a CPU."""
     m, n = sorted((rows, columns))
-    cut = segments(table(coefficients, steps), m, n, dtype, form)
-    return sum(2 * m * m * n + (4 * len(part) - 3) * m**3 for part in cut)
+    saved = (BLOCKS + 1) / (2 * BLOCKS) if cut and m >= 64 * BLOCKS else 1.0
+    parts = segments(table(coefficients, steps), m, n, dtype, form)
+    return sum(m * m * n + saved * (m * m * n + (4 * len(part) - 3) * m**3) for part in parts)
 
 
 def _check(matrix: Tensor, steps: int, coefficients, form: str) -> list[Triple]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 NONFINITE = ("skip", "raise", "ignore")
-LARGEST = 1e15  # of a usable gradient entry: squares of larger ones, summed over a matrix, do not fit float32
+LARGEST = 1e15  # norm of a usable gradient: well below the root of float32's largest number
 
 
 def check_number(name: str, value: object, low: float = 0.0, *, above: bool = False) -> None:
@@ -91,25 +91,24 @@ def check_gradient(parameter: Tensor, name: str = "") -> None:
 
 @torch.compiler.disable
 def finite(gradients: Sequence[Tensor], nonfinite: str = "skip") -> bool:
-    """Whether a step may be taken: no gradient holds NaN, infinity or an entry above `LARGEST`.
+    """Whether a step may be taken: no gradient holds NaN or infinity or has a norm above `LARGEST`.
 
     Args:
-        gradients: dense gradients, any devices; one value is read back per device.
+        gradients: dense gradients, any devices; one value is read back per device and type.
         nonfinite: "skip" answers False, so that the caller leaves weights, state and phase as they were; "raise" raises
             FloatingPointError; "ignore" does not look.
     """
     if nonfinite == "ignore":
         return True
-    by_device: dict[torch.device, list[Tensor]] = {}
+    by_kind: dict[tuple, list[Tensor]] = {}
     for gradient in gradients:
-        if gradient.numel():
-            by_device.setdefault(gradient.device, []).append(gradient)
+        by_kind.setdefault((gradient.device, torch.promote_types(gradient.dtype, torch.float32)), []).append(gradient)
     sound = all(
-        float(torch.stack([norm.float() for norm in torch._foreach_norm(part, math.inf)]).max()) <= LARGEST
-        for part in by_device.values()
-    )  # NaN compares as False
+        float(torch.stack(torch._foreach_norm(part, 2, dtype=dtype)).max()) <= LARGEST  # False for NaN
+        for (_, dtype), part in by_kind.items()
+    )
     if not sound and nonfinite == "raise":
         raise FloatingPointError(
-            f'a gradient holds NaN, infinity or an entry above {LARGEST:g}; nonfinite="skip" leaves such steps out'
+            f'a gradient holds NaN or infinity or has a norm above {LARGEST:g}; nonfinite="skip" leaves such steps out'
         )
     return sound
