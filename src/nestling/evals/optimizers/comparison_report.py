@@ -188,7 +188,7 @@ def _draw(axes: Any, found: list[dict[str, Any]], colours: dict[str, str], name:
         colour, label = colours[c["contender"]], c["contender"]
         later = c["curve"][max(1, len(c["curve"]) // 8) :]  # the first fall would flatten the rest
         band(train, [p[0] for p in later], [p[1] for p in later], label, colour)
-        points = [(s, f["loss"]) for s, f in c["evaluated"] if f["loss"]]
+        points = [(s, f["loss"]) for s, f in c["evaluated"][:-1] if f["loss"]]  # the last is on more test data
         shown = points[1:] if len(points) > 3 else points
         band(test, [s for s, _ in shown], [f for _, f in shown], label, colour, marker="o", markersize=3)
         if c["model_seconds"]:
