@@ -12,7 +12,7 @@ import typer
 
 from nestling.cli.common import friendly
 
-COMMANDS = ("train", "generate", "demo", "eval", "tune", "bench", "inspect")  # in the order of the help
+COMMANDS = ("train", "generate", "convert", "demo", "eval", "tune", "bench", "inspect")  # in the order of the help
 
 app = typer.Typer(
     name="nestling",

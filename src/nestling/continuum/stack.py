@@ -93,6 +93,7 @@ class Stacked:
     """What `stack_levels` mixes into a model's class: its forward reads streams and lets the levels learn."""
 
     learner: Learner
+    recipe: dict[str, Any]  # the arguments of `stack_levels`
     learning: bool = True
 
     def forward(
@@ -205,6 +206,8 @@ def stack_levels(
     )
     model.__class__ = type(f"Stacked{type(model).__name__}", (Stacked, type(model)), {})
     model.learner = Learner(levels, modules, variant, meta_grad)
+    model.recipe = dict(levels=[level.to_dict() for level in levels], placement=placement, blocks=chosen, width=width)
+    model.recipe |= dict(variant=variant, meta_grad=meta_grad)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from nestling.training.files import write_bytes
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-FORMAT = "nestling-state-1"
+FORMAT = "nestling-state-2"
 
 
 def save_state(path: str | Path, cache: Cache, model: PreTrainedModel) -> None:
@@ -25,8 +26,10 @@ def save_state(path: str | Path, cache: Cache, model: PreTrainedModel) -> None:
 
     tensors: list[Tensor] = []
     layers = [_layer_content(layer, tensors) for layer in cache.layers]
+    learned = _plain(getattr(cache, "levels", None), tensors)  # of a model with levels
     named = {f"t{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(tensors)}
     metadata = {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers), "digest": _digest(named)}
+    metadata |= {"learned": json.dumps(learned)}
     write_bytes(path, save(named, metadata))
 
 
@@ -55,12 +58,19 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
         raise ValueError(f"{path} is damaged: its content does not match its digest; start without it")
     device = next(model.parameters()).device
     ordered = [tensors[f"t{i}"].to(device) for i in range(len(tensors))]
-    return _make_cache(model, json.loads(metadata["layers"]), ordered)
+    cache = _make_cache(model, json.loads(metadata["layers"]), ordered)
+    learned = _rebuilt(json.loads(metadata["learned"]), ordered)
+    if learned is not None:
+        from nestling.continuum.stack import LevelsCache
+
+        cache.__class__, cache.levels = LevelsCache, learned
+    return cache
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of a model's kind and weights: a state means something only to the weights that made it."""
-    digest = hashlib.sha256(type(model).__name__.encode())
+    levels = getattr(model, "learner", None)
+    digest = hashlib.sha256(f"{type(model).__name__}{levels and (levels.levels, levels.variant)}".encode())
     for name, parameter in sorted(model.state_dict().items()):
         digest.update(f"{name}{list(parameter.shape)}{parameter.dtype}".encode())
         digest.update(_bytes(parameter))
@@ -96,6 +106,9 @@ def _plain(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         return {"named": kind, "items": [_plain(item, tensors) for item in value]}
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"named": kind, "items": [_plain(getattr(value, field.name), tensors) for field in fields(value)]}
     if isinstance(value, list | tuple):
         return {"list" if isinstance(value, list) else "tuple": [_plain(item, tensors) for item in value]}
     if isinstance(value, dict):
@@ -109,7 +122,7 @@ def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
     if "tensor" in content:
         return tensors[content["tensor"]]
     if "named" in content:
-        return _named_tuple(content["named"])(*(_rebuilt(item, tensors) for item in content["items"]))
+        return _known(content["named"])(*(_rebuilt(item, tensors) for item in content["items"]))
     for kind, make in (("list", list), ("tuple", tuple)):
         if kind in content:
             return make(_rebuilt(item, tensors) for item in content[kind])
@@ -118,12 +131,12 @@ def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
     return content["value"]
 
 
-def _named_tuple(kind: str) -> type:
-    """A named tuple of this package by its name; a file can name nothing else."""
+def _known(kind: str) -> type:
+    """A named tuple or dataclass of this package by its name; a file can name nothing else."""
     module, _, name = kind.partition(":")
     if module.split(".")[0] == "nestling":
         found = getattr(importlib.import_module(module), name, None)
-        if isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields"):
+        if isinstance(found, type) and (is_dataclass(found) or hasattr(found, "_fields")):
             return found
     raise ValueError(f"the state holds a {kind}, which this version does not know")
 

@@ -65,7 +65,10 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
 def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The causal language model saved in a folder, as `kind` if given; CheckpointError if it cannot be loaded."""
     import nestling.models  # noqa: F401 - registers the model types
+    from nestling.continuum.files import is_stacked, load_stacked
 
+    if is_stacked(path):
+        return load_stacked(path)
     if kind is None:
         from transformers import AutoModelForCausalLM as kind
     try:

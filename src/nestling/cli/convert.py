@@ -1,0 +1,101 @@
+"""`nestling convert`: a pre-trained model made a continual learner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nestling.cli.common import parse_value, print_json
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A saved Llama-family model: a folder, or one with a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the converted model.")],
+    level: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--level", "-l", metavar="CHUNK[,NAME=VALUE...]",
+            help="A level, fastest first: its chunk size in tokens and options (lr, optimizer, momentum, clip, decay).",
+        ),
+    ] = None,
+    placement: Annotated[
+        str, typer.Option(help="depth: the MLPs become the levels. width: a small block is added per level.")
+    ] = "depth",
+    blocks: Annotated[
+        str | None, typer.Option(help="Decoder blocks that take part, e.g. 26,27,28,29 or -4: for the last four [all].")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Hidden width of an added block [model width / 16].")] = None,
+    variant: Annotated[str, typer.Option(help="sequential, or nested: a slower level's update resets faster ones.")] = (
+        "sequential"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Make a continual learner out of a pre-trained model.
+
+    At first the converted model computes exactly what the original does; then its levels learn from what it reads. What
+    they learn is a state of each text (see nestling generate --state), never a change of the model.
+
+    [bold]Examples[/bold]
+
+    Two levels over the MLPs of the last four blocks:
+      nestling convert SmolLM2-135M runs/smol -l 64,lr=0.1 -l 512,lr=0.05 --blocks=-4:
+
+    A small added block per layer, updated by AdamW every 128 tokens:
+      nestling convert SmolLM2-135M runs/smol -l 128,lr=1e-3,optimizer=adamw --placement width
+
+    Then write with it, and let it remember:
+      nestling generate runs/smol --prompt "..." --state smol.state
+    """
+    from nestling.continuum import stack_levels
+    from nestling.continuum.files import save_stacked
+    from nestling.continuum.pretrained import load_pretrained
+
+    if not level:
+        raise ValueError("name at least one --level, e.g. --level 64,lr=0.1")
+    levels = [_level(text) for text in level]
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another folder, or remove it first")
+    loaded, tokenizer = load_pretrained(model)
+    chosen = None if blocks is None else _blocks(blocks, loaded.config.num_hidden_layers)
+    stacked = stack_levels(loaded, levels, placement, blocks=chosen, width=width, variant=variant)
+    save_stacked(stacked, out, tokenizer)
+    made = {
+        "folder": str(out),
+        "parameters": sum(p.numel() for p in stacked.parameters()),
+        "state_bytes": stacked.state_bytes(),
+        "levels": [
+            {**settings.to_dict(), "weights": sum(m.weight.numel() for m in modules)}
+            for settings, modules in zip(stacked.learner.levels, stacked.learner.modules)
+        ],
+    }
+    if as_json:
+        print_json(made)
+        return
+    for i, row in enumerate(made["levels"]):
+        rule = f"{row['optimizer']} at lr {row['lr']:g}, {row['weights']:,} weights"
+        typer.echo(f"level {i}: every {row['chunk_size']} tokens, {rule}")
+    typer.echo(f"one stream's state: {made['state_bytes'] / 1e6:,.1f} MB, beside {made['parameters']:,} shared weights")
+    typer.echo(f"written: {out}")
+
+
+def _level(text: str) -> dict[str, Any]:
+    size, *options = text.split(",")
+    fields: dict[str, Any] = {"chunk_size": parse_value(size)}
+    for option in options:
+        name, sign, value = option.partition("=")
+        if not sign:
+            raise ValueError(f"--level takes CHUNK[,NAME=VALUE...], not {text!r}")
+        fields[name.strip()] = parse_value(value)
+    return fields
+
+
+def _blocks(text: str, count: int) -> list[int]:
+    """Indices, or one slice as Python writes it."""
+    try:
+        if ":" in text:
+            return list(range(count))[slice(*(int(part) if part else None for part in text.split(":")))]
+        return [int(part) for part in text.split(",")]
+    except (ValueError, TypeError):
+        raise ValueError(f"--blocks takes indices (26,27) or a slice (-4:), not {text!r}") from None

@@ -1,0 +1,42 @@
+"""Pre-trained models as they come: a Hugging Face folder, or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A causal language model in float32 and its tokenizer, if there is one.
+
+    Args:
+        path: a folder that `save_pretrained` wrote, one with a single .gguf file, or such a file itself.
+
+    Raises:
+        ValueError: nothing usable there; the message says what is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(path)
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if not path.exists():
+        raise ValueError(f"no model at {path}: give a folder that save_pretrained wrote, or a .gguf file")
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {len(files)} .gguf files: name one of them")
+    options = {"gguf_file": files[0].name} if files else {}
+    folder = files[0].parent if files else path
+    if not files and not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds no model: neither a config.json nor a .gguf file")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    except ImportError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError):
+        tokenizer = None
+    return model, tokenizer
