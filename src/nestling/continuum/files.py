@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nestling.continuum.stack import Stacked, stack_levels
 from nestling.training.files import new_folder, write_text
+from nestling.training.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another folder, or remove it first")
-    with new_folder(folder) as aside:
+    with new_folder(folder) as aside, no_bars():
         model.save_pretrained(aside, max_shard_size="1TB")
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nestling.training.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,11 +35,22 @@ def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     if not files and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no model: neither a config.json nor a .gguf file")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     except ImportError as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError):
         tokenizer = None
-    return model, tokenizer
+    return (_unquantized(model) if files else model), tokenizer
+
+
+def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not think of itself as quantised, which could not be saved."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
