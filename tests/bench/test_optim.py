@@ -1,13 +1,14 @@
 """The optimisers in the benchmark: every part runs, averages are over a slow period, the model counts what runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from nestling import bench
-from nestling.bench import measure, optim
+from nestling.bench import measure, optim, show
 from nestling.bench.measure import Timing
 from nestling.cli.main import app
 
@@ -118,3 +119,16 @@ def test_the_command_measures_the_optimisers(monkeypatch, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     wrong = CliRunner().invoke(app, ["bench", "optimisers"])
     assert wrong.exit_code == 2
+
+
+def test_the_page_says_what_the_results_say():
+    """No page holds a figure that is not in the committed results."""
+    root = Path(__file__).parents[2]
+    page, result = (root / "docs" / "optimizers.md").read_text(), root / "experiments" / "bench" / "optim.json"
+    parts = {name: {"title": name, "rows": [{"x": 1}], "notes": []} for name in optim.PARTS}
+    empty = {"environment": measure.environment(SMALL) | {"load after": [0.0]}, "parts": parts}
+    assert show.update_page(page, {"optim": empty}) != page  # every marker names a part
+    if result.exists():
+        assert show.update_page(page, {"optim": json.loads(result.read_text())}) == page
+    else:
+        assert page.count("-->\n<!-- end -->") == page.count("<!-- bench ")

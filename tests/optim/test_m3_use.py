@@ -267,6 +267,24 @@ def test_models_that_were_cast_or_reshaped_are_refused():
     assert not optimizer.state
 
 
+def test_a_learning_rate_on_another_device_is_refused():
+    parameters, optimizer = make()
+    gradients(parameters, 0)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    with pytest.raises(ValueError, match="lr is on meta"):
+        optimizer.step()
+
+
+def test_copies_go_on_as_the_original():
+    parameters, optimizer = make(nonfinite="raise")
+    drive(parameters, optimizer, 2)
+    others, twin = copy.deepcopy((parameters, optimizer))
+    assert equal(drive(parameters, optimizer, 3, 2), drive(others, twin, 3, 2))
+    others[0].grad[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError):
+        twin.step()
+
+
 def test_sparse_gradients_are_refused():
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = M3(table.named_parameters(), lr=0.1)
@@ -330,8 +348,9 @@ def test_bad_groups_are_named_and_not_added():
         with pytest.raises((ValueError, TypeError), match=words):
             optimizer.add_param_group(group)
         assert len(optimizer.param_groups) == 1
-    with pytest.raises(ValueError, match=r"split of qkv must add up to its 4 rows"):
-        M3([("qkv", nn.Parameter(torch.ones(4, 2)))], split={"qkv": 3})
+    for parts in (3, 0, [1, 2], [4, 0], ("columns", 3)):
+        with pytest.raises(ValueError, match=r"split of qkv must add up to its"):
+            M3([("qkv", nn.Parameter(torch.ones(4, 2)))], split={"qkv": parts})
 
 
 def test_compiled_steps_are_the_eager_ones():

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from nestling.ops.orthogonalize import table
 from nestling.optim import checks
-from nestling.optim.multiscale import Rule, batched, definition, new_state
-
-RULES = ("auto", "matrix", "adamw")
-VIEWS = (None, "flatten", "batch")
-ACCUMULATIONS = ("ema", "sum")
+from nestling.optim.m3_options import check_group, is_matrix, parts_of, rule_of
+from nestling.optim.multiscale import batched, definition, new_state
 
 
 class M3(torch.optim.Optimizer):
@@ -45,7 +41,7 @@ class M3(torch.optim.Optimizer):
             blocks or a list of their sizes; ("columns", ...) for columns. Needs `named_parameters()`.
         slow_dtype: type of the cached slow directions; None is bfloat16, or the state's own for "sum" and float64.
         nonfinite: "skip", "raise", or "ignore" (no check, so no synchronisation with a device).
-        foreach: batched operations over parameters of one shape; False takes the plain definition.
+        foreach: False takes the plain definition, one parameter after the other, in place of batches of one shape.
 
     Raises:
         ValueError, TypeError: naming the argument; nothing is changed.
@@ -73,17 +69,17 @@ class M3(torch.optim.Optimizer):
         ns_dtype: torch.dtype | None = None,
         slow_dtype: torch.dtype | None = None,
         nonfinite: str = "skip",
-        foreach: bool = True,
+        foreach: bool | None = None,
     ) -> None:
         checks.check_choice("nonfinite", nonfinite, checks.NONFINITE)
-        self.nonfinite = nonfinite
         options = dict(
             lr=lr, betas=betas, alpha=alpha, periods=periods, ns_steps=ns_steps, coefficients=coefficients, eps=eps,
             weight_decay=weight_decay, accumulation=accumulation, rms_match=rms_match, nesterov=nesterov,
             second_moment=second_moment, adam_betas=adam_betas, adam_eps=adam_eps, split=dict(split or {}),
-            ns_dtype=ns_dtype, slow_dtype=slow_dtype, foreach=foreach, rule="auto", view=None,
+            ns_dtype=ns_dtype, slow_dtype=slow_dtype, nonfinite=nonfinite, foreach=foreach is not False, rule="auto",
+            view=None,
         )  # fmt: skip
-        _check_group(options)
+        check_group(options)
         super().__init__(params, options)
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         for pattern in options["split"]:
@@ -97,7 +93,7 @@ class M3(torch.optim.Optimizer):
         """Add parameters with their own options; ValueError or TypeError before any change."""
         if isinstance(param_group, dict) and not isinstance(param_group.get("params"), Tensor):
             param_group = {**param_group, "params": list(param_group["params"])}
-        _check_group({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -108,8 +104,8 @@ class M3(torch.optim.Optimizer):
                         f"parameter {_name(group, index)}{list(parameter.shape)} is no matrix; "
                         'put it into a group with rule="adamw"'
                     )
-                if _is_matrix(parameter, group):
-                    _parts(parameter, group, index)
+                if is_matrix(parameter, group):
+                    parts_of(parameter, group, index)
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
@@ -134,8 +130,9 @@ class M3(torch.optim.Optimizer):
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     checks.check_gradient(parameter, _name(group, index))
+                    _check_lr_device(group["lr"], parameter)
                     used.append(parameter.grad)
-        if not used or not checks.finite(used, self.nonfinite):
+        if not used or not checks.finite(used, self.defaults["nonfinite"]):
             return []
         # Reading a distributed state dict before any step makes torch take a step of zero gradients at lr 0 to create
         # the state. That is no step of ours: it would shift the slow periods.
@@ -151,7 +148,7 @@ class M3(torch.optim.Optimizer):
             if parameter.grad is None or parameter.numel() == 0:
                 continue
             state = self.state[parameter]
-            matrix = _is_matrix(parameter, group)
+            matrix = is_matrix(parameter, group)
             if not state:
                 state.update(_matrix_state(parameter, group) if matrix else _adamw_state(parameter))
             if not counts:
@@ -159,14 +156,14 @@ class M3(torch.optim.Optimizer):
             kind = (parameter.device, parameter.dtype)
             if matrix:
                 state["step"] += 1
-                key = (*kind, parameter.shape, int(state["step"]), _parts(parameter, group, index))
+                key = (*kind, parameter.shape, int(state["step"]), parts_of(parameter, group, index))
                 same_shape.setdefault(key, []).append(parameter)
             else:
                 others.setdefault(kind, []).append(parameter)
         for parameters in others.values():
             _adamw_step(parameters, [self.state[p] for p in parameters], group)
         for (*_, shape, step, (sizes, dim)), parameters in same_shape.items():
-            rule = _rule(group, shape, sizes, dim)
+            rule = rule_of(group, shape, sizes, dim)
             states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
             if group["foreach"]:
                 batches.append((parameters, gradients, states, rule, step))
@@ -193,56 +190,13 @@ class M3(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
 
+def _check_lr_device(lr: float | Tensor, parameter: Tensor) -> None:
+    if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != parameter.device:
+        raise ValueError(f"lr is on {lr.device}, a parameter on {parameter.device}; keep lr on the CPU to serve both")
+
+
 def _name(group: dict, index: int) -> str:
     return f"{group['param_names'][index]} " if "param_names" in group else ""
-
-
-def _is_matrix(parameter: Tensor, group: dict) -> bool:
-    return group["rule"] != "adamw" and parameter.ndim >= 2
-
-
-def _matrix_shape(shape: torch.Size, view: str | None) -> tuple[int, int, int]:
-    """(b, m, n): a parameter as a batch of matrices."""
-    batch = view == "batch" or (view is None and len(shape) <= 3)
-    b = shape[:-2].numel() if batch else 1
-    return (b, *shape[-2:]) if batch else (1, shape[0], shape[1:].numel())
-
-
-def _parts(parameter: Tensor, group: dict, index: int) -> tuple[tuple[int, ...], int]:
-    """Sizes and dimension of the parts a fused matrix is orthogonalised in; () for one part."""
-    if not group["split"] or "param_names" not in group:
-        return (), -2
-    name = group["param_names"][index]
-    for pattern, parts in group["split"].items():
-        if pattern in name:
-            columns = isinstance(parts, (tuple, list)) and len(parts) == 2 and parts[0] == "columns"
-            dim, parts = (-1, parts[1]) if columns else (-2, parts)
-            length = _matrix_shape(parameter.shape, group["view"])[dim]
-            sizes = [length // parts] * parts if isinstance(parts, int) else list(parts)
-            if sum(sizes) != length or min(sizes) < 1:
-                raise ValueError(f"split of {name} must add up to its {length} rows or columns; {parts!r} does not")
-            return tuple(sizes), dim
-    return (), -2
-
-
-def _slow(values, count: int) -> tuple[float, ...]:
-    """One value per slow scale; the last is repeated."""
-    values = (values,) if isinstance(values, (int, float)) else tuple(values)
-    return tuple(values[min(i, len(values) - 1)] for i in range(count))
-
-
-def _rule(group: dict, shape: torch.Size, sizes: tuple[int, ...], dim: int) -> Rule:
-    periods, ema = tuple(group["periods"]), group["accumulation"] == "ema"
-    fast, beta_v, *slow = group["betas"]
-    count = len(periods) - 1
-    eps = group["eps"] if group["eps"] is not None else 0.05 if ema else 1e-8
-    return Rule(
-        shape=_matrix_shape(shape, group["view"]), lr=group["lr"], weight_decay=group["weight_decay"],
-        betas=(fast, *_slow(slow, count)), alphas=(1.0, *_slow(group["alpha"], count)), periods=periods,
-        beta_v=beta_v if group["second_moment"] else None, eps=eps, ema=ema, nesterov=group["nesterov"],
-        rms_match=group["rms_match"], ns_steps=group["ns_steps"], coefficients=group["coefficients"],
-        ns_dtype=group["ns_dtype"], sizes=sizes, dim=dim,
-    )  # fmt: skip
 
 
 def _matrix_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:
@@ -280,36 +234,3 @@ def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> No
     )
     if wide[0] is not parameters[0]:
         torch._foreach_copy_(parameters, wide)
-
-
-def _check_group(group: dict) -> None:
-    """Every option of a group, before it is taken."""
-    checks.check_lr(group["lr"])
-    periods = checks.check_periods(group["periods"])
-    checks.check_choice("accumulation", group["accumulation"], ACCUMULATIONS)
-    checks.check_choice("rule", group["rule"], RULES)
-    if group["view"] not in VIEWS:
-        raise ValueError(f"view must be one of {VIEWS}, not {group['view']!r}")
-    betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) < 2 + (len(periods) > 1):
-        raise ValueError(f"betas must hold the fast, the second-moment and the slow ones, not {betas!r}")
-    for beta in betas:
-        (checks.check_fraction if group["accumulation"] == "ema" else checks.check_number)("betas", beta)
-    alphas = group["alpha"] if isinstance(group["alpha"], Sequence) else (group["alpha"],)
-    if not alphas:
-        raise ValueError("alpha must hold a number, or one per slow scale")
-    for alpha in alphas:
-        checks.check_number("alpha", alpha)
-    if len(alphas) > max(1, len(periods) - 1) or len(betas) > max(3, len(periods) + 1):
-        raise ValueError(f"betas {tuple(betas)} and alpha {group['alpha']!r} name more scales than periods {periods}")
-    table(group["coefficients"], group["ns_steps"])
-    if group["eps"] is not None:
-        checks.check_number("eps", group["eps"])
-    checks.check_number("weight_decay", group["weight_decay"])
-    checks.check_number("adam_eps", group["adam_eps"])
-    if not isinstance(group["adam_betas"], Sequence) or len(group["adam_betas"]) != 2:
-        raise ValueError(f"adam_betas must be two numbers, not {group['adam_betas']!r}")
-    for beta in group["adam_betas"]:
-        checks.check_fraction("adam_betas", beta)
-    if not isinstance(group["split"], Mapping):
-        raise TypeError(f"split must map a part of a name to a number of parts, not {group['split']!r}")
