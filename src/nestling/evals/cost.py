@@ -39,7 +39,7 @@ def defaults() -> Experiment:
         "all static": {"adaptive": []},
     }
     # three seeds where a claim rests on it
-    weighed = ("expansion 2", "read chunk", "no momentum", "static k", "static v", "adaptive q", "all static")
+    weighed = ("expansion 2", "read chunk", "no momentum", "all static")
     contenders: list[dict[str, Any]] = [{"name": "default", "seeds": [0, 1, 2]}]
     for name, options in changes.items():
         contenders.append({"name": name, "options": options} | ({"seeds": [0, 1, 2]} if name in weighed else {}))

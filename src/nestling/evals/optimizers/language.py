@@ -49,8 +49,8 @@ def defaults() -> Language:
     """The experiment's settings."""
     some = ["AdamW", "Muon", "M3"]
     models = [
-        Model("transformer", {"mixer": "attention"}, trials=4, steps=250),
-        Model("hope", {"mixer": "selfmod"}, some, trials=3, steps=120, equal_time=False),
+        Model("transformer", {"mixer": "attention"}, trials=4, steps=200),
+        Model("hope", {"mixer": "selfmod"}, some, trials=3, steps=100, equal_time=False),
     ]
     return Language(contenders=optimizers(), models=models)
 

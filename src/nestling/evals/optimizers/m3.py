@@ -38,13 +38,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "alpha 1": {"alpha": 1.0},
     "sum": {"accumulation": "sum"},
     "no second moment": {"second_moment": False},
-    "Nesterov": {"nesterov": True},
+    "no Nesterov": {"nesterov": False},
     "3 Newton-Schulz steps": {"ns_steps": 3},
     "Polar Express": {"coefficients": "polar_express"},
     "cubic Newton-Schulz": {"coefficients": "cubic"},
-    "Muon (one scale, no second moment, Nesterov)": {"periods": [1], "second_moment": False, "nesterov": True},
+    "Muon (one scale, no second moment)": {"periods": [1], "second_moment": False},
 }
-SEARCHED = ["default", "sum", "no second moment", "Muon (one scale, no second moment, Nesterov)"]
+SEARCHED = ["default", "sum", "no second moment", "Muon (one scale, no second moment)"]
 
 
 def defaults() -> Choices:
