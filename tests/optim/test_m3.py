@@ -83,7 +83,7 @@ def test_the_literal_form_is_algorithm_1_step_for_step(foreach, period, ns_steps
 
 @pytest.mark.parametrize("foreach", [True, False])
 def test_three_scales_of_averages(foreach):
-    """The EMA form of one matrix, written out with the means of whole periods."""
+    """The EMA form of one matrix, written out with Nesterov's step ahead and the means of whole periods."""
     betas, alphas, periods, lr, eps = (0.8, 0.9, 0.5, 0.6), (0.3, 0.2), (1, 2, 4), 0.05, 0.02
     [p], optimizer = make(
         [(4, 6)], lr=lr, betas=betas, alpha=alphas, periods=periods, eps=eps, weight_decay=0.1, foreach=foreach
@@ -99,7 +99,7 @@ def test_three_scales_of_averages(foreach):
         seen_enough = 1 - 0.9**t
         mean = v.mean() / seen_enough
         root = (v + 0.9**t * mean).sqrt() + eps * mean.sqrt()
-        update = (newton_schulz(m[0], 5) + 0.3 * o[1] + 0.2 * o[2]) / root
+        update = (newton_schulz(0.8 * m[0] + 0.2 * g, 5) + 0.3 * o[1] + 0.2 * o[2]) / root
         update = update * 0.2 / update.square().mean().sqrt()
         weight = weight * (1 - lr * 0.1) - lr * update
         for j, (period, beta) in enumerate(zip(periods, (0.8, 0.5, 0.6))):

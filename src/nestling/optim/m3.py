@@ -34,7 +34,7 @@ class M3(torch.optim.Optimizer):
         weight_decay: decoupled.
         accumulation: "ema", or "sum" for the literal Algorithm 1 (with rms_match=False, weight_decay=0).
         rms_match: scale each matrix's step to a root mean square of 0.2 lr.
-        nesterov: orthogonalise the momentum one step ahead.
+        nesterov: orthogonalise the momentum one step ahead; None does for "ema", not for the literal "sum".
         second_moment: divide by its root; without it the state is smaller and M3 is Muon with several scales.
         adam_betas, adam_eps: of the AdamW rule.
         split: which fused matrices are orthogonalised in parts: a part of a parameter's name -> number of equal row
@@ -61,7 +61,7 @@ class M3(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         accumulation: str = "ema",
         rms_match: bool = True,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         second_moment: bool = True,
         adam_betas: tuple[float, float] = (0.9, 0.95),
         adam_eps: float = 1e-8,
@@ -233,4 +233,5 @@ def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> No
         maximize=False,
     )
     if wide[0] is not parameters[0]:
-        torch._foreach_copy_(parameters, wide)
+        for parameter, stepped in zip(parameters, wide):
+            parameter.copy_(stepped)

@@ -88,10 +88,11 @@ def rule_of(group: dict, shape: torch.Size, sizes: tuple[int, ...], dim: int) ->
     fast, beta_v, *slow = group["betas"]
     count = len(periods) - 1
     eps = group["eps"] if group["eps"] is not None else 0.05 if ema else 1e-8
+    nesterov = group["nesterov"] if group["nesterov"] is not None else ema
     return Rule(
         shape=matrix_shape(shape, group["view"]), lr=group["lr"], weight_decay=group["weight_decay"],
         betas=(fast, *_slow(slow, count)), alphas=(1.0, *_slow(group["alpha"], count)), periods=periods,
-        beta_v=beta_v if group["second_moment"] else None, eps=eps, ema=ema, nesterov=group["nesterov"],
+        beta_v=beta_v if group["second_moment"] else None, eps=eps, ema=ema, nesterov=nesterov,
         rms_match=group["rms_match"], ns_steps=group["ns_steps"], coefficients=group["coefficients"],
         ns_dtype=group["ns_dtype"], sizes=sizes, dim=dim,
     )  # fmt: skip
