@@ -1,6 +1,6 @@
-"""What M3's choices are worth: one change at a time from a base, on the images of `vision`.
+"""What M3's choices are worth: one change at a time from its defaults, on the images of `vision`.
 
-A change of the size or kind of the step has a search for the learning rate of its own; the others take the base's.
+A change of the size or kind of the step has a search for the learning rate of its own; the others take the default's.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ plan, work = comparison.plan, vision.work
 
 @dataclass
 class Choices(Vision):
-    """`Vision` with M3's settings as contenders, the base first."""
+    """`Vision` with M3's settings as contenders, the default first."""
 
     name: str = "m3"
 
 
-BASE = vision.M3 | {"nesterov": False}
 CHANGES: dict[str, dict[str, Any]] = {
-    "base": {},
+    "default": {},
     "one scale": {"periods": [1]},
     "period 4": {"periods": [1, 4]},
     "period 64": {"periods": [1, 64]},
     "three scales (1, 8, 64)": {"periods": [1, 8, 64]},
     "alpha 0.1": {"alpha": 0.1},
     "alpha 1": {"alpha": 1.0},
-    "sum": {"accumulation": "sum"},
+    "sum": {"accumulation": "sum", "nesterov": False},
     "no second moment": {"second_moment": False},
     "no Nesterov": {"nesterov": False},
     "3 Newton-Schulz steps": {"ns_steps": 3},
@@ -45,21 +44,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "cubic Newton-Schulz": {"coefficients": "cubic"},
     "Muon (one scale, no second moment)": {"periods": [1], "second_moment": False},
 }
-SEARCHED = ["base", "sum", "no second moment", "Muon (one scale, no second moment)"]
+SEARCHED = ["default", "sum", "no second moment", "Muon (one scale, no second moment)"]
 
 
 def defaults() -> Choices:
     """The experiment's settings."""
     return Choices(
-        contenders=[Contender(name, "m3", BASE | options) for name, options in CHANGES.items()],
+        contenders=[Contender(name, "m3", vision.M3 | options) for name, options in CHANGES.items()],
         searched=SEARCHED,
         models=[Model("vit", {"width": 64, "layers": 3, "heads": 4}, trials=3, steps=200, equal_time=False)],
     )
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Each change against the base, as Markdown."""
-    header = ["M3 with", "lr", "test loss", "- base", "test accuracy", "train loss", "optimiser ms/step"]
+    """Each change against the default, as Markdown."""
+    header = ["M3 with", "lr", "test loss", "- default", "test accuracy", "train loss", "optimiser ms/step"]
     rows = []
     for c in summary["contenders"]:
         lr = "-" if c["lr"] is None else f"{c['lr']:g}" + ("*" if c["lr_at_edge"] else "")
@@ -71,14 +70,14 @@ def table(summary: dict[str, Any]) -> str:
     note = f"\n{count(summary['contenders'][0]['parameters'])} parameters, {model['steps']} steps of "
     note += f"{summary['batch_size']} images; mean ± standard deviation over {summary['seeds']} seeds, differences "
     note += f"seed by seed. The rates are the best of {model['trials']} trials on held-out training images: "
-    note += "searched for the settings that change the size or the kind of the step, the base's for the others.\n"
+    note += "searched for the settings that change the size or the kind of the step, the default's for the others.\n"
     if any(c["lr_at_edge"] for c in summary["contenders"]):
         note += "\\* the best learning rate is the smallest or largest that was tried.\n"
     return markdown(header, rows) + note
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """The test loss of every seed, beside the range of the base's."""
+    """The test loss of every seed, beside the range of the default's."""
     found = [c for c in summary["contenders"] if c["loss"]]
     base = found[0]["loss"] if found else None
     with figure(path, 1, (8.5, 1.4 + 0.34 * len(found))) as (axis,):
@@ -88,7 +87,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             axis.scatter([c["loss"]["mean"]], [place], s=90, color=colour, marker="|", linewidths=2.5)
         if base:
             low, high = min(base["values"]), max(base["values"])
-            axis.axvspan(low, high, color=COLOURS[1], alpha=0.12, label="range of the base's seeds")
+            axis.axvspan(low, high, color=COLOURS[1], alpha=0.12, label="range of the default's seeds")
             axis.legend(loc="best")
         axis.set_yticks(range(len(found)), [c["contender"] for c in found])
         axis.invert_yaxis()

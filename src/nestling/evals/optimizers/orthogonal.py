@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nestling.evals.optimizers.contenders import make
 from nestling.evals.optimizers.study import Contender, Study, StudyWork
+from nestling.evals.optimizers.vision import M3
 from nestling.evals.report import COLOURS, figure, markdown, pm, spread
 from nestling.evals.work import Tell
 
@@ -80,7 +81,7 @@ def defaults() -> Orthogonal:
         Contender("Delta Momentum", "delta momentum"),
         Contender("Delta Momentum 0.99", "delta momentum", {"momentum": 0.99, "erase": 1.0}),
         Contender("DMGD", "deep momentum"),
-        Contender("M3", "m3"),
+        Contender("M3", "m3", dict(M3)),
     ]
     return Orthogonal(contenders=contenders, seeds=[*range(8)])
 

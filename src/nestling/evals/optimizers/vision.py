@@ -22,6 +22,9 @@ __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 
 plan = comparison.plan
 
+# M3's defaults, written out: results belong to these settings, whatever the defaults become
+M3 = {"betas": [0.95, 0.999, 0.9], "alpha": 0.25, "periods": [1, 16], "ns_steps": 5, "nesterov": True}
+
 
 @dataclass
 class Vision(Comparison):
@@ -41,13 +44,14 @@ class Vision(Comparison):
 
 def optimizers() -> list[Contender]:
     """The five optimisers of the comparisons."""
-    names = {"AdamW": "adamw", "Muon": "muon", "AdEMAMix": "ademamix", "AdaMuon": "adamuon", "M3": "m3"}
-    return [Contender(name, optimizer) for name, optimizer in names.items()]
+    names = {"AdamW": "adamw", "Muon": "muon", "AdEMAMix": "ademamix", "AdaMuon": "adamuon"}
+    return [*(Contender(name, optimizer) for name, optimizer in names.items()), Contender("M3", "m3", dict(M3))]
 
 
 def defaults() -> Vision:
     """The experiment's settings."""
-    return Vision(contenders=optimizers(), models=[Model("vit", {"width": 64, "layers": 3, "heads": 4})])
+    contenders = [*optimizers(), Contender("M3 without Nesterov", "m3", M3 | {"nesterov": False})]
+    return Vision(contenders=contenders, models=[Model("vit", {"width": 64, "layers": 3, "heads": 4})])
 
 
 class ImageTask:
