@@ -15,6 +15,7 @@ IN_CONTEXT = [
     ("1 / token", {"in-context memory": 2}),
     ("1 / 64 tokens", {"in-context projection": 4, "in-context gate": 4}),
 ]
+SMOLLM2 = {"embedding": 1, "norm": 61, "fixed positions": 1, "linear map": 121, "MLP block": 30}
 MOMENTS = ("1 / step", {"first moment": 1, "second moment": 1})
 
 EXPECTED = {
@@ -55,6 +56,13 @@ EXPECTED = {
         ("1 / 524,288 tokens", {"slow momentum": 1}),
     ],
     "hope-deployed": [*IN_CONTEXT, ("0", WEIGHTS | {"initial state": 4})],
+    "smollm2": [("∞", {"softmax attention": 30}), ("0", SMOLLM2)],
+    "smollm2-stacked": [
+        ("∞", {"softmax attention": 30}),
+        ("1 / 64 tokens", {"in-context gradient sum": 2, "in-context level": 2}),
+        ("1 / 512 tokens", {"in-context level": 2}),
+        ("0", SMOLLM2),
+    ],
 }
 
 
@@ -81,6 +89,17 @@ def test_an_adatransformer_is_an_mlp_with_one_more_level(built):
         assert ada.level_of(memory.name) == mlp.level_of(memory.name) + 1
     ((source, target),) = [(t.source, t.target) for t in ada.transfers if t.kind == "initialization"]
     assert ada[source].kind == "initial state" and ada.level_of(target) == 1
+
+
+def test_stacking_adds_levels_and_leaves_the_rest(built):
+    before, after = built["smollm2"], built["smollm2-stacked"]
+    assert before.cost.parameters == after.cost.parameters == 134_515_008
+    assert {m.name: m for m in before.memories}.items() <= {m.name: m for m in after.memories}.items()
+    begins = {t.target: t.source for t in after.transfers if t.kind == "initialization"}
+    assert begins == {
+        f"model.layers.{i}.mlp.levels.{level}": f"model.layers.{i}.mlp"
+        for i, level in ((26, 1), (27, 1), (28, 0), (29, 0))
+    }
 
 
 def test_who_teaches_whom_in_sgd_with_momentum(built):

@@ -115,6 +115,11 @@ class Place:
         except AttributeError:
             return False
 
+    def below(self) -> dict[str, nn.Module]:
+        """Every module under this one by its name relative to it, wrappers looked through."""
+        start = f"{self.name}." if self.name else ""
+        return {n.removeprefix(start): m for n, m in self._inventory.modules.items() if n and n.startswith(start)}
+
     def tensors(self, *names: str) -> tuple[TensorSpec, ...]:
         """The module's own parameters and buffers of these names (all if none is given); they count as described.
 

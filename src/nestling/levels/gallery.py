@@ -19,6 +19,7 @@ from nestling.levels.describe import Place, describes
 from nestling.levels.formalism import AssociativeMemory, Cost, Solver, Transfer
 from nestling.levels.frequency import EVERY_TOKEN
 from nestling.levels.read import levels
+from nestling.levels.schedule import Level
 from nestling.levels.system import NestedSystem
 
 
@@ -133,6 +134,22 @@ def _hope_deployed() -> NestedSystem:
     return levels(_hope())
 
 
+def _smollm2() -> nn.Module:
+    """A model of SmolLM2-135M's sizes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49_152)
+    heads = dict(num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True)
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+def _smollm2_stacked() -> NestedSystem:
+    from nestling.continuum import stack_levels
+
+    return levels(stack_levels(_smollm2(), [Level(64), Level(512)], blocks=[-4, -3, -2, -1]))
+
+
 EXHIBITS = (
     Exhibit(
         "linear",
@@ -204,6 +221,19 @@ EXHIBITS = (
         "Hope when training has ended",
         "Without an optimiser every weight stands still, and what is left to learn is what learns in the context.",
         _hope_deployed,
+    ),
+    Exhibit(
+        "smollm2",
+        "SmolLM2-135M as it was trained",
+        "Two levels: attention, and weights that stand still. Nothing lies between.",
+        lambda: levels(_smollm2()),
+    ),
+    Exhibit(
+        "smollm2-stacked",
+        "SmolLM2-135M after stack_levels",
+        "The MLPs of the last four blocks became two levels of 64 and 512 tokens (NL Sec. 7.3). What was their weight "
+        "is now where every stream starts. The slower one adds up gradients until its chunk ends.",
+        _smollm2_stacked,
     ),
 )
 

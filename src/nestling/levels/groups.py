@@ -80,7 +80,7 @@ def _members(memories: list[AssociativeMemory]) -> tuple[str, ...]:
         parts = [p for p in re.sub(r" \[.*", "", memory.name).split(".") if p]
         words = [p for p in parts if not p.isdigit()] or parts
         last = words[-1]
-        if last in ("momentum", "attention", "weights", "running", "state") and len(words) > 1:
+        if last in ("momentum", "attention", "weights", "running", "state", "sum") and len(words) > 1:
             last = f"{words[-2]}.{last}"
         elif last in ("blocks", "levels"):  # which of them is what tells one from another
             last = f"{last}.{parts[-1]}"

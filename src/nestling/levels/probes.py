@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestling.continuum.stack import Stacked
+from nestling.continuum.state import LevelState, begin_level
 from nestling.layers.continuum import ContinuumMemory
 from nestling.layers.self_modifying_titans import SelfModifyingTitans
 from nestling.levels.formalism import Measured
 from nestling.levels.readers.continuum import level_kinds
+from nestling.levels.readers.stacked import fast_weights
 
 Probe = Callable[[Any, Tensor], dict[str, Measured]]
 LONGEST = 256  # tokens that are run one by one
@@ -19,6 +22,8 @@ LONGEST = 256  # tokens that are run one by one
 
 def probe(module: nn.Module) -> Probe | None:
     """The probe of a module; it gives what each of its memories did, by relative name."""
+    if isinstance(module, Stacked):
+        return stacked
     return {SelfModifyingTitans: titans, ContinuumMemory: continuum}.get(type(module))
 
 
@@ -65,3 +70,34 @@ def continuum(layer: ContinuumMemory, x: Tensor) -> dict[str, Measured]:
     if "fast" not in kinds or layer(x[:1])[1]:
         return {}
     return {f"levels.{i}": Measured(0, x.shape[1], "token", 0.0) for i, kind in enumerate(kinds) if kind == "fast"}
+
+
+@torch.no_grad()
+def stacked(model: Stacked, ids: Tensor) -> dict[str, Measured]:
+    """Counts of every level over the first stream of ids [B, T], which is read a chunk at a time.
+
+    One more token is read behind the last, so that a chunk which ends there has all its targets.
+    """
+    learner, counts, cache = model.learner, {}, None
+    if not learner.fast or not model.learning:
+        return {}
+    found = fast_weights(learner, dict(model.named_modules()))
+    fresh = [begin_level(level, parts, 1) for level, parts in zip(learner.levels, learner.modules)]
+
+    def look(states: list[LevelState]) -> None:
+        for (owner, index), parts in found.items():
+            state, own = states[index], f"{owner}.levels.{index}"
+            mine = [n for n, module in enumerate(learner.modules[index]) if any(module is p for p in parts.values())]
+            held = {own: state.deltas, f"{own}.sum": state.sums}
+            held |= {f"{own}.{_SLOTS[slot]}": tensors for slot, tensors in state.slots.items() if slot in _SLOTS}
+            for name, tensors in held.items():
+                counts.setdefault(name, _Count()).see([tensors[n] for n in mine])
+
+    look(fresh)
+    for chunk in torch.cat([ids[:1], ids[:1, :1]], 1).split(learner.chunk_size, 1):
+        cache = model(input_ids=chunk, past_key_values=cache, use_cache=True).past_key_values
+        look([state or empty for state, empty in zip(cache.levels.levels, fresh)])
+    return {name: count.measured(ids.shape[1]) for name, count in counts.items()}
+
+
+_SLOTS = {"momentum": "momentum", "first": "first moment", "second": "second moment"}

@@ -100,10 +100,11 @@ class Watch:
         for name, module in self.inventory.modules.items():
             if probe(module) is not None:
 
-                def keep(_: nn.Module, args: tuple, name: str = name) -> None:
-                    found.setdefault(name, args[0].detach() if args and isinstance(args[0], Tensor) else None)
+                def keep(_: nn.Module, args: tuple, named: dict, name: str = name) -> None:
+                    first = args[0] if args else named.get("input_ids")
+                    found.setdefault(name, first.detach() if isinstance(first, Tensor) else None)
 
-                found["handles"].append(module.register_forward_pre_hook(keep))
+                found["handles"].append(module.register_forward_pre_hook(keep, with_kwargs=True))
         return found
 
     def probe(self, inputs: dict[str, Any]) -> dict[str, Measured]:

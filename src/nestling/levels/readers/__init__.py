@@ -5,8 +5,11 @@ from nestling.levels.readers import (
     huggingface,
     nestling_layers,
     nestling_optim,
+    stacked,
     torch_modules,
     torch_optim,
 )
 
-__all__ = ["continuum", "huggingface", "nestling_layers", "nestling_optim", "torch_modules", "torch_optim"]
+__all__ = [
+    "continuum", "huggingface", "nestling_layers", "nestling_optim", "stacked", "torch_modules", "torch_optim",
+]  # fmt: skip

@@ -71,6 +71,9 @@ def in_context_level(
     *,
     macs: int,
     initial: tuple[str, ...],
+    retrieval: str = "x + block(x)",
+    summed: Frequency | None = None,
+    note: str = "",
 ) -> Parts:
     """Per-sequence weights that learn from each chunk of the text, with what their optimiser remembers (NL Eq. 71).
 
@@ -78,6 +81,7 @@ def in_context_level(
         name: of the memory, relative to the place.  level: decides chunk size, rule and step.
         weights: shape and type of each.  macs: multiply-adds of a token's read.
         initial: relative names of the memories they begin from.
+        summed: how often gradients are added up between two updates, None where each update has one gradient.
     """
     own = place.path(name)
     tensors = tuple(place.state(f"{name}.{n}", shape, dtype) for n, (shape, dtype) in weights.items())
@@ -93,7 +97,7 @@ def in_context_level(
         "tokens, of a chunk",
         "next tokens, those that follow",
         "mean next-token loss of its chunk (NL Eq. 71)",
-        retrieval="x + block(x)",
+        retrieval=retrieval,
         update=f"θ ← {kept} − η {direction} at the end of a chunk",
         solver=Solver("gradient", _RULES[level.optimizer], f"η = {level.lr:g}{clip}"),
         frequency=often,
@@ -103,9 +107,31 @@ def in_context_level(
         needs=tuple(f"{own}.{kind}" for kind, _ in moments),
         lifetime="context",
         cost=Cost(0, size, macs, size, 2 * macs, 0, count, 3 * size),
+        note=note,
     )
     for start in initial:
         yield Transfer(place.path(start), own, "initialization", "θ₀ of every sequence (NL Eq. 73)")
+    if summed is not None:
+        yield AssociativeMemory(
+            f"{own}.sum",
+            "in-context gradient sum",
+            "—",
+            "g, gradients of the chunks",
+            "−⟨s, g⟩, value-less",
+            retrieval="s",
+            update="s ← s + g, emptied by the step",
+            solver=Solver("gradient", "gradient descent, one step"),
+            frequency=summed,
+            context="surprise in context",
+            feasible=f"ℝ^{count}",
+            tensors=tuple(place.state(f"{name}.sum.{n}", shape, dtype) for n, (shape, dtype) in weights.items()),
+            lifetime="context",
+            cost=Cost(0, size, step_macs=count, step_bytes=3 * size),
+        )
+        yield Transfer(own, f"{own}.sum", "generation", "gradients of its chunks")
+        if not moments:
+            yield Transfer(f"{own}.sum", own, "parametric", "the summed gradient")
+    source, what = (own, "gradients of its chunks") if summed is None else (f"{own}.sum", "summed gradients")
     for kind, update in moments:
         states = tuple(place.state(f"{name}.{kind}.{n}", shape, dtype) for n, (shape, dtype) in weights.items())
         yield AssociativeMemory(
@@ -124,7 +150,7 @@ def in_context_level(
             lifetime="context",
             cost=Cost(0, size, step_macs=count, step_bytes=3 * size),
         )
-        yield Transfer(own, f"{own}.{kind}", "generation", "gradients of its chunks")
+        yield Transfer(source, f"{own}.{kind}", "generation", what)
         yield Transfer(f"{own}.{kind}", own, "parametric", "the step it proposes")
 
 
