@@ -129,6 +129,8 @@ def orthogonalize(
         return matrix.clone()
     if dtype is None:
         dtype = torch.promote_types(matrix.dtype, torch.float32) if matrix.device.type == "cpu" else torch.bfloat16
+    if hasattr(matrix, "full_tensor"):
+        return _sharded(matrix, steps, coefficients=coefficients, eps=eps, dtype=dtype, form=form)
     if matrix.requires_grad and torch.is_grad_enabled():  # the loop below writes in place
         return orthogonalize_reference(matrix.to(dtype), steps, coefficients=coefficients, eps=eps).to(matrix.dtype)
     tall = matrix.shape[-2] > matrix.shape[-1]
@@ -200,6 +202,16 @@ def _check(matrix: Tensor, steps: int, coefficients, form: str) -> list[Triple]:
 def _norm(x: Tensor) -> Tensor:
     """Frobenius norms [..., 1, 1], at least in float32."""
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _sharded(matrix: Tensor, steps: int, **options) -> Tensor:
+    """A DTensor: every rank orthogonalises the whole matrix and keeps its part."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = matrix.device_mesh
+    whole = orthogonalize(matrix.full_tensor(), steps, **options)
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=matrix.placements)
 
 
 class _Workspace:

@@ -184,10 +184,10 @@ class M3(torch.optim.Optimizer):
                         f"{list(parameter.shape)}; the state belongs to another model"
                     )
         super().load_state_dict(state_dict)
-        for (_, _, parameter), index in zip(parameters, saved):  # torch casts memories to the parameter's type
-            for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step":
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+        for (_, _, parameter), index in zip(parameters, saved):
+            for name, value in state_dict["state"].get(index, {}).items():  # torch casts memories, and shares the step
+                place = value.device if name == "step" else parameter.device
+                self.state[parameter][name] = value.to(place, copy=True)
 
 
 def _check_lr_device(lr: float | Tensor, parameter: Tensor) -> None:

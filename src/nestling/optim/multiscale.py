@@ -150,7 +150,8 @@ def _batched(parameters: list[Tensor], gradients: list[Tensor], states: list[Sta
     for scale in rule.slow():
         if step % rule.periods[scale] == 0:
             slow = rule.orthogonal(torch.stack([state[f"m{scale + 1}"] for state in states]))
-            torch._foreach_copy_([state[f"o{scale + 1}"] for state in states], list(slow.unbind()))
+            for state, direction in zip(states, slow.unbind()):
+                state[f"o{scale + 1}"].copy_(direction)
 
 
 def _remember(gradients: list[Tensor], states: list[State], rule: Rule, opens: list[bool]) -> Tensor:
