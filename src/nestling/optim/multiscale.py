@@ -14,8 +14,9 @@ own.) Scale j of more than two has its own M_j, O_j, b_j, alpha_j and period. Th
 Orthogonalisation forgets the scale of M1 and M2, so they need no bias correction. V does: an entry is replaced by
 V + b2^t mean(V) / (1 - b2^t), its matrix's mean where it has not seen enough gradients yet. So the first steps are
 Muon's, not divisions of O1 by single gradients. eps is relative to the matrix there, eps sqrt(mean(V) / (1 - b2^t)):
-the step does not depend on the scale of the loss. With `rms_match` one scalar per matrix then sets the root mean square
-of the step to lr times `RMS`, which is what an AdamW step typically has.
+the step does not depend on the scale of the loss. Nesterov orthogonalises b1 M1 + (1 - b1) g in place of M1. With
+`rms_match` one scalar per matrix then sets the root mean square of the step to lr times `RMS`, which is what an AdamW
+step typically has.
 """
 
 from __future__ import annotations
