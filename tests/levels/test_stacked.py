@@ -64,9 +64,8 @@ def test_levels_stand_at_their_chunks_and_weights_where_they_were(llama, placeme
 def test_the_state_is_as_large_as_the_model_says(llama, placement):
     stack_levels(llama, [Level(4, optimizer="momentum"), Level(8, optimizer="momentum")], placement)
     system = nestling.levels(llama)
-    unread = sum(m.cost.state_bytes for m in inner(system) if m.name.endswith("levels.0"))  # a sum of one gradient
     norms = 2 * 4  # each level's `written`
-    assert sum(m.cost.state_bytes for m in inner(system)) + unread + norms == llama.state_bytes()
+    assert sum(m.cost.state_bytes for m in inner(system)) + norms == llama.state_bytes()
 
 
 @torch.no_grad()
@@ -116,7 +115,7 @@ def test_a_frozen_level_stands_still(llama, placement, blocks, ids, still):
     assert not [m for m in system.memories if ".levels.1" in m.name]
     for index, rate in ((0, "1 / step"), (1, "0")):
         assert {str(system[owner].frequency) for owner in blocks[index]} == {rate}
-    assert found(system, "moves though frozen") == set(blocks[1])  # SGD was given them too
+    assert not found(system, "moves though frozen")  # though SGD was given them too
 
 
 def test_an_outer_level_is_trained_as_any_weight(llama, placement, blocks):

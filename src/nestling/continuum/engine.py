@@ -95,7 +95,10 @@ class Learner:
         """Run a whole chunk whose last target is there, and update the levels whose chunk ends with it."""
         graph = outer and self.meta_grad == "full"
         batch = tokens.shape[0]
-        levels = [state.levels[i] or begin_level(self.levels[i], self.modules[i], batch) for i in self.fast]
+        levels = [
+            state.levels[i] or begin_level(self.levels[i], self.modules[i], batch, n == 0)
+            for n, i in enumerate(self.fast)
+        ]
         with torch.enable_grad(), _recorded(model, outer):
             used = [d if graph and d.requires_grad else d.detach().requires_grad_() for s in levels for d in s.deltas]
             with applied([m for i in self.fast for m in self.modules[i]], used), _attention(graph):
@@ -108,7 +111,7 @@ class Learner:
             new: list[LevelState] = []
             for i, old in zip(self.fast, levels, strict=True):
                 own, found = found[: len(old.deltas)], found[len(old.deltas) :]
-                sums = tuple(a + g for a, g in zip(old.sums, own, strict=True))
+                sums = tuple(a + g for a, g in zip(old.sums, own, strict=True)) if old.sums else tuple(own)
                 new.append(self._step(i, replace(old, sums=sums, count=old.count + tokens.shape[1]), position))
             new = self._nest(new, position)
         if not outer:
@@ -128,7 +131,8 @@ class Learner:
             return state
         mean = [s / state.count for s in state.sums]
         deltas, slots, written = update(level, list(state.deltas), mean, state.slots)
-        zeros = tuple(torch.zeros_like(s) for s in state.sums)
+        waits = level.chunk_size > self.chunk_size
+        zeros = tuple(torch.zeros_like(s) for s in state.sums) if waits else ()
         return LevelState(tuple(deltas), zeros, slots, written, 0, state.updates + 1)
 
     def _nest(self, states: list[LevelState], position: int) -> list[LevelState]:

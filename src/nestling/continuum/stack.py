@@ -152,7 +152,8 @@ class Stacked:
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of the levels' state of `batch` streams, known before anything is read."""
-        return sum(level_bytes(self.learner.levels[i], self.learner.modules[i], batch) for i in self.learner.fast)
+        levels, modules, fast = self.learner.levels, self.learner.modules, self.learner.fast
+        return sum(level_bytes(levels[i], modules[i], batch, n == 0) for n, i in enumerate(fast))
 
 
 def stack_levels(
@@ -204,6 +205,9 @@ def stack_levels(
     modules = tuple(
         tuple(make_fast(m) for part in level for m in part.modules() if isinstance(m, nn.Linear)) for level in members
     )
+    for level, parts in zip(levels, modules):
+        for part in parts if level.frozen else ():
+            part.weight.requires_grad_(False)  # no outer optimiser either
     model.__class__ = type(f"Stacked{type(model).__name__}", (Stacked, type(model)), {})
     model.learner = Learner(levels, modules, variant, meta_grad)
     model.recipe = dict(levels=[level.to_dict() for level in levels], placement=placement, blocks=chosen, width=width)

@@ -22,7 +22,7 @@ class LevelState:
 
     Attributes:
         deltas: difference from the shared weights, [B, o, i] for each linear layer.
-        sums: gradients of the summed loss since the last update.
+        sums: gradients of the summed loss since the last update; empty for the fastest level, which never has to wait.
         slots: the inner optimiser's memory.
         written: norm of the last update of each stream [B], NaN where it was refused.
         count: tokens in `sums`.  updates: updates so far.
@@ -70,17 +70,18 @@ class StreamState:
         return sum(t.numel() * t.element_size() for t in tree_leaves(held) if isinstance(t, Tensor))
 
 
-def begin_level(level: Level, modules: Sequence[FastLinear], batch: int) -> LevelState:
+def begin_level(level: Level, modules: Sequence[FastLinear], batch: int, fastest: bool) -> LevelState:
     """A level before its first update: differences of zero."""
     zeros = tuple(_zeros(m.weight, batch) for m in modules)
-    return LevelState(zeros, zeros, begin(level, list(zeros)), zeros[0].new_zeros(batch))
+    return LevelState(zeros, () if fastest else zeros, begin(level, list(zeros)), zeros[0].new_zeros(batch))
 
 
-def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int = 1) -> int:
+def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, fastest: bool) -> int:
     """Bytes of a level's state, known before anything is allocated."""
     with torch.device("meta"):
         weights = [torch.empty(batch, *m.weight.shape, dtype=_dtype(m.weight)) for m in modules]
-        tensors = tree_leaves((weights, weights, begin(level, weights), weights[0].new_zeros(batch)))
+        sums = [] if fastest else weights
+        tensors = tree_leaves((weights, sums, begin(level, weights), weights[0].new_zeros(batch)))
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -82,13 +82,14 @@ def stacked(model: Stacked, ids: Tensor) -> dict[str, Measured]:
     if not learner.fast or not model.learning:
         return {}
     found = fast_weights(learner, dict(model.named_modules()))
-    fresh = [begin_level(level, parts, 1) for level, parts in zip(learner.levels, learner.modules)]
+    members = enumerate(zip(learner.levels, learner.modules))
+    fresh = [begin_level(level, parts, 1, i == learner.fast[0]) for i, (level, parts) in members]
 
     def look(states: list[LevelState]) -> None:
         for (owner, index), parts in found.items():
             state, own = states[index], f"{owner}.levels.{index}"
             mine = [n for n, module in enumerate(learner.modules[index]) if any(module is p for p in parts.values())]
-            held = {own: state.deltas, f"{own}.sum": state.sums}
+            held = {own: state.deltas} | ({f"{own}.sum": state.sums} if state.sums else {})
             held |= {f"{own}.{_SLOTS[slot]}": tensors for slot, tensors in state.slots.items() if slot in _SLOTS}
             for name, tensors in held.items():
                 counts.setdefault(name, _Count()).see([tensors[n] for n in mine])
