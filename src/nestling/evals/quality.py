@@ -31,7 +31,7 @@ def defaults() -> Experiment:
                 {"name": "hope"},
                 {"name": "hope, expansion 2", "options": {"expansion": 2}},
                 {"name": "titans", "mixer": "titans"},
-                {"name": "titans, expansion 1", "mixer": "titans", "options": {"expansion": 1}},
+                {"name": "titans, expansion 2", "mixer": "titans", "options": {"expansion": 2}},
                 {"name": "deltanet", "mixer": "deltanet"},
                 {"name": "transformer + conv", "mixer": "attention"},
                 {"name": "transformer", "mixer": "attention", "options": {"conv_size": 0}},

@@ -11,7 +11,7 @@ from nestling.layers.self_modifying_titans import SelfModifyingTitans
 
 _STATIC = dict(adaptive=(), self_targets=False, normalize_values=False, momentum=False, retain="zero")
 # without an erase the writes of a chunk add up: begin with steps of about 1 / chunk_size
-_DESCENT = dict(_STATIC, expansion=2, dgd=False, normalize_values=True, initial_rate=0.02)
+_DESCENT = dict(_STATIC, dgd=False, normalize_values=True, initial_rate=0.02)
 _HEBBIAN = dict(_STATIC, architecture="linear", objective="dot", dgd=False, rate="one", step="plain", read="after")
 _DELTA = dict(_STATIC, architecture="linear", objective="dot", dgd=True, step="layer", read="after", initial_rate=1.0)
 

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Comparison(Study):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluations: int = 8  # of a run, for the curves
     curve_points: int = 40
+    judged_on: ClassVar[str] = "test"  # of the final runs; "validation" where defaults are chosen by them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +126,7 @@ def train(task: Task, settings: Comparison, job: Job, tell: Tell | None = None) 
         settings.contender(job.contender), model, job.lr, weight_decay=settings.weight_decay, steps=job.steps
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    part = "validation" if job.kind == "search" else "test"
+    part = "validation" if job.kind == "search" else settings.judged_on
     losses, evaluated, forward, update = [], [], [], []
     every = max(1, job.steps // settings.evaluations)
     for step in range(job.steps):

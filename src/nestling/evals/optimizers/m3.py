@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nestling.evals.optimizers import comparison, vision
 from nestling.evals.optimizers.comparison import Model
@@ -26,6 +26,7 @@ class Choices(Vision):
     """`Vision` with M3's settings as contenders, the default first."""
 
     name: str = "m3"
+    judged_on: ClassVar[str] = "validation"  # defaults are chosen here: the test images stay unseen
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ def defaults() -> Choices:
 
 def table(summary: dict[str, Any]) -> str:
     """Each change against the default, as Markdown."""
-    header = ["M3 with", "lr", "test loss", "- default", "test accuracy", "train loss", "optimiser ms/step"]
+    header = ["M3 with", "lr", "held-out loss", "- default", "held-out accuracy", "train loss", "optimiser ms/step"]
     rows = []
     for c in summary["contenders"]:
         lr = "-" if c["lr"] is None else f"{c['lr']:g}" + ("*" if c["lr_at_edge"] else "")
@@ -69,15 +70,16 @@ def table(summary: dict[str, Any]) -> str:
     model = summary["models"][0]
     note = f"\n{count(summary['contenders'][0]['parameters'])} parameters, {model['steps']} steps of "
     note += f"{summary['batch_size']} images; mean ± standard deviation over {summary['seeds']} seeds, differences "
-    note += f"seed by seed. The rates are the best of {model['trials']} trials on held-out training images: "
-    note += "searched for the settings that change the size or the kind of the step, the default's for the others.\n"
+    note += "seed by seed. All is judged on held-out training images; the test images stay unseen. The rates are "
+    note += f"the best of {model['trials']} trials: searched for the settings that change the size or the kind of the "
+    note += "step, the default's for the others.\n"
     if any(c["lr_at_edge"] for c in summary["contenders"]):
         note += "\\* the best learning rate is the smallest or largest that was tried.\n"
     return markdown(header, rows) + note
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """The test loss of every seed, beside the range of the default's."""
+    """The held-out loss of every seed, beside the range of the default's."""
     found = [c for c in summary["contenders"] if c["loss"]]
     base = found[0]["loss"] if found else None
     with figure(path, 1, (8.5, 1.4 + 0.34 * len(found))) as (axis,):
@@ -91,4 +93,4 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             axis.legend(loc="best")
         axis.set_yticks(range(len(found)), [c["contender"] for c in found])
         axis.invert_yaxis()
-        axis.set(xlabel="test loss (lower is better)", title="M3, one choice changed at a time")
+        axis.set(xlabel="loss on held-out training images (lower is better)", title="M3, one choice changed at a time")
