@@ -55,6 +55,19 @@ def test_search_then_seeds_then_equal_time(settings):
     assert {j.steps for j in timed} == {50}  # half as many steps of twice the time
 
 
+def test_a_longer_search_that_finds_a_better_rate_is_run_again(settings):
+    rows, contender = Rows(), settings.contender("AdamW")
+    for loss in (1.0, 1.1, 0.5):
+        settings = settings.changed(models=[{"name": "vit", "trials": len(rows) + 1, "steps": 100}])
+        before = comparison.final(settings, settings.models[0], contender, 0, rows.get)
+        rows.done(next(j for j in _plan(settings, rows) if j.contender == "AdamW"), loss)
+        after = comparison.final(settings, settings.models[0], contender, 0, rows.get)
+        assert before is None
+    first = comparison.Job("AdamW", "vit", "final", 0, next(iter(rows.values()))["lr"], 100)
+    assert after.lr != first.lr
+    assert after.key != first.key  # results are kept by key
+
+
 def test_a_failed_trial_is_never_chosen(settings):
     rows = Rows()
     for failed in (True, False):

@@ -86,7 +86,8 @@ class Comparison(Study):
 class Job:
     """One training run: a trial of the search ("search"), a run that counts ("final"), one cut to equal time ("time").
 
-    What follows from other results (`lr` of a trial, `steps` of a cut run) is no part of a job's name.
+    What follows from other results alone (`lr` of a trial, `steps` of a cut run) is no part of a job's name; the rate
+    of the other runs is, since a longer search may choose another.
     """
 
     contender: str
@@ -99,7 +100,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        what = f"trial {self.trial}" if self.kind == "search" else "seed " + str(self.seed)
+        what = f"trial {self.trial}" if self.kind == "search" else f"seed {self.seed} lr={self.lr:g}"
         return f"{self.model} {self.contender} {self.kind} {what}"
 
 

@@ -50,7 +50,7 @@ def defaults() -> Language:
     some = ["AdamW", "Muon", "M3"]
     models = [
         Model("transformer", {"mixer": "attention"}, trials=4, steps=200),
-        Model("hope", {"mixer": "selfmod"}, some, trials=3, steps=100, equal_time=False),
+        Model("hope", {"mixer": "selfmod"}, some, trials=5, steps=100, equal_time=False),
     ]
     return Language(contenders=optimizers(), models=models)
 
