@@ -14,14 +14,15 @@ def propose(tried: tuple[tuple[float, float], ...], low: float, high: float) -> 
     Gaussian process on log lr. A function of its arguments alone.
 
     Raises:
-        ValueError: optuna is not installed.
+        ValueError: optuna or scipy is not installed.
     """
     if len(tried) < len(STARTS):
         return _rounded(low * (high / low) ** STARTS[len(tried)])
     try:
         import optuna
+        import scipy  # noqa: F401 - the Gaussian process wants it
     except ImportError:
-        raise ValueError("the search for a learning rate needs optuna: pip install optuna scipy") from None
+        raise ValueError("the search for a learning rate needs optuna and scipy: pip install optuna scipy") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the sampler is marked experimental
