@@ -125,7 +125,7 @@ def test_the_page_says_what_the_results_say():
     """No page holds a figure that is not in the committed results."""
     root = Path(__file__).parents[2]
     page, result = (root / "docs" / "optimizers.md").read_text(), root / "experiments" / "bench" / "optim.json"
-    parts = {name: {"title": name, "rows": [{"x": 1}], "notes": []} for name in optim.PARTS}
+    parts = {name: {"title": name, "rows": [{"x": 1}], "notes": []} for name in (*optim.PARTS, "dgd")}
     empty = {"environment": measure.environment(SMALL) | {"load after": [0.0]}, "parts": parts}
     assert show.update_page(page, {"optim": empty}) != page  # every marker names a part
     if result.exists():
