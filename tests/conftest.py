@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -29,3 +30,14 @@ def _same_seeds():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=["compiled", "torch"], scope="module")
+def form(request):
+    """Both ways the chunk forms can run: compiled from C++, and in PyTorch as where there is no compiler."""
+    from nestling.ops import compiled
+
+    if request.param == "compiled" and compiled.native() is None:
+        pytest.skip("needs a C++ compiler (g++, clang++ or $CXX): PyTorch's forms are tested alone")
+    with compiled.disabled() if request.param == "torch" else nullcontext():
+        yield request.param

@@ -65,4 +65,4 @@ def browser():
     for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
         if path := shutil.which(name):
             return path
-    pytest.skip("NO BROWSER: the interactive page was not tried in one (install chromium)")
+    pytest.skip("the interactive page is tried in a headless browser: install chromium to run this test")

@@ -11,7 +11,7 @@ from nestling.ops.chunk import Chunk, decay_table, delta_chunk
 from nestling.ops.compiled import build
 
 pytestmark = pytest.mark.skipif(
-    build.library() is None, reason="no C++ compiler here, the compiled forms are not tested"
+    build.native() is None, reason="needs a C++ compiler (g++, clang++ or $CXX): PyTorch's forms are tested alone"
 )
 
 
@@ -114,13 +114,13 @@ def test_types_and_devices_that_stay_with_pytorch():
 @pytest.mark.parametrize(
     "setting, reason", [(dict(NESTLING_COMPILED="0"), "NESTLING_COMPILED"), (dict(CXX="", PATH=""), "compiler")]
 )
-def test_why_there_is_no_library(setting, reason, monkeypatch, tmp_path):
+def test_why_there_is_no_compiled_form(setting, reason, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(build.Unavailable, match=reason):
         build._load()
-    assert build.library.__wrapped__() is None
+    assert build.native.__wrapped__() is None
     assert not any(tmp_path.iterdir())
 
 

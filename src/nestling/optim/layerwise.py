@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from nestling.optim.base import MemoryOptimizer, move
 from nestling.optim.layer_inputs import LayerInputs
 
 
-class LayerwiseOptimizer(MemoryOptimizer):
+class LayerwiseOptimizer(MemoryOptimizer, ABC):
     """Keeps hooks on a model, asks `slope` for what takes the place of each gradient, and forgets inputs at each step.
 
     Inputs come from passes that were followed by a backward pass; several of them before a step are averaged, as is a
@@ -32,9 +34,9 @@ class LayerwiseOptimizer(MemoryOptimizer):
         self._weights = {bias: weight for weight, bias in self._inputs.biases.items() if bias is not None}
         self._solved: dict[Tensor, Tensor] = {}
 
+    @abstractmethod
     def slope(self, parameter: Tensor, weight: Tensor, seen, group: dict) -> Tensor:
         """(W_t - W_{t+1}) / lr for a parameter, the weight or bias of a layer whose weight saw `seen`."""
-        raise NotImplementedError
 
     def step(self, closure=None):
         """One step; what the layers saw before it is forgotten, whether it was taken or skipped."""

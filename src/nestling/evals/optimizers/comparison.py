@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -171,9 +172,9 @@ def train(task: Task, settings: Comparison, job: Job, tell: Tell | None = None) 
 class ComparisonWork(StudyWork):
     """Trains; its kinds say on what (`task`)."""
 
+    @abstractmethod
     def task(self) -> Task:
         """What is learned; made again in a worker process."""
-        raise NotImplementedError
 
     def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
         return train(self.task(), self.settings, job, tell)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ class Contender:
 
 
 @dataclass
-class Study(Settings):
+class Study(Settings, ABC):
     """An experiment with optimisers; `out` is its folder. Its kinds add their numbers."""
 
     name: str = ""
@@ -53,9 +54,9 @@ class Study(Settings):
         values.pop("out")
         return values
 
+    @abstractmethod
     def smoke(self) -> Self:
         """A version that takes seconds."""
-        raise NotImplementedError
 
     def decisive(self, job: Any) -> dict[str, Any]:
         """The settings that decide a job's result besides the contender and the job itself."""
@@ -65,19 +66,19 @@ class Study(Settings):
         return values
 
 
-class StudyWork:
+class StudyWork(ABC):
     """Does the jobs of a study (`nestling.evals.work.Work`); its kinds say how in `run`."""
 
     def __init__(self, settings: Study, data: str = "") -> None:
         self.settings, self.data = settings, data  # data: a fingerprint of what is read
 
+    @abstractmethod
     def run(self, job: Any, tell: Tell | None) -> dict[str, Any]:
         """The figures of a job."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self, row: dict[str, Any]) -> str:
         """The one figure shown when a job ends."""
-        raise NotImplementedError
 
     def __call__(self, job: Any, tell: Tell | None = None) -> dict[str, Any]:
         started = time.thread_time()

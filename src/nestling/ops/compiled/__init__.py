@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nestling.ops.compiled.build import library, limit_blas_threads
+from nestling.ops.compiled.build import limit_blas_threads, native
 
 _TYPES = {torch.float32: "float32", torch.float64: "float64"}
 _enabled = True
@@ -28,7 +28,7 @@ def is_available(*tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     kinds = {(t.device.type, t.dtype) for t in given}
     ((device, kind), *others) = kinds
-    return _enabled and not others and device == "cpu" and kind in _TYPES and library() is not None
+    return _enabled and not others and device == "cpu" and kind in _TYPES and native() is not None
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def disabled() -> Iterator[None]:
 
 def run(name: str, kind: torch.dtype, sizes: Sequence[int], parts: Sequence[Pointers], count: int) -> None:
     """Call a function of the library on 0..count, shared out over torch's threads; tensors must be contiguous."""
-    function = getattr(library(), f"{name}_{_TYPES[kind]}")
+    function = getattr(native(), f"{name}_{_TYPES[kind]}")
     pointers = [(ctypes.c_void_p * len(part))(*(None if t is None else t.data_ptr() for t in part)) for part in parts]
     arguments = ((ctypes.c_int64 * len(sizes))(*sizes), *pointers)
     if count == 0 or torch.get_num_threads() == 1:

@@ -30,7 +30,7 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def native() -> ctypes.CDLL | None:
     """The compiled chunk forms, or None where there is no compiler, no BLAS to call, or NESTLING_COMPILED=0."""
     try:
         return _load()
