@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.cli.common import parse_value, print_json
+from nestling.cli.common import assignments, parse_value, print_json
 
 
 def main(
@@ -82,13 +82,7 @@ def main(
 
 def _level(text: str) -> dict[str, Any]:
     size, *options = text.split(",")
-    fields: dict[str, Any] = {"chunk_size": parse_value(size)}
-    for option in options:
-        name, sign, value = option.partition("=")
-        if not sign:
-            raise ValueError(f"--level takes CHUNK[,NAME=VALUE...], not {text!r}")
-        fields[name.strip()] = parse_value(value)
-    return fields
+    return {"chunk_size": parse_value(size), **assignments(options, "--level, behind its chunk size,")}
 
 
 def _blocks(text: str, count: int) -> list[int]:
