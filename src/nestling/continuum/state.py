@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import DynamicCache
 
 from nestling.continuum.inner import Slots, begin
+from nestling.continuum.pace import Pace, begin_pace
 from nestling.continuum.weights import FastLinear
 from nestling.levels.schedule import Level
 
@@ -22,18 +22,27 @@ class LevelState:
 
     Attributes:
         deltas: difference from the shared weights, [B, o, i] for each linear layer.
-        sums: gradients of the summed loss since the last update; empty for the fastest level, which never has to wait.
+        sums: gradients of the summed loss since the last update; empty for a level that never has to wait.
         slots: the inner optimiser's memory.
         written: norm of the last update of each stream [B], NaN where it was refused.
-        count: tokens in `sums`.  updates: updates so far.
+        count: tokens in `sums`.  updates: boundaries so far (an adaptive level's own count is in `pace`).
+        norms: sums of |x|^2 that belong to `sums`, [B] for each layer ("dgd" only).
+        refused: gradients of each stream [B] that were not finite, and were not learned from.
+        pace: of an adaptive level.
     """
 
     deltas: tuple[Tensor, ...]
     sums: tuple[Tensor, ...]
     slots: Slots
     written: Tensor
+    refused: Tensor
     count: int = 0
     updates: int = 0
+    norms: tuple[Tensor, ...] = ()
+    pace: Pace | None = None
+
+
+_TENSORS = ("deltas", "sums", "slots", "written", "refused", "norms", "pace")
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,14 @@ class StreamState:
     Attributes:
         levels: one LevelState per level that learns in the context, None for the others and before the first write.
         tokens: [B, n] of the fastest level's open chunk, n <= its size; its last target comes with the next token.
-        start: the sequence layers' state at the open chunk's start (`Snapshot`).
+        hidden: [B, n, D], what the blocks below all levels made of them; None where there are none.
+        start: the state of the sequence layers at the open chunk's start, one mark for each block (see `bodies`).
         position: tokens read so far.
     """
 
     levels: tuple[LevelState | None, ...]
     tokens: Tensor
+    hidden: Tensor | None
     start: Any
     position: int = 0
 
@@ -56,58 +67,43 @@ class StreamState:
         """The state with every tensor changed, batch in front."""
 
         def changed(s: LevelState) -> LevelState:
-            names = ("deltas", "sums", "slots", "written")
-            return replace(s, **{n: tree_map_only(Tensor, change, getattr(s, n)) for n in names})
+            return replace(s, **{n: tree_map_only(Tensor, change, getattr(s, n)) for n in _TENSORS})
 
         levels = tuple(None if s is None else changed(s) for s in self.levels)
-        start = None if self.start is None else self.start.map(change)
-        return replace(self, levels=levels, tokens=change(self.tokens), start=start)
+        rest = {n: tree_map_only(Tensor, change, getattr(self, n)) for n in ("tokens", "hidden", "start")}
+        return replace(self, levels=levels, **rest)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what the levels hold (differences, gradient sums, optimiser memory)."""
-        held = [(s.deltas, s.sums, s.slots, s.written) for s in self.levels if s is not None]
+        held = [[getattr(s, n) for n in _TENSORS] for s in self.levels if s is not None]
         return sum(t.numel() * t.element_size() for t in tree_leaves(held) if isinstance(t, Tensor))
 
 
-def begin_level(level: Level, modules: Sequence[FastLinear], batch: int, fastest: bool) -> LevelState:
-    """A level before its first update: differences of zero."""
+def waits(level: Level, chunk_size: int) -> bool:
+    """Whether a level's gradients are summed over several chunks of the fastest level."""
+    return level.chunk_size > chunk_size or level.surprise is not None
+
+
+def begin_level(level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int) -> LevelState:
+    """A level before its first update, differences of zero; `chunk_size` is the fastest level's."""
     zeros = tuple(_zeros(m.weight, batch) for m in modules)
-    return LevelState(zeros, () if fastest else zeros, begin(level, list(zeros)), zeros[0].new_zeros(batch))
+    each = zeros[0].new_zeros(batch)
+    slow = waits(level, chunk_size)
+    norms = tuple(each for _ in zeros) if slow and level.optimizer == "dgd" else ()
+    sums = zeros if slow else ()
+    return LevelState(zeros, sums, begin(level, list(zeros)), each, each, norms=norms, pace=begin_pace(level, each))
 
 
-def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, fastest: bool) -> int:
+def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int) -> int:
     """Bytes of a level's state, known before anything is allocated."""
     with torch.device("meta"):
-        weights = [torch.empty(batch, *m.weight.shape, dtype=_dtype(m.weight)) for m in modules]
-        sums = [] if fastest else weights
-        tensors = tree_leaves((weights, sums, begin(level, weights), weights[0].new_zeros(batch)))
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
+        shapes = [torch.nn.Linear(m.in_features, m.out_features, bias=False, dtype=m.weight.dtype) for m in modules]
+        state = begin_level(level, shapes, batch, chunk_size)
+    return StreamState((state,), torch.empty(0), None, None).nbytes
 
 
 def _zeros(weight: Tensor, batch: int) -> Tensor:
-    return torch.zeros(batch, *weight.shape, dtype=_dtype(weight), device=weight.device)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A key-value cache as it was: its keys and values are never written into, so only a length is kept."""
-
-    length: int
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Snapshot:
-        """Nothing to change: the cache itself is reordered."""
-        return self
-
-    @staticmethod
-    def of(cache: DynamicCache) -> Snapshot:
-        return Snapshot(cache.get_seq_length())
-
-    def restore(self, cache: DynamicCache) -> DynamicCache:
-        """A cache of the first `length` tokens of this one, by views."""
-        parts = [(layer.keys[..., : self.length, :], layer.values[..., : self.length, :]) for layer in cache.layers]
-        return DynamicCache(parts) if self.length else DynamicCache()
+    """float32 or wider: a small step on a bf16 weight would be lost."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(batch, *weight.shape, dtype=dtype, device=weight.device)

@@ -4,21 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Seen(NamedTuple):
+    """What Delta Gradient Descent needs of a chunk: sums over its tokens.
+
+    Attributes:
+        products: of (D x) x^T, [B, o, i].  norms: of |x|^2, [B].
+    """
+
+    products: Tensor
+    norms: Tensor
 
 
 class FastLinear(nn.Linear):
     """`nn.Linear` plus, while `applied`, a difference per stream: y_b = (W + D_b) x_b. Parameters keep their names."""
 
-    delta: Tensor | None = None
+    delta: Tensor | None = None  # [B, o, i], or [1, o, i] for all rows of a batch
+    fixed: bool = False  # no gradient reaches W
+    seen: Seen | None = None
+    watched: bool = False  # whether `seen` is taken
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, i] -> [B, T, o]."""
-        y = super().forward(x)
+        y = F.linear(x, self.weight.detach() if self.fixed else self.weight, self.bias)
         if self.delta is None:
             return y
-        return y + x @ self.delta.to(x.dtype).transpose(-1, -2)
+        if self.delta.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{self.delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
+        delta = self.delta.to(x.dtype)
+        # one product for all rows is faster than a batch of products of one
+        learned = F.linear(x, delta[0]) if delta.shape[0] == 1 else x @ delta.transpose(-1, -2)
+        if self.watched:
+            a, b = learned.to(self.delta.dtype), x.to(self.delta.dtype)
+            self.seen = Seen(a.transpose(-1, -2) @ b, b.square().sum((-1, -2)))
+        return y + learned
 
 
 def make_fast(module: nn.Linear) -> FastLinear:
@@ -30,15 +55,20 @@ def make_fast(module: nn.Linear) -> FastLinear:
 
 
 @contextmanager
-def applied(modules: Sequence[FastLinear], deltas: Sequence[Tensor | None]) -> Iterator[None]:
-    """Inside, the modules use these differences, [B, o, i] each or None."""
+def applied(
+    modules: Sequence[FastLinear], deltas: Sequence[Tensor | None], *, fixed: bool = False, watched: bool = False
+) -> Iterator[None]:
+    """Inside, the modules use these differences, [B, o, i] each or None.
+
+    fixed: their shared weights get no gradient.  watched: they keep what they have `seen`.
+    """
     for module, delta in zip(modules, deltas, strict=True):
-        module.delta = delta
+        module.delta, module.fixed, module.watched, module.seen = delta, fixed, watched, None
     try:
         yield
     finally:
         for module in modules:
-            module.delta = None
+            module.delta, module.fixed, module.watched, module.seen = None, False, False, None
 
 
 @contextmanager
@@ -48,7 +78,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)

@@ -61,7 +61,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     cache = _make_cache(model, json.loads(metadata["layers"]), ordered)
     learned = _rebuilt(json.loads(metadata["learned"]), ordered)
     if learned is not None:
-        from nestling.continuum.stack import LevelsCache
+        from nestling.continuum.cache import LevelsCache
 
         cache.__class__, cache.levels = LevelsCache, learned
     return cache

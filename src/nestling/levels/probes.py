@@ -83,7 +83,7 @@ def stacked(model: Stacked, ids: Tensor) -> dict[str, Measured]:
         return {}
     found = fast_weights(learner, dict(model.named_modules()))
     members = enumerate(zip(learner.levels, learner.modules))
-    fresh = [begin_level(level, parts, 1, i == learner.fast[0]) for i, (level, parts) in members]
+    fresh = [begin_level(level, parts, 1, learner.chunk_size) for i, (level, parts) in members]
 
     def look(states: list[LevelState]) -> None:
         for (owner, index), parts in found.items():

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-OPTIMIZERS = ("gd", "momentum", "adamw")
+OPTIMIZERS = ("gd", "momentum", "adamw", "dgd", "m3")
+SIGNALS = ("gradient", "loss")
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,15 @@ class Level:
         lr: step size of the updates inside a context; 0 freezes the level. A slow level's outer step takes the outer
             optimiser's learning rate.
         optimizer: the rule of the updates inside a context, on the mean next-token loss of the level's chunk: "gd",
-            plain gradient descent, "momentum" or "adamw".
-        momentum: of the optimiser's average of gradients (not for "gd").
+            plain gradient descent, "momentum", "adamw", "dgd" (Delta Gradient Descent) or "m3".
+        momentum: of the optimiser's average of gradients (not for "gd" and "dgd").
         clip: largest norm of a stream's gradient at an update, None for any.
         decay: part of what was learned in the context that each update forgets, in [0, 1].
+        erase: "dgd" only: how much of what was learned in the context is erased along the inputs of the chunk.
+        surprise: None updates at every boundary. A share in (0, 1) makes the level adaptive: it updates at about that
+            share of its boundaries, those at which it is most surprised, and at the latest after 4 / surprise of them.
+        signal: what surprise is measured by, against its running mean: the norm of the "gradient" since the last
+            update, or the "loss" of the chunk.
 
     Raises:
         ValueError, TypeError: a field outside its range or of another type.
@@ -36,6 +42,9 @@ class Level:
     momentum: float = 0.9
     clip: float | None = None
     decay: float = 0.0
+    erase: float = 1.0
+    surprise: float | None = None
+    signal: str = "gradient"
 
     def __post_init__(self) -> None:
         size = self.chunk_size
@@ -57,6 +66,12 @@ class Level:
             raise ValueError(f"clip must be a positive norm, or None for none; got {self.clip}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay must lie in [0, 1]; got {self.decay}")
+        if not 0 <= self.erase < math.inf:
+            raise ValueError(f"erase must be finite and not negative; got {self.erase}")
+        if self.surprise is not None and not 0 < self.surprise < 1:
+            raise ValueError(f"surprise is a share of the boundaries in (0, 1), or None for all; got {self.surprise}")
+        if self.signal not in SIGNALS:
+            raise ValueError(f"signal must be one of {', '.join(SIGNALS)}; got {self.signal!r}")
 
     @property
     def frozen(self) -> bool:

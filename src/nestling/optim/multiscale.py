@@ -123,7 +123,7 @@ def definition(parameter: Tensor, gradient: Tensor, state: State, rule: Rule, st
                 root.append(x.sqrt() + rule.eps + TINY)
         update = update / rule.joined(root, v)
     if rule.rms_match:
-        update = rule.joined([x * RMS / _rms(x) for x in rule.pieces(update)], update)
+        update = rule.joined([x * RMS / rms(x) for x in rule.pieces(update)], update)
     parameter.mul_(1 - rule.lr * rule.weight_decay)
     parameter.sub_(rule.lr * update)
     for scale in rule.slow():
@@ -192,13 +192,13 @@ def _descend(parameters: list[Tensor], update: Tensor, states: list[State], rule
                 x.sqrt_().add_(rule.eps + TINY)
         update.div_(root)
     for x in rule.pieces(update):
-        x.mul_(rule.lr * RMS / _rms(x) if rule.rms_match else rule.lr)
+        x.mul_(rule.lr * RMS / rms(x) if rule.rms_match else rule.lr)
     if rule.weight_decay:
         torch._foreach_mul_(parameters, 1 - rule.lr * rule.weight_decay)
     torch._foreach_sub_(parameters, list(update.unbind()))
 
 
-def _rms(x: Tensor) -> Tensor:
+def rms(x: Tensor) -> Tensor:
     """Root mean square of each matrix, [.., 1, 1], and a tiny number for a zero matrix."""
     size = math.sqrt(x.shape[-2] * x.shape[-1])
     return (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) / size).clamp(min=TINY)
