@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import signal
 
@@ -300,8 +301,22 @@ def test_differences():
     assert differences(old, new) == [("b.c", 2, 4), ("e", None, 5)]
 
 
-def test_levels_that_would_learn_inside_a_context_are_refused(config):
+def test_levels_learn_inside_a_context(config):
     levels = [{"chunk_size": 8}, {"chunk_size": None}]
     inside = config.changed(**{"model.options": {**config.model.options, "cms_levels": levels}})
-    with pytest.raises(ValueError, match="inside a context"):
-        Trainer(inside)
+    trainer = Trainer(inside)
+    assert trainer.schedule.fast == (0,) and trainer.model.learner.fast == [0]
+    assert trainer.model.config.context_length == inside.data.seq_len
+    before = trainer.model.model.layers[0].memory.blocks[0].up_proj.weight.clone()
+    assert math.isfinite(trainer.train_step().loss)
+    assert not torch.equal(before, trainer.model.model.layers[0].memory.blocks[0].up_proj.weight)
+
+
+def test_only_where_levels_begin_is_trained(config):
+    levels = [{"chunk_size": 8}, {"chunk_size": None}]
+    changes = {"trained": "levels", "model.options": {**config.model.options, "cms_levels": levels}}
+    model = Trainer(config.changed(**changes)).model
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".memory.blocks.0." in name and "_proj." in name for name in trained)
+    with pytest.raises(ValueError, match="convert one first"):
+        Trainer(config.changed(trained="levels"))

@@ -59,6 +59,17 @@ def main(
             help="A size (tiny, mini, 10m, ...), a saved model's folder, or a config.json.", rich_help_panel=MODEL
         ),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from the weights of this saved model: another run, or one of nestling convert.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    trained: Annotated[
+        str | None,
+        typer.Option(help="all, or levels: only where levels that learn in a context begin.", rich_help_panel=MODEL),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,11 +128,16 @@ def main(
     Go on with a run that was killed, or make it longer:
       nestling train --out runs/book --resume --steps 4000
 
+    Teach the levels of a converted model how to adapt, with gradients through what they learn:
+      nestling train texts/ --init runs/smol --trained levels --seq-len 512 --batch-size 1 --lr 1e-4 --out runs/adapted
+
     Any option by its full name (see run.json in a run's folder):
       nestling train book.txt --out runs/book -o schedule.warmup=0.1 -o optim.clip=0.5
     """
     from nestling.training.config import RUN_FILE, TrainConfig
 
+    if init is not None and model is not None:
+        raise ValueError("--init and --model both say where the weights come from: give one of them")
     given = {
         "out": out,
         "steps": steps,
@@ -130,10 +146,11 @@ def main(
         "threads": threads,
         "precision": precision,
         "compile": compile,
-        "model.name": model,
+        "model.name": model if init is None else str(init),
+        "data.tokenizer": tokenizer,
+        "trained": trained,
         "data.text": text or None,
         "data.val_text": val or None,
-        "data.tokenizer": tokenizer,
         "data.val_fraction": val_fraction,
         "data.seq_len": seq_len,
         "data.batch_size": batch_size,

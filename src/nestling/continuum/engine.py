@@ -162,7 +162,9 @@ class Learner:
         watched = any(self.levels[i].optimizer == "dgd" for i in self.fast)
         # without an outer loss only what depends on fast weights is recorded for the gradient
         with nullcontext() if outer else frozen(self.body.model):
-            used = [d if graph and d.requires_grad else d.detach().requires_grad_() for s in levels for d in s.deltas]
+            # each chunk sees weights of its own: the gradient must not go back through what earlier chunks left behind
+            held = [d for s in levels for d in s.deltas]
+            used = [d.view_as(d) if graph and d.requires_grad else d.detach().requires_grad_() for d in held]
             fixed = outer and self.meta_grad == "none"
             with applied(modules, used, fixed=fixed, watched=watched), _attention(graph):
                 logits = self._above(hidden, layers)

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestling.continuum.stack import Stacked, stack_levels
-from nestling.training.files import new_folder, write_text
+from nestling.continuum.stack import FORMAT, RECIPE, Stacked, stack_levels
+from nestling.training.files import new_folder
 from nestling.training.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-RECIPE, FORMAT = "levels.json", "nestling-levels-1"
 
 
 def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -31,7 +29,6 @@ def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
         model.save_pretrained(aside, max_shard_size="1TB")
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        write_text(aside / RECIPE, json.dumps({"format": FORMAT, **model.recipe}, indent=2) + "\n")
 
 
 def is_stacked(folder: str | Path) -> bool:

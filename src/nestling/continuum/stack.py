@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from nestling.continuum.engine import META_GRADS, VARIANTS, Learner, plan
 from nestling.continuum.learning import Learning
 from nestling.continuum.weights import make_fast
 from nestling.levels.schedule import Level, check_order
+from nestling.training.files import write_text
 
 PLACEMENTS = ("depth", "width")
+RECIPE, FORMAT = "levels.json", "nestling-levels-1"
 
 
 class AddedBlock(nn.Module):
@@ -58,6 +62,15 @@ class Stacked(Learning):
     """What `stack_levels` mixes into a model's class: its forward reads streams and lets the levels learn."""
 
     recipe: dict[str, Any]  # the arguments of `stack_levels`
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As Hugging Face saves a model, with the recipe of its levels beside it (`nestling.continuum.files`)."""
+        super().save_pretrained(save_directory, **options)
+        write_text(Path(save_directory) / RECIPE, json.dumps({"format": FORMAT, **self.recipe}, indent=2) + "\n")
+
+    def level_parameters(self) -> dict[int, list[nn.Parameter]]:
+        """Each level's shared weights: where every stream's level begins."""
+        return {i: [m.weight for m in modules] for i, modules in enumerate(self.learner.modules)}
 
     def forward(
         self,

@@ -2,11 +2,12 @@
 
 from nestling.evals.config import Contender, Experiment
 
-__all__ = ["EXPERIMENTS", "MODELS", "OPTIMIZERS", "Contender", "Experiment", "run_experiment"]
+__all__ = ["CONTINUAL", "EXPERIMENTS", "MODELS", "OPTIMIZERS", "Contender", "Experiment", "run_experiment"]
 
 MODELS = ("quality", "cost", "stability")
 OPTIMIZERS = ("surface", "orthogonal", "span", "vision", "language", "m3")  # in nestling.evals.optimizers
-EXPERIMENTS = MODELS + OPTIMIZERS
+CONTINUAL = ("classes", "translation", "frequencies", "knowledge", "domains")  # in nestling.evals.continual
+EXPERIMENTS = MODELS + OPTIMIZERS + CONTINUAL
 
 
 def __getattr__(name: str):

@@ -87,7 +87,7 @@ class Experiment(TrainConfig):
     def stored(self) -> dict[str, Any]:
         """What `config.json` keeps: nothing that belongs to this machine or comes from the grid."""
         values = self.to_dict()
-        for name in MACHINE + ("seed", "precision"):
+        for name in MACHINE + ("seed", "precision", "trained"):
             values.pop(name, None)
         values["data"] = {name: values["data"][name] for name in ("seq_len", "batch_size", "val_fraction")}
         values["optim"].pop("lr")
@@ -113,7 +113,7 @@ class Experiment(TrainConfig):
     def fingerprint(self, job: Job, corpus: str) -> str:
         """A digest of everything that decides the result of a job: a result of other settings does not count."""
         run = self.run_config(job).to_dict()
-        for name in MACHINE:
+        for name in (*MACHINE, "trained"):  # every contender trains all its weights
             run.pop(name, None)
         run["data"] = {k: v for k, v in run["data"].items() if k in ("seq_len", "batch_size")}
         contender = dataclasses.asdict(self.contender(job.contender)) | {"seeds": None}

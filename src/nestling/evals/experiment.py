@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nestling.evals import EXPERIMENTS, OPTIMIZERS
+from nestling.evals import CONTINUAL, EXPERIMENTS, OPTIMIZERS
 from nestling.evals.config import Experiment
 from nestling.evals.results import Results, finite
 from nestling.evals.runs import TextWork
@@ -125,8 +125,8 @@ def write_report(module: Any, summary: dict[str, Any], folder: Path) -> None:
 def _module(name: str) -> Any:
     if name not in EXPERIMENTS:
         raise ValueError(unknown("experiment", name, EXPERIMENTS))
-    package = "nestling.evals.optimizers" if name in OPTIMIZERS else "nestling.evals"
-    return importlib.import_module(f"{package}.{name}")
+    folder = ".optimizers" if name in OPTIMIZERS else ".continual" if name in CONTINUAL else ""
+    return importlib.import_module(f"nestling.evals{folder}.{name}")
 
 
 def _listed(failed: dict[str, str]) -> str:

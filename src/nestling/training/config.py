@@ -163,6 +163,8 @@ class LoggingConfig:
 class TrainConfig(Settings):
     """A whole run.
 
+    `trained` says which weights the optimiser moves: "all", or "levels", where the levels that learn in a context begin
+    (the short continued training after which a converted model's levels know how to adapt).
     `precision` is "float32" or "bf16" (autocast; weights stay float32). `threads` limits the CPU threads (0: torch's
     choice); with more threads than free cores small products become many times slower.
     """
@@ -174,6 +176,7 @@ class TrainConfig(Settings):
     threads: int = 0
     precision: str = "float32"
     compile: bool = False
+    trained: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -184,6 +187,7 @@ class TrainConfig(Settings):
         _positive(self, "steps")
         _not_negative(self, "threads")
         _one_of(self, "precision", ("float32", "bf16"))
+        _one_of(self, "trained", ("all", "levels"))
 
     @property
     def tokens_per_step(self) -> int:

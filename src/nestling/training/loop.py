@@ -114,6 +114,8 @@ class Trainer:
         self.model.train()
         self._called = torch.compile(self.model) if config.compile else self.model
         self.schedule = self._make_schedule()
+        if config.trained == "levels":
+            _train_levels_only(self.model)
         self.optimizers = LevelOptimizers(self.model, config.optim, self.schedule)
         data = config.data
         self.batches = Batches(self.corpus.train, data.seq_len, data.batch_size, config.seed)
@@ -270,18 +272,34 @@ class Trainer:
 
     def _make_schedule(self) -> Schedule | None:
         levels = getattr(self.model.config, "levels", None)
-        if not levels or not hasattr(self.model, "level_parameters"):
+        if not levels or not hasattr(self.model, "level_parameters"):  # a stacked model has no levels in its config
             return None
         config = self.config
         total = config.tokens_per_step * config.steps
         schedule = Schedule(levels, config.data.seq_len, config.tokens_per_step, total)
-        if schedule.fast:
+        if hasattr(self.model, "set_context_length"):
+            self.model.set_context_length(config.data.seq_len)
+        elif schedule.fast:
             raise ValueError(
                 f"levels {', '.join(map(str, schedule.fast))} would be updated inside a context of "
-                f"{config.data.seq_len} tokens, which the trainer does not do yet: give them a chunk_size of at least "
-                f"{config.tokens_per_step} (one outer step), or None"
+                f"{config.data.seq_len} tokens, which a {type(self.model).__name__} does not do"
             )
         return schedule
+
+
+def _train_levels_only(model: PreTrainedModel) -> None:
+    """Freeze all but the weights from which the levels of a stream begin."""
+    learner = getattr(model, "learner", None)
+    if learner is None or not learner.fast:
+        raise ValueError(
+            f'trained "levels" needs a model with levels that learn in a context, and this {type(model).__name__} has '
+            "none: convert one first (nestling convert), or train all"
+        )
+    if learner.meta_grad == "none":
+        raise ValueError('trained "levels" needs their meta-gradients, but meta_grad is "none": use "first_order"')
+    chosen = {m.weight for i in learner.fast for m in learner.modules[i]}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in chosen)
 
 
 def train(config: TrainConfig, resume: bool = False) -> Result:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from nestling.layers.continuum import ACTIVATIONS, VARIANTS
 from nestling.layers.settings import build_mixer
 from nestling.levels.schedule import Level, check_order
+from nestling.memory.rule import META_GRADS
 from nestling.models.hope.cache import LAYER_TYPE
 
 # what Hugging Face itself hands to a configuration besides its fields
@@ -51,6 +52,11 @@ class HopeConfig(PreTrainedConfig):
         cms_levels: levels of the continuum memory, fastest first, as dicts of `nestling.Level`'s fields; None is one
             level that the outer loop trains, the MLP of a Transformer.
         cms_variant: "sequential", "nested" or "independent".
+        cms_meta_grad: how the outer loss is differentiated through what levels learn in a context: "full",
+            "first_order" or "none" (decision D9).
+        context_length: tokens of a context: levels with a smaller chunk_size learn inside it, each stream for itself,
+            the others are trained by the outer loop (decision D10). `nestling train` sets it to its window. None:
+            max_position_embeddings, or 8192.
         hidden_act: activation of the MLPs.
         gated_mlp: MLPs with a gate, as Llama's.
         rms_norm_eps: of every RMS norm of the model.
@@ -76,6 +82,8 @@ class HopeConfig(PreTrainedConfig):
     mixer_options: dict | None = None
     cms_levels: list | tuple | None = None
     cms_variant: str = "sequential"
+    cms_meta_grad: str = "full"
+    context_length: int | None = None
     hidden_act: str = "silu"
     gated_mlp: bool = True
     rms_norm_eps: float = 1e-6
@@ -93,7 +101,7 @@ class HopeConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("intermediate_size", "max_position_embeddings"):
+        for name in ("intermediate_size", "max_position_embeddings", "context_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 or None; got {getattr(self, name)}")
         if self.initializer_range is None:
@@ -103,6 +111,8 @@ class HopeConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
         if self.cms_variant not in VARIANTS:
             raise ValueError(f"cms_variant must be one of {', '.join(VARIANTS)}; got {self.cms_variant!r}")
+        if self.cms_meta_grad not in META_GRADS:
+            raise ValueError(f"cms_meta_grad must be one of {', '.join(META_GRADS)}; got {self.cms_meta_grad!r}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}")
         if self.intermediate_size is None:

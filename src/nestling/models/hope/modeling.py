@@ -12,9 +12,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from nestling.continuum.cache import LevelsCache
+from nestling.continuum.learning import Learning
 from nestling.layers.continuum import ContinuumMemory
 from nestling.layers.settings import build_mixer
 from nestling.levels.schedule import Schedule
+from nestling.models.hope.body import make_learner
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.inputs import check_ids, check_names, check_positions, padding_mask
@@ -189,8 +192,12 @@ class HopeModel(HopePreTrainedModel):
         )
 
 
-class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
-    """HopeModel with an output matrix over the vocabulary."""
+class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
+    """HopeModel with an output matrix over the vocabulary.
+
+    Levels of the continuum memory whose chunk is shorter than a context learn from what the model reads, each stream
+    for itself; the cache carries them (`nestling.continuum.Learning`).
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read by Hugging Face
 
@@ -199,7 +206,16 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         self.model = HopeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.learner = make_learner(self)
         self.post_init()
+
+    def set_context_length(self, tokens: int) -> None:
+        """Say how long a context is: levels with a smaller chunk_size learn inside it."""
+        self.config.context_length = tokens
+        self.learner = make_learner(self)
+
+    def _new_cache(self) -> LevelsCache:
+        return LevelsCache(config=self.config)
 
     @can_return_tuple
     def forward(
@@ -223,6 +239,9 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         """
         if labels is not None:
             check_ids(labels, self.config.vocab_size, name="labels", ignore=-100)
+        if self.reads:
+            self._check_call(input_ids, inputs_embeds, position_ids, past_key_values, kwargs)
+            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -243,3 +262,21 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _check_call(self, ids: Any, embeds: Any, positions: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+        """The checks of HopeModel, for a call that the levels learn from."""
+        check_names(kwargs)
+        if kwargs.get("output_hidden_states"):
+            raise ValueError("output_hidden_states is not kept while levels learn: set model.learning = False for it")
+        if embeds is not None:
+            raise ValueError("a model with levels reads input_ids, not inputs_embeds: it learns from the tokens")
+        if ids is None:
+            return
+        check_ids(ids, self.config.vocab_size)
+        check_positions(positions, None)
+        if cache is not None:
+            check_cache(cache, len(self.model.layers), self.model.signature, ids.shape[0])
+        seen = 0 if cache is None else cache.get_seq_length()
+        limit = self.config.max_position_embeddings
+        if limit is not None and seen + ids.shape[1] > limit:
+            raise ValueError(f"{seen + ids.shape[1]} tokens are more than max_position_embeddings ({limit})")

@@ -1,0 +1,72 @@
+"""A Hope model in the parts that reading with levels needs (`nestling.continuum.engine`)."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from nestling.continuum.bodies import Body, Layers
+from nestling.continuum.engine import Learner
+from nestling.continuum.weights import make_fast
+from nestling.models.hope.cache import HopeCacheLayer
+
+if TYPE_CHECKING:
+    from nestling.models.hope.modeling import HopeForCausalLM
+
+LONG_CONTEXT = 8192  # tokens of a context where the configuration sets no limit
+
+
+class HopeBody(Body):
+    """Decoder layers whose state is a value in their cache layer; that value is its own mark."""
+
+    def __init__(self, model: HopeForCausalLM) -> None:
+        self.model = model
+
+    @property
+    def blocks(self) -> int:
+        return len(self.model.model.layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.model.embed_tokens(ids)
+
+    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
+        tokens, signature = hidden.shape[1], self.model.model.signature
+        for block, cached in zip(self.model.model.layers[start:stop], layers[start:stop]):
+            hidden, state = block(hidden, cached.state, None)
+            cached.store(state, tokens, signature)
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.norm(hidden))
+
+    def mark(self, layer: HopeCacheLayer) -> tuple[Any, int]:
+        return layer.state, layer.tokens
+
+    def restored(self, layer: HopeCacheLayer, mark: tuple[Any, int] | None) -> HopeCacheLayer:
+        fresh = copy.copy(layer)
+        fresh.reset()
+        if mark is not None and mark[0] is not None:
+            fresh.store(*mark, self.model.model.signature)
+        return fresh
+
+    def detach(self, layer: HopeCacheLayer) -> None:
+        layer.detach()
+
+
+def make_learner(model: HopeForCausalLM) -> Learner:
+    """The continuum memory's levels as learners of the context: level i is the linear maps of block i in all layers."""
+    config, memories = model.config, [layer.memory for layer in model.model.layers]
+    limit = config.context_length or config.max_position_embeddings or LONG_CONTEXT
+    modules = tuple(
+        tuple(m for memory in memories for m in memory.blocks[i].modules() if isinstance(m, nn.Linear))
+        for i in range(len(config.levels))
+    )
+    learner = Learner(
+        config.levels, modules, HopeBody(model), 0, config.cms_variant, config.cms_meta_grad, context_length=limit
+    )
+    for i in learner.fast:
+        for module in modules[i]:
+            make_fast(module)
+    return learner
