@@ -45,7 +45,8 @@ def test_a_level_steps_as_the_optimiser_does(level, make):
         for step, g in enumerate(grads[:, stream]):
             weight.grad = g.clone()
             optimizer.step()
-            torch.testing.assert_close(got[step, stream], weight.detach(), rtol=1e-5, atol=1e-7)  # eps: Adam adds it outside the root
+            # Adam adds its eps outside the root
+            torch.testing.assert_close(got[step, stream], weight.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_dgd_is_delta_gradient_descent():

@@ -64,7 +64,7 @@ def test_levels_stand_at_their_chunks_and_weights_where_they_were(llama, placeme
 def test_the_state_is_as_large_as_the_model_says(llama, placement):
     stack_levels(llama, [Level(4, optimizer="momentum"), Level(8, optimizer="momentum")], placement)
     system = nestling.levels(llama)
-    norms = 2 * 4  # each level's `written`
+    norms = 2 * 8  # each level's `written` and `refused`
     assert sum(m.cost.state_bytes for m in inner(system)) + norms == llama.state_bytes()
 
 
@@ -102,7 +102,7 @@ def test_measured_levels_agree_with_what_is_declared(llama, placement, rule, tra
 
 def test_a_level_that_does_not_learn_as_declared_is_found(llama, ids, monkeypatch):
     stack_levels(llama, [Level(4), Level(8)])
-    monkeypatch.setattr("nestling.continuum.engine.Learner._step", lambda self, index, state, position: state)
+    monkeypatch.setattr("nestling.continuum.engine.Learner._step", lambda self, index, state, *rest: state)
     system = nestling.levels(llama, measure=ids, steps=1)
     assert {"model.layers.0.mlp.levels.1", "model.layers.1.mlp.levels.0"} <= found(system, "never moves")
 

@@ -139,9 +139,8 @@ def stack_levels(
     if placement == "width" and target_modules is not None:
         raise ValueError('target_modules chooses among the model\'s own layers, which needs placement "depth"')
     levels = check_order(levels)
-    if "None" in (names := [str(level.chunk_size) for level in levels]):
-        raise ValueError(f"level {names.index('None')} has chunk_size None and could never be updated while reading: "
-                         "give it a number of tokens, or math.inf to freeze it")  # fmt: skip
+    if all(level.chunk_size is None for level in levels):
+        raise ValueError("levels hold none that could ever be updated while reading: give one a chunk_size in tokens")
     layers = _decoder_blocks(model)
     chosen = list(range(len(layers))) if blocks is None else sorted({_index(i, len(layers)) for i in blocks})
     if not chosen:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestling.continuum.stack import Stacked
+from nestling.continuum.learning import Learning
 from nestling.continuum.state import LevelState, begin_level
+from nestling.continuum.weights import FastLinear
 from nestling.layers.continuum import ContinuumMemory
 from nestling.layers.self_modifying_titans import SelfModifyingTitans
 from nestling.levels.formalism import Measured
@@ -22,8 +23,8 @@ LONGEST = 256  # tokens that are run one by one
 
 def probe(module: nn.Module) -> Probe | None:
     """The probe of a module; it gives what each of its memories did, by relative name."""
-    if isinstance(module, Stacked):
-        return stacked
+    if isinstance(module, Learning):
+        return learning
     return {SelfModifyingTitans: titans, ContinuumMemory: continuum}.get(type(module))
 
 
@@ -67,27 +68,29 @@ def titans(layer: SelfModifyingTitans, x: Tensor) -> dict[str, Measured]:
 def continuum(layer: ContinuumMemory, x: Tensor) -> dict[str, Measured]:
     """Levels that are to learn in the context: a layer without a state of theirs does not."""
     kinds = level_kinds(layer.levels, x.shape[1] + 1)
-    if "fast" not in kinds or layer(x[:1])[1]:
+    taught = any(isinstance(m, FastLinear) for m in layer.modules())  # by the model around it
+    if "fast" not in kinds or taught or layer(x[:1])[1]:
         return {}
     return {f"levels.{i}": Measured(0, x.shape[1], "token", 0.0) for i, kind in enumerate(kinds) if kind == "fast"}
 
 
 @torch.no_grad()
-def stacked(model: Stacked, ids: Tensor) -> dict[str, Measured]:
+def learning(model: Learning, ids: Tensor) -> dict[str, Measured]:
     """Counts of every level over the first stream of ids [B, T], which is read a chunk at a time.
 
     One more token is read behind the last, so that a chunk which ends there has all its targets.
     """
     learner, counts, cache = model.learner, {}, None
-    if not learner.fast or not model.learning:
+    if not model.reads:
         return {}
     found = fast_weights(learner, dict(model.named_modules()))
     members = enumerate(zip(learner.levels, learner.modules))
-    fresh = [begin_level(level, parts, 1, learner.chunk_size) for i, (level, parts) in members]
+    size, fast = learner.chunk_size, learner.fast
+    fresh = [begin_level(level, parts, 1, size) if i in fast else None for i, (level, parts) in members]
 
     def look(states: list[LevelState]) -> None:
         for (owner, index), parts in found.items():
-            state, own = states[index], f"{owner}.levels.{index}"
+            state, own = states[index], f"{owner.removesuffix(f'.blocks.{index}')}.levels.{index}"
             mine = [n for n, module in enumerate(learner.modules[index]) if any(module is p for p in parts.values())]
             held = {own: state.deltas} | ({f"{own}.sum": state.sums} if state.sums else {})
             held |= {f"{own}.{_SLOTS[slot]}": tensors for slot, tensors in state.slots.items() if slot in _SLOTS}
@@ -101,4 +104,5 @@ def stacked(model: Stacked, ids: Tensor) -> dict[str, Measured]:
     return {name: count.measured(ids.shape[1]) for name, count in counts.items()}
 
 
-_SLOTS = {"momentum": "momentum", "first": "first moment", "second": "second moment"}
+_SLOTS = {"momentum": "momentum", "first": "first moment", "second": "second moment", "slow": "slow moment",
+          "direction": "slow direction"}  # fmt: skip

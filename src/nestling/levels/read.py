@@ -90,7 +90,7 @@ def _check(model: Any, average: Any, accumulation: Any, tokens_per_step: Any, co
 
 def _context_length(model: nn.Module) -> int:
     config = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions"):
+    for name in ("context_length", "max_position_embeddings", "n_positions"):
         if isinstance(size := getattr(config, name, None), int):
             return size
     image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)

@@ -29,6 +29,7 @@ def continuum(module: ContinuumMemory, place: Place) -> Parts:
             name="aggregate",
         )
     kinds = level_kinds(module.levels, place.context_length)
+    fastest = next((level.chunk_size for level, kind in zip(module.levels, kinds) if kind == "fast"), None)
     for index, (level, kind) in enumerate(zip(module.levels, kinds)):
         block = f"blocks.{index}"
         if kind == "frozen":
@@ -37,7 +38,8 @@ def continuum(module: ContinuumMemory, place: Place) -> Parts:
             place.pace(block, Frequency.every(level.chunk_size))
         elif kind == "fast":
             place.begins(block)
-            yield from _fast_level(module, place, index, level)
+            summed = None if level.chunk_size == fastest else Frequency.every(fastest)
+            yield from _fast_level(module, place, index, level, summed)
     yield from _chain(module, place, kinds)
 
 
@@ -55,12 +57,17 @@ def level_kinds(levels: tuple[Level, ...], context_length: int) -> list[str]:
     return kinds
 
 
-def _fast_level(module: ContinuumMemory, place: Place, index: int, level: Level) -> Parts:
+def _fast_level(
+    module: ContinuumMemory, place: Place, index: int, level: Level, summed: Frequency | None
+) -> Parts:
     """A block of the layer that learns inside the context; the module's own weights are where it begins."""
     block = module.blocks[index]
     macs = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-    weights = {name: (tuple(p.shape), p.dtype) for name, p in block.named_parameters()}
-    yield from in_context_level(place, f"levels.{index}", level, weights, macs=macs, initial=(f"blocks.{index}",))
+    weights = {n: (tuple(p.shape), torch.promote_types(p.dtype, torch.float32)) for n, p in block.named_parameters()
+               if p.ndim == 2}  # fmt: skip
+    yield from in_context_level(
+        place, f"levels.{index}", level, weights, macs=macs, initial=(f"blocks.{index}",), summed=summed
+    )
 
 
 def in_context_level(
@@ -88,7 +95,7 @@ def in_context_level(
     size, count = sum(t.bytes for t in tensors), sum(t.numel for t in tensors)
     often = Frequency.every(level.chunk_size)
     moments = _MOMENTS[level.optimizer]
-    direction = {"gd": "∂L/∂θ", "momentum": "m", "adamw": "m̂ / √v̂"}[level.optimizer]
+    direction = _DIRECTIONS[level.optimizer]
     kept = "θ" if not level.decay else f"θ₀ + {1 - level.decay:g} (θ − θ₀)"
     clip = "" if level.clip is None else f", |g| ≤ {level.clip:g}"
     yield AssociativeMemory(
@@ -139,11 +146,11 @@ def in_context_level(
             f"in-context {kind}",
             "—",
             "g, gradients of the chunks",
-            HEBBIAN if kind == "momentum" else ELEMENTWISE,
-            retrieval="v" if kind == "second moment" else "m",
+            ELEMENTWISE if kind == "second moment" else HEBBIAN,
+            retrieval={"second moment": "v", "slow moment": "M₂", "slow direction": "o"}.get(kind, "m"),
             update=update.format(beta=level.momentum),
             solver=Solver("gradient", "gradient descent, one step"),
-            frequency=often,
+            frequency=Frequency.every(16 * level.chunk_size) if kind == "slow direction" else often,
             context="surprise in context",
             feasible=f"ℝ^{count}",
             tensors=states,
@@ -154,9 +161,23 @@ def in_context_level(
         yield Transfer(f"{own}.{kind}", own, "parametric", "the step it proposes")
 
 
-_RULES = {"gd": "gradient descent", "momentum": "gradient descent with momentum", "adamw": "Adam"}
+_RULES = {
+    "gd": "gradient descent", "momentum": "gradient descent with momentum", "adamw": "Adam",
+    "dgd": "Delta Gradient Descent", "m3": "M3",
+}  # fmt: skip
+_DIRECTIONS = {
+    "gd": "∂L/∂θ", "momentum": "m", "adamw": "m̂ / √v̂", "dgd": "(∂L/∂θ + (θ − θ₀) x xᵀ) / (1 + η |x|²)",
+    "m3": "(NS(m) + α o) / √v, of matched size",
+}  # fmt: skip
 _MOMENTS = {
     "gd": (),
+    "dgd": (),
+    "m3": (
+        ("first moment", "m ← β m + (1 − β) g, β = {beta:g}"),
+        ("second moment", "v ← 0.999 v + 0.001 g²"),
+        ("slow moment", "M₂ ← 0.9 M₂ + 0.1 mean of the last 16 g"),
+        ("slow direction", "o = NS(M₂), every 16 updates"),
+    ),
     "momentum": (("momentum", "m ← {beta:g} m + g"),),
     "adamw": (("first moment", "m ← β m + (1 − β) g, β = {beta:g}"), ("second moment", "v ← 0.999 v + 0.001 g²")),
 }

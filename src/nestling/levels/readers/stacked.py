@@ -14,7 +14,7 @@ from nestling.continuum.weights import FastLinear
 from nestling.levels.describe import Place, describes, description_of, transparent
 from nestling.levels.formalism import Transfer
 from nestling.levels.frequency import NEVER, Frequency
-from nestling.levels.readers.continuum import in_context_level
+from nestling.levels.readers.continuum import in_context_level, level_block
 from nestling.levels.readers.huggingface import mlp
 from nestling.levels.readers.torch_modules import Parts
 
@@ -81,6 +81,6 @@ def fast_weights(learner: Learner, modules: Mapping[str, nn.Module]) -> dict[tup
         for part in learner.modules[index]:
             name = names[id(part)]
             parent = name.rpartition(".")[0]
-            block = description_of(modules[parent]) in (mlp, added_block)
+            block = description_of(modules[parent]) in (mlp, added_block, level_block)
             found.setdefault((parent if block else name, index), {})[name] = part
     return found
