@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 
 from nestling.continuum.bodies import Body, Layers
 from nestling.continuum.inner import begin, squares, update, wide
@@ -186,8 +185,7 @@ class Learner:
             for layer in layers[self.first :]:
                 self.body.detach(layer)
         if not graph:
-            new = [tree_map_only(Tensor, Tensor.detach, s) for s in map(_plain, new)]
-            new = [LevelState(**s) for s in new]
+            new = [s.map(lambda t: t.detach() if t.requires_grad else t) for s in new]
         every = list(state.levels)
         for i, s in zip(self.fast, new, strict=True):
             every[i] = s
@@ -256,10 +254,6 @@ class Learner:
 def _attention(graph: bool):
     """Attention whose gradient can be differentiated again, where that is wanted."""
     return sdpa_kernel(SDPBackend.MATH) if graph else nullcontext()
-
-
-def _plain(state: LevelState) -> dict:
-    return {name: getattr(state, name) for name in state.__dataclass_fields__}
 
 
 def plan(levels: Sequence[Level], blocks: int) -> list[list[int]]:

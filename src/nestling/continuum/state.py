@@ -41,6 +41,10 @@ class LevelState:
     norms: tuple[Tensor, ...] = ()
     pace: Pace | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> LevelState:
+        """The level with every tensor changed."""
+        return replace(self, **{n: tree_map_only(Tensor, change, getattr(self, n)) for n in _TENSORS})
+
 
 _TENSORS = ("deltas", "sums", "slots", "written", "refused", "norms", "pace")
 
@@ -65,11 +69,7 @@ class StreamState:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> StreamState:
         """The state with every tensor changed, batch in front."""
-
-        def changed(s: LevelState) -> LevelState:
-            return replace(s, **{n: tree_map_only(Tensor, change, getattr(s, n)) for n in _TENSORS})
-
-        levels = tuple(None if s is None else changed(s) for s in self.levels)
+        levels = tuple(None if s is None else s.map(change) for s in self.levels)
         rest = {n: tree_map_only(Tensor, change, getattr(self, n)) for n in ("tokens", "hidden", "start")}
         return replace(self, levels=levels, **rest)
 

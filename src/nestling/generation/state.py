@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 FORMAT = "nestling-state-2"
 
 
-def save_state(path: str | Path, cache: Cache, model: PreTrainedModel) -> None:
-    """Write the state of a text begun with `model`; the old file stays if the disk is full."""
+def save_state(path: str | Path, cache: Cache, model: PreTrainedModel, compact: bool = False) -> None:
+    """Write the state of a text begun with `model`; the old file stays if the disk is full.
+
+    A state read back goes on bit for bit. With `compact`, matrices that levels learned are kept as two factors where
+    that is smaller and gives them back to float32's rounding: after few updates of a level they are of low rank.
+    """
     from safetensors.torch import save
 
     tensors: list[Tensor] = []
     layers = [_layer_content(layer, tensors) for layer in cache.layers]
-    learned = _plain(getattr(cache, "levels", None), tensors)  # of a model with levels
+    learned = _plain(getattr(cache, "levels", None), tensors, compact)  # of a model with levels
     named = {f"t{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(tensors)}
     metadata = {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers), "digest": _digest(named)}
     metadata |= {"learned": json.dumps(learned)}
@@ -98,21 +102,23 @@ def _make_cache(model: PreTrainedModel, layers: list[dict[str, Any]], tensors: l
     return cache
 
 
-def _plain(value: Any, tensors: list[Tensor]) -> Any:
+def _plain(value: Any, tensors: list[Tensor], compact: bool = False) -> Any:
     """A nest of tensors, numbers and named tuples as JSON; tensors go to the list."""
     if isinstance(value, Tensor):
-        tensors.append(value)
-        return {"tensor": len(tensors) - 1}
+        factors = low_rank(value) if compact else None
+        tensors += [value] if factors is None else factors
+        return {"tensor": len(tensors) - 1} if factors is None else {"factors": [len(tensors) - 2, len(tensors) - 1]}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"named": kind, "items": [_plain(item, tensors) for item in value]}
+        return {"named": kind, "items": [_plain(item, tensors, compact) for item in value]}
     if is_dataclass(value) and not isinstance(value, type):
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"named": kind, "items": [_plain(getattr(value, field.name), tensors) for field in fields(value)]}
+        items = [getattr(value, field.name) for field in fields(value)]
+        return {"named": kind, "items": [_plain(item, tensors, compact) for item in items]}
     if isinstance(value, list | tuple):
-        return {"list" if isinstance(value, list) else "tuple": [_plain(item, tensors) for item in value]}
+        return {"list" if isinstance(value, list) else "tuple": [_plain(item, tensors, compact) for item in value]}
     if isinstance(value, dict):
-        return {"dict": [[key, _plain(item, tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _plain(item, tensors, compact)] for key, item in value.items()]}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise ValueError(f"a state holds a {type(value).__name__}, which cannot be kept on disk")
@@ -121,6 +127,9 @@ def _plain(value: Any, tensors: list[Tensor]) -> Any:
 def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
     if "tensor" in content:
         return tensors[content["tensor"]]
+    if "factors" in content:
+        left, right = (tensors[i] for i in content["factors"])
+        return (left.double() @ right.double()).to(left.dtype)
     if "named" in content:
         return _known(content["named"])(*(_rebuilt(item, tensors) for item in content["items"]))
     for kind, make in (("list", list), ("tuple", tuple)):
@@ -139,6 +148,21 @@ def _known(kind: str) -> type:
         if isinstance(found, type) and (is_dataclass(found) or hasattr(found, "_fields")):
             return found
     raise ValueError(f"the state holds a {kind}, which this version does not know")
+
+
+def low_rank(value: Tensor) -> list[Tensor] | None:
+    """Factors [B, o, r], [B, r, i] of matrices [B, o, i] in float32, where they are smaller and rounding is all that is
+    lost; else None."""
+    if value.dim() != 3 or value.dtype != torch.float32 or min(value.shape[1:]) < 8 or not value.isfinite().all():
+        return None
+    left, size, right = torch.linalg.svd(value.double(), full_matrices=False)
+    rank = max(1, int((size > 1e-7 * size.amax(-1, keepdim=True)).sum(-1).max()))
+    if rank * sum(value.shape[1:]) >= value[0].numel():
+        return None
+    factors = [(left[..., :rank] * size[:, None, :rank]).float(), right[:, :rank].float()]
+    rebuilt = (factors[0].double() @ factors[1].double()).float()
+    close = (rebuilt - value).abs().max() <= 1e-6 * value.abs().max()
+    return factors if bool(close) else None
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
