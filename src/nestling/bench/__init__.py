@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
+from nestling.bench.continuum import PARTS as CONTINUUM
 from nestling.bench.correctness import check
 from nestling.bench.dgd import dgd
 from nestling.bench.measure import QUICK, Settings, environment
@@ -14,8 +15,12 @@ from nestling.bench.parts import Table
 
 __all__ = ["GROUPS", "PARTS", "QUICK", "Incorrect", "Settings", "Table", "run"]
 
-PARTS = LAYERS | OPTIMIZERS | {"dgd": dgd}
-GROUPS = {"layers": tuple(name for name in LAYERS if name != "model"), "optim": (*OPTIMIZERS, "dgd")}
+PARTS = LAYERS | OPTIMIZERS | {"dgd": dgd} | CONTINUUM
+GROUPS = {
+    "layers": tuple(name for name in LAYERS if name != "model"),
+    "optim": (*OPTIMIZERS, "dgd"),
+    "continuum": tuple(CONTINUUM),
+}
 
 
 class Incorrect(Exception):

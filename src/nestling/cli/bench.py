@@ -11,12 +11,14 @@ import typer
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="layers, or optim: a step of each optimiser.")] = "layers",
+    what: Annotated[
+        str, typer.Argument(help="layers; optim: a step of each optimiser; or continuum: reading with levels.")
+    ] = "layers",
     only: Annotated[
         str | None,
         typer.Option(
             help="Parts, comma-separated: chunk, lengths, mixers, efficiency, decode, memory, peers, model; "
-            "optim, optim_target, optim_bfloat16, orthogonality, dgd."
+            "optim, optim_target, optim_bfloat16, orthogonality, dgd; reading, streams, meta_grads."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run? The figures mean nothing.")] = False,
@@ -50,6 +52,9 @@ def main(
 
     Optimisers, five minutes on one core:
       nestling bench optim --json optim.json --plot optim.png
+
+    A model that learns while it reads, its state, and training through what it learns:
+      nestling bench continuum
 
     A model on a GPU:
       nestling bench --model 350m --device cuda --dtype bfloat16

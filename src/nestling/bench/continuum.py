@@ -1,0 +1,191 @@
+"""What levels cost: reading against a plain forward and a fine-tuning step, a stream's state, meta-gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nestling.bench import measure
+from nestling.bench.measure import Settings
+from nestling.bench.parts import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# the target: a model of SmolLM2-135M's shape (its weights decide no figure), two levels over its last four blocks
+SHAPE = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+             num_key_value_heads=3, tie_word_embeddings=True)  # fmt: skip
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+             num_key_value_heads=1, tie_word_embeddings=True)  # fmt: skip
+BLOCKS = (-4, -3, -2, -1)
+CHUNKS = (64, 512)
+PLAIN = "plain forward"
+
+
+def _model(settings: Settings) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = SHAPE if settings.dim >= 128 else SMALL  # small with --quick
+    return LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=8192)).to(settings.device).eval()
+
+
+def _stacked(model: PreTrainedModel, placement: str, **options) -> PreTrainedModel:
+    from nestling import Level, stack_levels
+
+    levels = [Level(size, lr=0.1) for size in CHUNKS]
+    return stack_levels(copy.deepcopy(model), levels, placement, blocks=BLOCKS, **options)
+
+
+def reading(settings: Settings) -> Table:
+    """Tokens a second of one stream: a model that learns while it reads, beside the same model plain and fine-tuned."""
+    s, model = settings, _model(settings)
+    tokens = max(CHUNKS)
+    ids = torch.randint(model.config.vocab_size, (1, tokens + 1), device=s.device)  # the last chunk has its target
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def plain() -> None:
+        with torch.no_grad(), s.autocast():
+            model(ids[:, :tokens], use_cache=True)
+
+    def read(other: PreTrainedModel) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad(), s.autocast():
+                other(ids, use_cache=True)
+
+        return run
+
+    def tune() -> None:
+        with s.autocast():
+            loss = model(ids[:, :tokens], labels=ids[:, :tokens]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    contenders = {
+        PLAIN: plain,
+        "levels, depth": read(_stacked(model, "depth")),
+        "levels, depth, down_proj only": read(_stacked(model, "depth", target_modules=["down_proj"])),
+        "levels, width": read(_stacked(model, "width")),
+        "fine-tuning step of all": tune,
+    }
+    timing = measure.interleave(contenders, s)
+    rows = [
+        {
+            "what": name,
+            "tokens/s": tokens / timing.median(name),
+            "of plain": timing.ratio(name, PLAIN),
+            "low": timing.spread(name, PLAIN)[0],
+            "high": timing.spread(name, PLAIN)[1],
+            "of fine-tuning": timing.ratio(name, "fine-tuning step of all"),
+            "rounds": timing.rounds,
+        }
+        for name in contenders
+    ]
+    note = f"Levels of {CHUNKS[0]} and {CHUNKS[1]} tokens over the last {len(BLOCKS)} blocks, first order, one stream."
+    return Table(f"Reading {tokens} tokens, a model of SmolLM2-135M's shape", rows, [note])
+
+
+def streams(settings: Settings) -> Table:
+    """Bytes of one stream's state, predicted and as measured after reading, and the time of a fork."""
+    s, model = settings, _model(settings)
+    ids = torch.randint(model.config.vocab_size, (1, max(CHUNKS) + 1), device=s.device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = []
+    for name, placement, options in (
+        ("depth", "depth", {}),
+        ("depth, down_proj only", "depth", dict(target_modules=["down_proj"])),
+        ("width 36", "width", {}),
+        ("width 144", "width", dict(width=144)),
+    ):
+        stacked = _stacked(model, placement, **options)
+        with torch.no_grad():
+            cache = stacked(ids, use_cache=True).past_key_values
+        timing = measure.interleave({"fork": cache.fork}, s)
+        fork = cache.fork()
+        pairs = zip(_tensors(cache), _tensors(fork), strict=True)
+        rows.append(
+            {
+                "placement": name,
+                "predicted MB": stacked.state_bytes() / 1e6,
+                "measured MB": cache.nbytes / 1e6,
+                "equal": "yes" if stacked.state_bytes() == cache.nbytes else "no",
+                "% of the weights": 100 * cache.nbytes / weights,
+                "fork ms": 1e3 * timing.median("fork"),
+                "tensors copied": sum(a.data_ptr() != b.data_ptr() for a, b in pairs),
+            }
+        )
+    note = f"Two levels of {CHUNKS[0]} and {CHUNKS[1]} tokens; beside it stand the keys and values of the text itself."
+    return Table("The state of one stream", rows, [note])
+
+
+def _tensors(cache) -> list[Tensor]:
+    held: list[Tensor] = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    cache.levels.map(keep)
+    return held
+
+
+def meta_grads(settings: Settings) -> Table:
+    """A training step of a Hope-Attention through levels that learn: what each way of differentiating it costs."""
+    from nestling.models import HopeConfig, HopeForCausalLM
+
+    s = settings
+    tokens = s.tokens
+    levels = [{"chunk_size": 64, "lr": 0.05}, {"chunk_size": 256, "lr": 0.05}, {"chunk_size": None}]
+    ids = torch.randint(256, (s.batch, tokens), device=s.device)
+    steps, kept = {}, {}
+    for name, meta_grad in (("no levels that learn", None), *((m, m) for m in ("none", "first_order", "full"))):
+        torch.manual_seed(0)
+        model = HopeForCausalLM(
+            HopeConfig(hidden_size=s.dim // 2, num_hidden_layers=4, num_attention_heads=s.heads, mixer="attention",
+                       cms_levels=levels, cms_meta_grad=meta_grad or "none")
+        ).to(s.device)  # fmt: skip
+        model.learning = meta_grad is not None
+
+        def step(model=model) -> None:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        steps[name], kept[name] = step, _saved_bytes(step)
+    timing = measure.interleave(steps, s)
+    base = next(iter(steps))
+    rows = [
+        {
+            "meta_grad": name,
+            "tokens/s": s.batch * tokens / timing.median(name),
+            "times the step without": 1 / timing.ratio(name, base),
+            "low": 1 / timing.spread(name, base)[1],
+            "high": 1 / timing.spread(name, base)[0],
+            "MiB kept for backward": kept[name] / 2**20,
+            "rounds": timing.rounds,
+        }
+        for name in steps
+    ]
+    note = "Levels of 64 and 256 tokens beside one of the outer loop, in every layer. Kept: what autograd saves."
+    return Table(f"Training through levels, {s.batch} x {tokens} tokens, width {s.dim // 2}", rows, [note])
+
+
+def _saved_bytes(step: Callable[[], None]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward passes of a step, each storage once."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(sizes.values())
+
+
+PARTS = {"reading": reading, "streams": streams, "meta_grads": meta_grads}
