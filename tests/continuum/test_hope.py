@@ -164,6 +164,17 @@ def test_levels_as_long_as_a_context_do_not_learn_in_it(ids):
     assert hope([{"chunk_size": 4, "lr": 0}, {"chunk_size": math.inf}]).learner.fast == []
 
 
+def test_levels_learn_in_the_chosen_layers_only(ids):
+    model = hope(cms_layers=[-1])
+    assert model.learner.first == 1 and len(model.learner.modules[0]) == 3
+    want, whole = read(model, ids)
+    got, _ = read(model, ids, [7, 8, 30])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert whole.nbytes == model.state_bytes(2) < 0.51 * hope().state_bytes(2)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
 def test_save_and_load(ids, tmp_path):
     model = hope(dtype=torch.float32)
     model.save_pretrained(tmp_path)
@@ -181,6 +192,7 @@ def test_save_and_load(ids, tmp_path):
         (lambda m, ids: m(ids, past_key_values=read(hope(LEVELS[1:]), ids)[1]), "other levels"),
         (lambda m, ids: hope(cms_meta_grad="some"), "cms_meta_grad"),
         (lambda m, ids: hope(context_length=0), "context_length"),
+        (lambda m, ids: hope(cms_layers=[2]), "cms_layers"),
     ],
 )
 def test_bad_input_is_named(ids, call, word):

@@ -56,16 +56,19 @@ class HopeBody(Body):
 
 
 def make_learner(model: HopeForCausalLM) -> Learner:
-    """The continuum memory's levels as learners of the context: level i is the linear maps of block i in all layers."""
-    config, memories = model.config, [layer.memory for layer in model.model.layers]
+    """The continuum memory's levels as learners of the context: level i is block i of the chosen layers."""
+    config = model.config
+    chosen = range(config.num_hidden_layers) if config.cms_layers is None else config.cms_layers
+    memories = [model.model.layers[i].memory for i in chosen]
     limit = config.context_length or config.max_position_embeddings or LONG_CONTEXT
     modules = tuple(
         tuple(m for memory in memories for m in memory.blocks[i].modules() if isinstance(m, nn.Linear))
         for i in range(len(config.levels))
     )
     learner = Learner(
-        config.levels, modules, HopeBody(model), 0, config.cms_variant, config.cms_meta_grad, context_length=limit
-    )
+        config.levels, modules, HopeBody(model), chosen[0], config.cms_variant, config.cms_meta_grad,
+        context_length=limit,
+    )  # fmt: skip
     for i in learner.fast:
         for module in modules[i]:
             make_fast(module)

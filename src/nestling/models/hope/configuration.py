@@ -57,6 +57,8 @@ class HopeConfig(PreTrainedConfig):
         context_length: tokens of a context: levels with a smaller chunk_size learn inside it, each stream for itself,
             the others are trained by the outer loop (decision D10). `nestling train` sets it to its window. None:
             max_position_embeddings, or 8192.
+        cms_layers: indices of the decoder layers whose levels learn in a context (negative ones from the end); None for
+            all. In the others these levels are ordinary weights.
         hidden_act: activation of the MLPs.
         gated_mlp: MLPs with a gate, as Llama's.
         rms_norm_eps: of every RMS norm of the model.
@@ -84,6 +86,7 @@ class HopeConfig(PreTrainedConfig):
     cms_variant: str = "sequential"
     cms_meta_grad: str = "full"
     context_length: int | None = None
+    cms_layers: list | tuple | None = None
     hidden_act: str = "silu"
     gated_mlp: bool = True
     rms_norm_eps: float = 1e-6
@@ -113,6 +116,13 @@ class HopeConfig(PreTrainedConfig):
             raise ValueError(f"cms_variant must be one of {', '.join(VARIANTS)}; got {self.cms_variant!r}")
         if self.cms_meta_grad not in META_GRADS:
             raise ValueError(f"cms_meta_grad must be one of {', '.join(META_GRADS)}; got {self.cms_meta_grad!r}")
+        if self.cms_layers is not None:
+            count = self.num_hidden_layers
+            if not self.cms_layers or not all(isinstance(i, int) and -count <= i < count for i in self.cms_layers):
+                raise ValueError(
+                    f"cms_layers must name decoder layers of the {count}, or be None; got {self.cms_layers}"
+                )
+            self.cms_layers = sorted({i % count for i in self.cms_layers})
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}")
         if self.intermediate_size is None:
