@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from nestling.generation import Sampling, Session, load_state, save_state
+from nestling.generation import Sampling, Session, load_notes, load_state, save_state
 
 GREEDY = Sampling(temperature=0)
 
@@ -98,3 +98,27 @@ def test_a_state_that_cannot_be_kept_is_refused(written, tmp_path):
     assert not (tmp_path / "b.state").exists()
     with pytest.raises(ValueError, match="no state at"):
         load_state(tmp_path / "none.state", model)
+
+
+def test_notes_travel_with_a_state(tmp_path, stacked):
+    model, cache = stacked
+    save_state(tmp_path / "a.state", cache, model, notes={"read": [1, "é"]})
+    assert load_notes(tmp_path / "a.state") == {"read": [1, "é"]}
+    assert load_state(tmp_path / "a.state", model).levels.position == cache.levels.position
+    content = (tmp_path / "a.state").read_bytes()
+    (tmp_path / "b.state").write_bytes(content.replace(b"read", b"red "))
+    with pytest.raises(ValueError, match="damaged"):
+        load_notes(tmp_path / "b.state")
+
+
+@pytest.fixture
+def stacked():
+    """A slow level that has not stepped yet: its tensors share memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nestling import Level, stack_levels
+
+    sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    model = stack_levels(LlamaForCausalLM(LlamaConfig(**sizes)).eval(), [Level(4), Level(64)])
+    with torch.no_grad():
+        return model, model(torch.arange(20)[None], use_cache=True).past_key_values

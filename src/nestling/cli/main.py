@@ -12,7 +12,8 @@ import typer
 
 from nestling.cli.common import friendly
 
-COMMANDS = ("train", "generate", "convert", "demo", "eval", "tune", "bench", "inspect")  # in the order of the help
+# in the order of the help
+COMMANDS = ("train", "generate", "convert", "learn", "demo", "eval", "tune", "bench", "inspect")
 
 app = typer.Typer(
     name="nestling",

@@ -20,20 +20,36 @@ if TYPE_CHECKING:
 FORMAT = "nestling-state-2"
 
 
-def save_state(path: str | Path, cache: Cache, model: PreTrainedModel, compact: bool = False) -> None:
+def save_state(
+    path: str | Path,
+    cache: Cache,
+    model: PreTrainedModel,
+    compact: bool = False,
+    *,
+    notes: dict[str, Any] | None = None,
+    origin: str | None = None,
+) -> None:
     """Write the state of a text begun with `model`; the old file stays if the disk is full.
 
     A state read back goes on bit for bit. With `compact`, matrices that levels learned are kept as two factors where
     that is smaller and gives them back to float32's rounding: after few updates of a level they are of low rank.
+
+    Args:
+        notes: JSON values to be kept beside it, see `load_notes`.
+        origin: the model's `fingerprint`, if it is known already (it takes a pass over the weights).
     """
     from safetensors.torch import save
 
     tensors: list[Tensor] = []
     layers = [_layer_content(layer, tensors) for layer in cache.layers]
     learned = _plain(getattr(cache, "levels", None), tensors, compact)  # of a model with levels
-    named = {f"t{i}": tensor.detach().cpu().contiguous() for i, tensor in enumerate(tensors)}
-    metadata = {"format": FORMAT, "model": fingerprint(model), "layers": json.dumps(layers), "digest": _digest(named)}
-    metadata |= {"learned": json.dumps(learned)}
+    # clones: a state's tensors may share memory, which a file of tensors cannot
+    named = {f"t{i}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
+    metadata = {"format": FORMAT, "model": origin or fingerprint(model), "layers": json.dumps(layers)}
+    metadata |= {"digest": _digest(named), "learned": json.dumps(learned)}
+    if notes is not None:
+        text = json.dumps(notes)
+        metadata |= {"notes": text, "notes_digest": hashlib.sha256(text.encode()).hexdigest()}
     write_bytes(path, save(named, metadata))
 
 
@@ -61,7 +77,8 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     if metadata.get("digest") != _digest(tensors):
         raise ValueError(f"{path} is damaged: its content does not match its digest; start without it")
     device = next(model.parameters()).device
-    ordered = [tensors[f"t{i}"].to(device) for i in range(len(tensors))]
+    # clones: views of the file may be aligned otherwise, and products may round by alignment
+    ordered = [tensors[f"t{i}"].to(device).clone() for i in range(len(tensors))]
     cache = _make_cache(model, json.loads(metadata["layers"]), ordered)
     learned = _rebuilt(json.loads(metadata["learned"]), ordered)
     if learned is not None:
@@ -69,6 +86,20 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
 
         cache.__class__, cache.levels = LevelsCache, learned
     return cache
+
+
+def load_notes(path: str | Path) -> dict[str, Any] | None:
+    """The notes that were saved beside a state, None if there are none; ValueError if they are damaged."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        metadata = file.metadata() or {}
+    text = metadata.get("notes")
+    if text is None:
+        return None
+    if metadata.get("notes_digest") != hashlib.sha256(text.encode()).hexdigest():
+        raise ValueError(f"{path} is damaged: its notes do not match their digest; start without it")
+    return json.loads(text)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -276,7 +276,8 @@ class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
         check_positions(positions, None)
         if cache is not None:
             check_cache(cache, len(self.model.layers), self.model.signature, ids.shape[0])
-        seen = 0 if cache is None else cache.get_seq_length()
+        seen, context = 0 if cache is None else cache.get_seq_length(), self.learner.context
+        total = seen + ids.shape[1] if context is None else min(context, seen + ids.shape[1])
         limit = self.config.max_position_embeddings
-        if limit is not None and seen + ids.shape[1] > limit:
-            raise ValueError(f"{seen + ids.shape[1]} tokens are more than max_position_embeddings ({limit})")
+        if limit is not None and total > limit:
+            raise ValueError(f"{total} tokens are more than max_position_embeddings ({limit})")

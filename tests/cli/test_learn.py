@@ -1,0 +1,110 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from nestling import Level
+from nestling.continuum import stack_levels
+from nestling.continuum.files import save_stacked
+from nestling.training.tokenizers import byte_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small converted model."""
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, eos_token_id=257, bos_token_id=256,
+    )  # fmt: skip
+    model = stack_levels(AutoModelForCausalLM.from_config(config), [Level(16, lr=0.3), Level(64, lr=0.1)])
+    save_stacked(model, tmp_path / "model", byte_tokenizer())
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def short(tmp_path):
+    """A text of a few hundred bytes."""
+    path = tmp_path / "short.txt"
+    path.write_text("the cat sat on the mat. the dog ran to the log!\n" * 8)
+    return path
+
+
+def test_reads_says_what_it_knew_and_writes_a_page(call, folder, short, tmp_path):
+    state, page = tmp_path / "my.state", tmp_path / "page" / "session.html"
+    result = call("learn", folder, short, "--state", state, "--control", "--page", page, "--threads", 1)
+    assert result.exit_code == 0, result.stderr
+    for word in ("short.txt: 384 bytes", "reading", "control", "before", "after", "level 1, every 64 tokens: 6 upd"):
+        assert word in result.stdout
+    text = page.read_text()
+    assert "short.txt" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    again = call("learn", folder, short, "--state", state, "--control", "--json")
+    assert "read already; --new-session" in again.stderr
+    values = json.loads(again.stdout)
+    assert values["documents"][0]["tokens"] == 384 and values["resumed"] is True
+    written = call("generate", folder, "-p", "the", "-n", 5, "--state", state)
+    assert written.exit_code == 0, written.stderr
+
+
+def test_the_pipe_and_a_held_out_text(call, folder, short, tmp_path):
+    options = ["--state", tmp_path / "my.state", "--held-out", short, "--json", "--quiet", "--dtype", "bfloat16"]
+    result = call("learn", folder, "-", *options, input="the cat sat on the mat\n" * 20)
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["documents"][0]["name"] == "standard input"
+    assert len(values["held_out"]) == 2
+    assert result.stderr == ""
+
+
+def test_other_models_are_refused(call, trained, short, tmp_path):
+    result = call("learn", trained, short, "--state", tmp_path / "s")
+    assert result.exit_code == 2
+    assert "no levels that learn while it reads" in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.txt"], "no file or folder 'nowhere.txt'"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16"),
+        (["--threads", 0], "--threads must be at least 1"),
+        (["--context", 20], "no multiple of the fastest level's chunk_size 16"),
+        (["--held-out", "nowhere.txt"], "--held-out takes a file"),
+        (["--probe", 0, "--held-out", "nowhere.txt"], "raise --probe"),
+        (["--save-every", -1], "save_every must not be negative"),
+        (["--pattern", "*.rst", "."], "choose others with --pattern"),
+    ],
+)
+def test_bad_options_are_one_clear_line(call, folder, short, tmp_path, arguments, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("learn", folder, short, "--state", tmp_path / "s", *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_damaged_state_is_refused_and_kept(call, folder, short, tmp_path):
+    state = tmp_path / "s"
+    state.write_bytes(b"no state")
+    result = call("learn", folder, short, "--state", state)
+    assert result.exit_code == 2
+    assert "is damaged" in result.stderr
+    assert state.read_bytes() == b"no state"
+    result = call("learn", folder, short, "--state", tmp_path)
+    assert result.exit_code == 2
+    assert "is a folder: name a file" in result.stderr
+
+
+def test_a_bfloat16_state_belongs_to_bfloat16_weights(call, folder, short, tmp_path):
+    assert call("learn", folder, short, "--state", tmp_path / "s", "--dtype", "bfloat16").exit_code == 0
+    result = call("learn", folder, short, "--state", tmp_path / "s")
+    assert result.exit_code == 2
+    assert "another model" in result.stderr
+
+
+def test_stacked_weights_stay_as_they_were(call, folder, short, tmp_path):
+    before = (folder / "model.safetensors").read_bytes()
+    assert call("learn", folder, short, "--state", tmp_path / "s").exit_code == 0
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert torch.is_grad_enabled()
