@@ -197,6 +197,7 @@ def test_a_compact_file_holds_factors_where_they_are_smaller(make, ids, tmp_path
     [
         (lambda m, ids: stack_levels(m, [Level(None)]), "could ever be updated"),
         (lambda m, ids: stack_levels(m, TWO, context=6), "multiple of the fastest"),
+        (lambda m, ids: stack_levels(m, [Level(8)], context=3), "or divide it"),
         (lambda m, ids: stack_levels(m, TWO, "width", width=0), "width must be"),
         (lambda m, ids: stack_levels(m, TWO, "width", target_modules=["up_proj"]), "target_modules"),
         (lambda m, ids: stack_levels(m, TWO, meta_grad="some"), "meta_grad"),

@@ -68,8 +68,9 @@ class Learner:
 
     @property
     def chunk_size(self) -> int:
-        """Tokens between two boundaries."""
-        return self.levels[self.fast[0]].chunk_size
+        """Tokens that run at once and give one gradient: the fastest level's chunk, or a shorter context."""
+        size = self.levels[self.fast[0]].chunk_size
+        return min(size, self.context) if self.context else size
 
     def start(self, tokens: Tensor) -> StreamState:
         """The state of streams of which nothing is read yet."""

@@ -118,8 +118,9 @@ def stack_levels(
         variant: "sequential", "nested" (decision D12), or "independent": added blocks side by side, in place of one
             behind the other ("width" only).
         meta_grad: how an outer loss is differentiated: "full", "first_order" or "none" (decision D9).
-        context: tokens after which attention begins anew at a chunk's start, so that a stream of any length takes
-            bounded memory; what the levels learned stays. None keeps every key and value.
+        context: tokens after which attention begins anew, so that a stream of any length takes bounded memory; what
+            the levels learned stays. A multiple of the fastest chunk_size, or a part of it. None keeps every key and
+            value.
 
     Returns:
         The same object, of a subclass of its class. It is called as before; `past_key_values` carries what it learned.
@@ -176,8 +177,10 @@ def _check_context(context: int | None, levels: Sequence[Level]) -> int | None:
     if context is None:
         return None
     size = next((level.chunk_size for level in levels if not level.frozen), 1)
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1 or context % size:
-        raise ValueError(f"context must be a multiple of the fastest level's chunk_size {size}; got {context!r}")
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1 or (context % size and size % context):
+        raise ValueError(
+            f"context must be a multiple of the fastest level's chunk_size {size}, or divide it; got {context!r}"
+        )
     return context
 
 
