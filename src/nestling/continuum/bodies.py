@@ -19,26 +19,27 @@ Layers = list[CacheLayerMixin]
 
 
 class Body(ABC):
-    """A causal language model in parts."""
+    """A causal language model in parts, with the names that Llama gave them."""
 
-    model: PreTrainedModel
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
 
     @property
-    @abstractmethod
     def blocks(self) -> int:
         """Number of decoder blocks."""
+        return len(self.model.model.layers)
 
-    @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> hidden [B, T, D]."""
+        return self.model.model.embed_tokens(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, D] -> logits [B, T, V]."""
+        return self.model.lm_head(self.model.model.norm(hidden))
 
     @abstractmethod
     def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
         """Through the blocks start..stop; `layers`, the cache's of all blocks, go on in place."""
-
-    @abstractmethod
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [B, T, D] -> logits [B, T, V]."""
 
     @abstractmethod
     def mark(self, layer: CacheLayerMixin) -> Any:
@@ -55,16 +56,6 @@ class Body(ABC):
 
 class AttentionBody(Body):
     """A Llama-family model: `model.model.layers` with a rotary embedding outside, and `lm_head`."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    @property
-    def blocks(self) -> int:
-        return len(self.model.model.layers)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.model.model.embed_tokens(ids)
 
     def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
         if start == stop:
@@ -83,9 +74,6 @@ class AttentionBody(Body):
                 position_embeddings=rotary,
             )  # fmt: skip
         return hidden
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model.norm(hidden))
 
     def mark(self, layer: CacheLayerMixin) -> int:
         return layer.get_seq_length()

@@ -21,25 +21,12 @@ LONG_CONTEXT = 8192  # tokens of a context where the configuration sets no limit
 class HopeBody(Body):
     """Decoder layers whose state is a value in their cache layer; that value is its own mark."""
 
-    def __init__(self, model: HopeForCausalLM) -> None:
-        self.model = model
-
-    @property
-    def blocks(self) -> int:
-        return len(self.model.model.layers)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.model.model.embed_tokens(ids)
-
     def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
         tokens, signature = hidden.shape[1], self.model.model.signature
         for block, cached in zip(self.model.model.layers[start:stop], layers[start:stop]):
             hidden, state = block(hidden, cached.state, None)
             cached.store(state, tokens, signature)
         return hidden
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model.norm(hidden))
 
     def mark(self, layer: HopeCacheLayer) -> tuple[Any, int]:
         return layer.state, layer.tokens
