@@ -183,7 +183,7 @@ def test_numbers_and_tables():
         show.update_page(page, {"cpu": {"parts": {}}})
 
 
-@pytest.mark.parametrize("name", ["docs/benchmarks.md", "README.md"])
+@pytest.mark.parametrize("name", ["docs/benchmarks.md", "docs/continuum.md", "README.md"])
 def test_the_page_says_what_the_results_say(name):
     """No page holds a figure that is not in the committed results."""
     root = Path(__file__).parents[2]

@@ -24,7 +24,9 @@ def test_an_unknown_experiment_is_named(tmp_path):
         update_page("<!-- experiment quality -->\n<!-- end -->", tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/experiments.md", "docs/experiments_optimizers.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/experiments{name}.md" for name in ("", "_optimizers", "_continual"))]
+)
 def test_committed_pages_show_the_committed_results(page):
     text = (ROOT / page).read_text()
     assert update_page(text, ROOT / "experiments") == text

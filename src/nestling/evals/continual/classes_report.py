@@ -54,7 +54,7 @@ def table(summary: dict[str, Any]) -> str:
                 cost = [f"{g[k]['mean'] / 1000:.1f}" for k in ("forwards", "backwards")]
                 rows.append([g["contender"], *cells, f"{g['parameters']:,}", *cost, f"{g['seconds']['mean']:.0f}"])
         text += f"{data}, {model}:\n\n" + markdown(header, rows) + "\n"
-    text += f"Mean ± standard deviation over {summary['seeds']} seeds (orders of classes, texts). Every class is "
+    text += f"Mean ± standard deviation over up to {summary['seeds']} seeds (orders of classes, texts). Every class is "
     text += f"met in {summary['shots']} examples, once, and tested on {summary['tests']} texts; at the end over all "
     text += "classes. Forgetting: a group's best earlier accuracy minus its last, mean over groups. Calibrated: each "
     text += "name's log-probability behind texts without content is subtracted. Attention reaches "
