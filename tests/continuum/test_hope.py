@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nestling import HopeConfig, HopeForCausalLM
 from nestling.generation import load_state, save_state
+from streams import read
 
 LEVELS = [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": 8, "lr": 0.2}, {"chunk_size": None}]
 
@@ -20,16 +21,6 @@ def hope(levels=LEVELS, mixer="attention", dtype=torch.float64, **changes):
     config = HopeConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mixer=mixer,
                         cms_levels=levels, **changes)  # fmt: skip
     return HopeForCausalLM(config).to(dtype).eval()
-
-
-@torch.no_grad()
-def read(model, ids, cuts=()):
-    cache, logits = None, []
-    for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
-        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits.append(out.logits)
-    return torch.cat(logits, 1), cache
 
 
 @pytest.mark.parametrize("mixer", ["attention", "selfmod"])

@@ -11,19 +11,9 @@ from torch.nn import functional as F
 
 from nestling import Level, stack_levels
 from nestling.continuum.inner import OPTIMIZERS
+from streams import read
 
 TWO = [Level(4, lr=0.5), Level(8, lr=0.25)]
-
-
-@torch.no_grad()
-def read(model, ids, cuts=()):
-    """Logits of a stream fed in pieces, and the cache behind it."""
-    cache, logits = None, []
-    for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
-        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits.append(out.logits)
-    return torch.cat(logits, 1), cache
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
