@@ -4,11 +4,16 @@ import torch
 
 
 @torch.no_grad()
-def read(model, ids, cuts=()):
-    """Logits of a stream fed in pieces, and the cache behind it."""
+def read(model, ids, cuts=(), ahead=False):
+    """Logits of a stream fed in pieces, and the cache behind it.
+
+    ahead: each piece comes with the token that follows it.
+    """
     cache, logits = None, []
     for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
-        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+        piece, known = ids[:, begin:end], ids[:, end : end + 1]
+        known = known if ahead and known.numel() else None
+        out = model(piece, past_key_values=cache, use_cache=True, following=known)
         cache = out.past_key_values
         logits.append(out.logits)
     return torch.cat(logits, 1), cache

@@ -58,18 +58,28 @@ def test_one_boundary_is_a_step_by_hand(make, ids):
     placement=st.sampled_from(["depth", "width"]),
     variant=st.sampled_from(["sequential", "nested"]),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    ahead=st.booleans(),
 )
-def test_cuts_change_nothing(made, cuts, placement, variant, optimizer):
+def test_cuts_change_nothing(made, cuts, placement, variant, optimizer, ahead):
     model, ids = made
     levels = [Level(4, lr=0.1, optimizer=optimizer, clip=1.0), Level(8, lr=0.05, optimizer=optimizer, decay=0.1)]
     stacked = stack_levels(copy.deepcopy(model), levels, placement, variant=variant)
     want, whole = read(stacked, ids)
-    got, parts = read(stacked, ids, sorted(cuts))
+    got, parts = read(stacked, ids, sorted(cuts), ahead)
     close = 1e-6 if optimizer == "adamw" else 1e-9  # it divides gradients near zero by their own size
     torch.testing.assert_close(got, want, rtol=close, atol=close)
     for a, b in zip(whole.levels.levels, parts.levels.levels, strict=True):
         assert (a.updates, a.count) == (b.updates, b.count) and a.updates > 0
         torch.testing.assert_close(a.deltas, b.deltas, rtol=close, atol=close)
+
+
+def test_a_known_next_token_closes_a_chunk_at_once(made):
+    model, ids = made
+    stacked = stack_levels(copy.deepcopy(model), TWO)
+    cache = stacked(ids[:, :8], use_cache=True, following=ids[:, 8:9]).past_key_values
+    assert cache.levels.tokens.shape[1] == 0 and [s.updates for s in cache.levels.levels] == [2, 1]
+    with pytest.raises(ValueError, match=r"following must be \[2, 1\]"):
+        stacked(ids[:, :8], following=ids[:, 8:10])
 
 
 def test_streams_do_not_mix(make, ids):

@@ -193,6 +193,21 @@ def test_a_request_to_stop_leaves_a_checkpoint(model, write, session):
     assert measures(whole.run()) == measures(again.run())
 
 
+def test_two_sessions_do_not_write_one_file(model, small_model, write, session):
+    tried = []
+
+    def intrude(first):
+        before = first.path.read_bytes()
+        with pytest.raises(ValueError, match="written by another session"):
+            session(small_model(), [write("b.txt")], new=True).run()
+        assert first.path.read_bytes() == before
+        tried.append(first)
+
+    session(model, [write("a.txt", 60)], show=intrude).run()
+    assert tried
+    session(small_model(), [write("b.txt")], new=True).run()  # now anybody may
+
+
 def test_changed_texts_or_settings_are_refused(model, write, session):
     texts = [write("a.txt"), write("b.txt")]
     with pytest.raises(Killed):

@@ -77,12 +77,13 @@ class Learner:
         return StreamState((None,) * len(self.levels), tokens[:, :0], None, None)
 
     def read(
-        self, ids: Tensor, layers: Layers, state: StreamState | None, keep: int = 0
+        self, ids: Tensor, layers: Layers, state: StreamState | None, keep: int = 0, following: Tensor | None = None
     ) -> tuple[Tensor, Layers, StreamState]:
         """Read the next T tokens.
 
         Args:
             ids: [B, T].  layers: the cache's, of all blocks; they stay as they are.  keep: last logits wanted, 0: all.
+            following: [B, 1], the token behind `ids` if it is known: a whole chunk that ends here is learned at once.
 
         Returns:
             Logits [B, T or keep, V], the cache layers and the state behind the tokens.
@@ -103,9 +104,10 @@ class Learner:
             count = min(size - state.tokens.shape[1], ahead.shape[1])
             piece, hidden = ids[:, at : at + count], ahead[:, :count]
             ahead, at = (ahead[:, count:] if ahead.shape[1] > count else None), at + count
-            if count == size and at < ids.shape[1]:
+            target = ids[:, at : at + 1] if at < ids.shape[1] else following
+            if count == size and target is not None:
                 moved = replace(state, position=state.position + count)
-                out, layers, state = self._learn(hidden, piece, ids[:, at : at + 1], layers, moved, outer)
+                out, layers, state = self._learn(hidden, piece, target, layers, moved, outer)
             else:
                 start = self._marks(layers) if state.start is None else state.start
                 with applied(*self.adapted(state), fixed=outer and self.meta_grad == "none"):

@@ -40,19 +40,29 @@ class Learning:
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        following: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """A forward that learns from `input_ids` [B, T], B streams; the cache carries them.
+
+        Args:
+            following: the next tokens [B, 1], where they are known already: a chunk that ends here is then learned at
+                once, and not read again with the next call, which must begin with them.
 
         Raises:
             ValueError: padding, or inputs that are not token ids: a level learns from the tokens it reads.
         """
         self._check_read(input_ids, attention_mask, past_key_values)
+        if following is not None and tuple(following.shape) != (input_ids.shape[0], 1):
+            raise ValueError(f"following must be [{input_ids.shape[0]}, 1], one token behind each row of input_ids; "
+                             f"got {tuple(following.shape)}")  # fmt: skip
         cache = self._new_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, LevelsCache):
             cache.__class__ = LevelsCache  # what generate() made: it carries levels from here on
         fill(cache, self.learner.body.blocks)
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
-        logits, cache.layers, cache.levels = self.learner.read(input_ids, cache.layers, cache.levels, keep)
+        logits, cache.layers, cache.levels = self.learner.read(
+            input_ids, cache.layers, cache.levels, keep, following
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)

@@ -80,11 +80,15 @@ class Stacked(Learning):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        following: Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """As the model's own forward; levels learn from `input_ids` while it reads, and the cache carries them."""
+        """As the model's own forward; levels learn from `input_ids` while it reads, and the cache carries them.
+
+        following: see `Learning.read`.
+        """
         if self.reads:
-            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep)
+            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, following)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, labels=labels,
             use_cache=use_cache, logits_to_keep=logits_to_keep, **options,

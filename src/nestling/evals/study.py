@@ -77,9 +77,13 @@ class StudyWork(ABC):
         head = {"kind": job.kind, "key": job.key, "fingerprint": self.fingerprint(job)}
         return head | asdict(job) | row | {"seconds": time.thread_time() - started} | versions()
 
+    def reads(self, job: Any) -> str:
+        """A fingerprint of the data that a job reads."""
+        return self.data
+
     def fingerprint(self, job: Any) -> str:
         contender = asdict(self.settings.contender(job.contender))
-        text = json.dumps([self.settings.decisive(job), contender, self.data], sort_keys=True)
+        text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def told(self, job: Any, row: dict[str, Any]) -> str:

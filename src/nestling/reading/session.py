@@ -108,19 +108,21 @@ class Session:
 
         Raises:
             Stopped: `stop` was set; a checkpoint has been written, and the same session goes on from it.
-            ValueError: a pipe that is empty or no text.
+            ValueError: a pipe that is empty or no text, or another session is at the same file.
         """
-        notes = self.notes
-        if notes.done:
-            return self.result()
+        if not self.notes.done:
+            with store.alone(self.path):
+                self._run(stop)
+        return self.result()
+
+    def _run(self, stop: Event | None) -> None:
         if not self.resumed:
             self._score_held_out(None)
             self._save()  # a place that cannot be written shows before anything is read
-        for index in range(notes.document, len(self.texts)):
+        for index in range(self.notes.document, len(self.texts)):
             self._document(self.texts[index], stop)
-        notes.done = True
+        self.notes.done = True
         self._save()
-        return self.result()
 
     def _document(self, text: Text, stop: Event | None) -> None:
         notes = self.notes
@@ -166,7 +168,10 @@ class Session:
         if not ids:
             return False
         levels = None if self.cache.levels is None else self.cache.levels.levels
-        out = self.model(torch.tensor([ids], device=self._device), past_key_values=self.cache, use_cache=True)
+        known = torch.tensor([following], device=self._device) if following else None
+        out = self.model(
+            torch.tensor([ids], device=self._device), past_key_values=self.cache, use_cache=True, following=known
+        )
         self.cache = out.past_key_values
         targets = ids[1:] + following
         found = log_probabilities(out.logits[0, : len(targets)], torch.tensor(targets, device=self._device))

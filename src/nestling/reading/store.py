@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from nestling.continuum.cache import LevelsCache
 from nestling.generation import load_notes, load_state, save_state
@@ -31,3 +35,22 @@ def load(path: Path, model: PreTrainedModel) -> tuple[LevelsCache, dict[str, Any
     if kept is not None and kept.get("format") != FORMAT:
         raise ValueError(f"{path} holds a reading session of another version: start without it")
     return cache, None if kept is None else kept["reading"]
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside, no other session writes this file; the system lets go of it when a process dies.
+
+    Raises:
+        ValueError: another session is at it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{path} is being written by another session: wait for it, or name another file") from None
+    try:
+        yield
+    finally:
+        lock.release()

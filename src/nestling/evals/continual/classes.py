@@ -116,9 +116,14 @@ class ClassesWork(ContinualWork):
     """Does the jobs; `folders` holds the data sets by name."""
 
     def __init__(self, settings: Classes, folders: dict[str, str]) -> None:
-        marks = {name: intents.load(folder, name).fingerprint for name, folder in folders.items()}
-        super().__init__(settings, str(sorted(marks.items())))
+        super().__init__(settings)
         self.folders = folders
+
+    def reads(self, job: ClassJob) -> str:
+        names = {job.data}
+        if self.settings.contender(job.contender).options.get("model") in OURS:
+            names.add(self.settings.sources[job.data])
+        return str([(name, intents.load(self.folders[name], name).fingerprint) for name in sorted(names)])
 
     def start(self, contender: Contender, data: str) -> tuple[Any, Any]:
         """The model and tokenizer a contender begins with on a data set."""

@@ -228,6 +228,7 @@ class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        following: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the mean next-token loss if there are labels.
@@ -235,13 +236,14 @@ class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T], input_ids with -100 where no loss is taken; shifted inside.
             logits_to_keep: compute logits for the last so many tokens (0: all), or for these indices.
+            following: the next tokens, for levels that learn from what is read (`Learning.read`).
             Others as in HopeModel.
         """
         if labels is not None:
             check_ids(labels, self.config.vocab_size, name="labels", ignore=-100)
         if self.reads:
             self._check_call(input_ids, inputs_embeds, position_ids, past_key_values, kwargs)
-            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep)
+            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, following)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
