@@ -41,6 +41,14 @@ def test_only_the_levels_initial_states_move_and_they_learn_to_adapt(converted, 
         assert load_stacked(tmp_path / "run" / "latest")(ids, labels=ids).loss < before(ids, labels=ids).loss
 
 
+def test_keeping_less_for_the_backward_pass_changes_nothing(converted, tmp_path):
+    options = ["--trained", "levels", "--steps", "3"]
+    want = train(converted, tmp_path / "whole", *options)
+    got = train(converted, tmp_path / "less", *options, "--gradient-checkpointing")
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_run_that_stopped_goes_on_bit_for_bit(converted, tmp_path):
     want = train(converted, tmp_path / "whole", "--steps", "6")
     train(converted, tmp_path / "parts", "--steps", "6", "--save-every", "3", "--keep", "9")

@@ -16,7 +16,9 @@ def main(
     level: Annotated[
         list[str] | None,
         typer.Option(
-            "--level", "-l", metavar="CHUNK[,NAME=VALUE...]",
+            "--level",
+            "-l",
+            metavar="CHUNK[,NAME=VALUE...]",
             help="A level, fastest first: its chunk size in tokens and options (lr, optimizer, momentum, clip, decay).",
         ),
     ] = None,

@@ -43,6 +43,10 @@ def main(
     threads: Annotated[int | None, typer.Option(help="CPU threads (0: torch's choice).", rich_help_panel=RUN)] = None,
     precision: Annotated[str | None, typer.Option(help="float32, or bf16 (mixed).", rich_help_panel=RUN)] = None,
     compile: Annotated[bool | None, typer.Option(help="Use torch.compile.", rich_help_panel=RUN)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(help="Keep less for the backward pass, and compute it again.", rich_help_panel=RUN),
+    ] = None,
     track: Annotated[
         list[str] | None, typer.Option(help="Also log to trackio, tensorboard or wandb.", rich_help_panel=RUN)
     ] = None,
@@ -146,6 +150,7 @@ def main(
         "threads": threads,
         "precision": precision,
         "compile": compile,
+        "gradient_checkpointing": gradient_checkpointing,
         "model.name": model if init is None else str(init),
         "data.tokenizer": tokenizer,
         "trained": trained,

@@ -10,6 +10,7 @@ is learned: they run over many chunks at once.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nestling.continuum.bodies import Body, Layers
 from nestling.continuum.inner import begin, squares, update, wide
 from nestling.continuum.pace import is_due
+from nestling.continuum.recompute import filled, recomputed, undivided
 from nestling.continuum.state import LevelState, StreamState, begin_level, waits
 from nestling.continuum.weights import FastLinear, Seen, applied, frozen
 from nestling.levels.schedule import Level
@@ -44,6 +46,8 @@ class Learner:
             the adapted weights; "none", the levels' initial states get no gradient at all.
         context: tokens after which the sequence layers begin anew, None for never.
         context_length: levels whose chunk is as long do not learn inside a context (decision D10).
+        recompute: for an outer loss keep only the states between pieces of PIECE tokens, and compute each piece again
+            in the backward pass (decision D9).
     """
 
     levels: tuple[Level, ...]
@@ -54,6 +58,7 @@ class Learner:
     meta_grad: str = "first_order"
     context: int | None = None
     context_length: int | float = float("inf")
+    recompute: bool = False
 
     @property
     def fast(self) -> list[int]:
@@ -89,6 +94,32 @@ class Learner:
             Logits [B, T or keep, V], the cache layers and the state behind the tokens.
         """
         state = self.start(ids) if state is None else state
+        if not (self.recompute and torch.is_grad_enabled()):
+            with undivided(self.body.model.model.layers):
+                return self._read(ids, layers, state, keep, following)
+        logits, at = [], 0
+        parameters = [p for p in self.body.model.parameters() if p.requires_grad]
+        while at < ids.shape[1]:
+            stop = at + self._piece(state.position)
+            target = ids[:, stop : stop + 1] if stop < ids.shape[1] else following
+            values = (ids[:, at:stop], [vars(layer) for layer in layers], state, target)
+            out, kept, state = recomputed(functools.partial(self._again, layers), values, parameters)
+            layers = [filled(layer, values) for layer, values in zip(layers, kept, strict=True)]
+            logits.append(out)
+            at = stop
+        return torch.cat(logits, 1)[:, -keep:], layers, state
+
+    def _again(self, like: Layers, values: tuple) -> tuple:
+        """`_read` from values to values; `like` are cache layers of the right kinds."""
+        ids, kept, state, following = values
+        layers = [filled(layer, mine) for layer, mine in zip(like, kept, strict=True)]
+        with undivided(self.body.model.model.layers):
+            logits, layers, state = self._read(ids, layers, state, 0, following)
+        return logits, [vars(layer) for layer in layers], state
+
+    def _read(
+        self, ids: Tensor, layers: Layers, state: StreamState, keep: int, following: Tensor | None
+    ) -> tuple[Tensor, Layers, StreamState]:
         layers = [copy.copy(layer) for layer in layers]
         size, outer, at, logits = self.chunk_size, torch.is_grad_enabled(), 0, []
         ahead = None  # what the lower blocks made of the tokens that come next

@@ -59,10 +59,10 @@ class Learning:
         if not isinstance(cache, LevelsCache):
             cache.__class__ = LevelsCache  # what generate() made: it carries levels from here on
         fill(cache, self.learner.body.blocks)
+        asked = any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
+        self.learner.recompute = asked and self.training
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
-        logits, cache.layers, cache.levels = self.learner.read(
-            input_ids, cache.layers, cache.levels, keep, following
-        )
+        logits, cache.layers, cache.levels = self.learner.read(input_ids, cache.layers, cache.levels, keep, following)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
@@ -132,9 +132,7 @@ class Learning:
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of the levels' state of `batch` streams, known before anything is read."""
         learner = self.learner
-        return sum(
-            level_bytes(learner.levels[i], learner.modules[i], batch, learner.chunk_size) for i in learner.fast
-        )
+        return sum(level_bytes(learner.levels[i], learner.modules[i], batch, learner.chunk_size) for i in learner.fast)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import register_dataclass, tree_leaves, tree_map_only
 
 from nestling.continuum.inner import Slots, begin
 from nestling.continuum.pace import Pace, begin_pace
@@ -78,6 +78,10 @@ class StreamState:
         """Bytes of what the levels hold (differences, gradient sums, optimiser memory)."""
         held = [[getattr(s, n) for n in _TENSORS] for s in self.levels if s is not None]
         return sum(t.numel() * t.element_size() for t in tree_leaves(held) if isinstance(t, Tensor))
+
+
+for kind in (LevelState, StreamState):
+    register_dataclass(kind)
 
 
 def waits(level: Level, chunk_size: int) -> bool:

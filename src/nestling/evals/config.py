@@ -10,7 +10,8 @@ from typing import Any
 
 from nestling.training.config import TrainConfig
 
-MACHINE = ("out", "device", "compile", "threads", "logging")  # options of a training run that decide no result
+# options of a training run that decide no result
+MACHINE = ("out", "device", "compile", "gradient_checkpointing", "threads", "logging")
 
 _SMOKE = {
     "steps": 4,

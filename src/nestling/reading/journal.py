@@ -30,9 +30,7 @@ class Journal:
         offset: in the pipe, of the first byte to read.  stop: ends a wait for new bytes.
     """
 
-    def __init__(
-        self, path: Path, session: str, pipe: BinaryIO, offset: int = 0, stop: Event | None = None
-    ) -> None:
+    def __init__(self, path: Path, session: str, pipe: BinaryIO, offset: int = 0, stop: Event | None = None) -> None:
         self._path, self._session, self._pipe, self._stop = path, session, pipe, stop
         head = self._head() if path.is_file() else None
         if head is None:

@@ -90,7 +90,6 @@ class Notes:
             notes.open = Open(**{**values["open"], "levels": levels})
         return notes
 
-
     def totals(self) -> list[dict[str, Any]]:
         """What every level did, over all documents."""
         rows = [row["levels"] for row in self.rows]

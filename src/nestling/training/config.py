@@ -166,7 +166,9 @@ class TrainConfig(Settings):
     `trained` says which weights the optimiser moves: "all", or "levels", where the levels that learn in a context begin
     (the short continued training after which a converted model's levels know how to adapt).
     `precision` is "float32" or "bf16" (autocast; weights stay float32). `threads` limits the CPU threads (0: torch's
-    choice); with more threads than free cores small products become many times slower.
+    choice); with more threads than free cores small products become many times slower. `gradient_checkpointing` keeps
+    less for the backward pass and computes it again: layer by layer, or with levels that learn in the context piece by
+    piece.
     """
 
     out: str = "runs/default"
@@ -176,6 +178,7 @@ class TrainConfig(Settings):
     threads: int = 0
     precision: str = "float32"
     compile: bool = False
+    gradient_checkpointing: bool = False
     trained: str = "all"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -112,6 +112,8 @@ class Trainer:
             check_same_run(state, config, self.corpus.fingerprint)
         self.model = self._make_model(model, source).to(self.device)
         self.model.train()
+        if config.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
         self._called = torch.compile(self.model) if config.compile else self.model
         self.schedule = self._make_schedule()
         if config.trained == "levels":

@@ -8,7 +8,8 @@ from typing import Any
 from nestling.training import checkpoint
 from nestling.training.config import TrainConfig
 
-MAY_CHANGE = ("out", "steps", "device", "threads", "compile", "logging", "data.cache_dir")  # in a resumed run
+# in a resumed run
+MAY_CHANGE = ("out", "steps", "device", "threads", "compile", "gradient_checkpointing", "logging", "data.cache_dir")
 
 
 def find_checkpoint(out: str | Path, resume: bool) -> tuple[Path | None, list[str]]:

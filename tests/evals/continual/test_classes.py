@@ -160,8 +160,9 @@ def test_levels_and_fine_tuning_of_the_same_weights_change_as_many(model, form):
 
 def test_a_context_is_filled_up_to_the_window_and_balanced_over_classes(model, texts, form):
     stream = intents.draw(texts, 2, 3, 2, seed=0)
-    latest, balanced = student(model, form, "in-context", choice="latest"), student(
-        model, form, "in-context", choice="balanced"
+    latest, balanced = (
+        student(model, form, "in-context", choice="latest"),
+        student(model, form, "in-context", choice="balanced"),
     )
     for group in stream.groups:
         latest.learn(group)

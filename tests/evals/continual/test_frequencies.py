@@ -39,7 +39,7 @@ def test_needles_lie_where_they_say_behind_sentences(settings, books):
     for needle in stack.needles:
         said = tokenizer.decode(stack.ids[needle.start : needle.stop])
         assert said == f" One of the special magic numbers for {needle.key} is: {needle.number}."
-        assert tokenizer.decode(stack.ids[:needle.start])[-1:] in ("", ".", "?")
+        assert tokenizer.decode(stack.ids[: needle.start])[-1:] in ("", ".", "?")
     assert stack.straw.count(False) == sum(n.stop - n.start for n in stack.needles)
     held = settings.length - settings.length % settings.context
     assert [n.start >= held for n in stack.needles] == [False, False, True, True]

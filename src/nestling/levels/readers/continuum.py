@@ -57,9 +57,7 @@ def level_kinds(levels: tuple[Level, ...], context_length: int) -> list[str]:
     return kinds
 
 
-def _fast_level(
-    module: ContinuumMemory, place: Place, index: int, level: Level, summed: Frequency | None
-) -> Parts:
+def _fast_level(module: ContinuumMemory, place: Place, index: int, level: Level, summed: Frequency | None) -> Parts:
     """A block of the layer that learns inside the context; the module's own weights are where it begins."""
     block = module.blocks[index]
     macs = sum(p.numel() for p in block.parameters() if p.ndim == 2)
