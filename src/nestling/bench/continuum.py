@@ -45,7 +45,7 @@ def reading(settings: Settings) -> Table:
     """Tokens a second of one stream: a model that learns while it reads, beside the same model plain and fine-tuned."""
     s, model = settings, _model(settings)
     tokens = max(CHUNKS)
-    ids = torch.randint(model.config.vocab_size, (1, tokens + 1), device=s.device)  # the last chunk has its target
+    ids = torch.randint(model.config.vocab_size, (1, tokens + 1), device=s.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def plain() -> None:
@@ -55,7 +55,7 @@ def reading(settings: Settings) -> Table:
     def read(other: PreTrainedModel) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad(), s.autocast():
-                other(ids, use_cache=True)
+                other(ids[:, :tokens], use_cache=True, following=ids[:, tokens:])  # the last chunk is learned too
 
         return run
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+JOIN = 32  # rows of x from which a second product costs more than a sum of two matrices
+
 
 class Seen(NamedTuple):
     """What Delta Gradient Descent needs of a chunk: sums over its tokens.
@@ -32,11 +34,14 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, i] -> [B, T, o]."""
-        y = F.linear(x, self.weight.detach() if self.fixed else self.weight, self.bias)
+        weight = self.weight.detach() if self.fixed else self.weight
+        if self.delta is not None and self.delta.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{self.delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
+        if self._joins(x):
+            return F.linear(x, weight + self.delta[0], self.bias)
+        y = F.linear(x, weight, self.bias)
         if self.delta is None:
             return y
-        if self.delta.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{self.delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
         delta = self.delta.to(x.dtype)
         # one product for all rows is faster than a batch of products of one
         learned = F.linear(x, delta[0]) if delta.shape[0] == 1 else x @ delta.transpose(-1, -2)
@@ -44,6 +49,17 @@ class FastLinear(nn.Linear):
             a, b = learned.to(self.delta.dtype), x.to(self.delta.dtype)
             self.seen = Seen(a.transpose(-1, -2) @ b, b.square().sum((-1, -2)))
         return y + learned
+
+    def _joins(self, x: Tensor) -> bool:
+        """Whether W + D is made first: one product forward and one less backward, for a pass over the weights.
+
+        Not in a smaller type, which would round D away.
+        """
+        return (
+            self.delta is not None and self.delta.shape[0] == 1 and not self.watched
+            and x.dtype == self.weight.dtype == self.delta.dtype and not torch.is_autocast_enabled(x.device.type)
+            and x.shape[:-1].numel() >= JOIN
+        )  # fmt: skip
 
 
 def make_fast(module: nn.Linear) -> FastLinear:

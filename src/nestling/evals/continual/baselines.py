@@ -23,15 +23,30 @@ from nestling.optim import M3
 
 
 class Speller(ClassLearner):
-    """A language model that spells the name of the class."""
+    """A language model that spells the name of the class.
+
+    Options: choice (examples that stand before every text, as many as the window holds: the "latest", or "balanced",
+    as many of each class as of the others; without it none do).
+    """
 
     def __init__(self, kit: Kit, contender: Contender) -> None:
         super().__init__(kit, contender)
         self.model = learner(kit.model, contender)
+        self.seen: list[Example] = []
 
-    def context(self, classes: Sequence[int]) -> list[int]:
+    def context(self) -> list[int]:
         """What stands before every text."""
-        return []
+        if "choice" not in self.options:
+            return []
+        order = _balanced(self.seen, self.draw) if self.options["choice"] == "balanced" else self.seen[::-1]
+        chosen, size = [], 0
+        for example in order:
+            ids = self.kit.form.example(example.text, example.label)
+            if size + len(ids) > self.kit.window - 64:  # room for the text
+                break
+            chosen.append(ids)
+            size += len(ids)
+        return [token for ids in chosen[::-1] for token in ids]
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -40,12 +55,13 @@ class Speller(ClassLearner):
             yield
 
     def learn(self, group: Sequence[Example]) -> None:
-        """Without learning there is nothing to do."""
+        """Without learning there is nothing to do but to keep what may stand in the context."""
+        self.seen += group
 
     def answer(self, texts: Sequence[str], classes: Sequence[int]) -> dict[str, list[int]]:
         form, trie = self.kit.form, self.kit.form.trie(classes)
         with torch.no_grad(), self.ready():
-            context = prefilled(self.model, self.context(classes))
+            context = prefilled(self.model, self.context())
             given = prior(self.model, form, trie, context, self._batch)
             prompts = [form.prompt(t) for t in texts]
             found = classify(self.model, prompts, trie, (None, given), context, self._batch)
@@ -53,11 +69,12 @@ class Speller(ClassLearner):
 
     @property
     def _batch(self) -> int:
-        return self.kit.batch
+        # with a context every row holds the whole of it
+        return max(1, self.kit.batch // 4) if "choice" in self.options else self.kit.batch
 
 
 class Levels(Speller):
-    """Levels learn while the stream is read; at a test there is no context."""
+    """Levels learn while the stream is read; at a test it is out of the context, but for the examples of a `choice`."""
 
     def __init__(self, kit: Kit, contender: Contender) -> None:
         super().__init__(kit, contender)
@@ -72,6 +89,7 @@ class Levels(Speller):
             yield
 
     def learn(self, group: Sequence[Example]) -> None:
+        super().learn(group)
         ids = self.tokens(group)
         if self.contender.levels:
             _, self.cache = read(self.model, torch.tensor([ids]), self.cache)
@@ -81,35 +99,6 @@ class Levels(Speller):
                 self.cache.forget_context()
         self.forwards += len(ids)
         self.backwards += self.share * len(ids)
-
-
-class InContext(Speller):
-    """The last examples, or as many of each class as of the others, stand before every text."""
-
-    def __init__(self, kit: Kit, contender: Contender) -> None:
-        super().__init__(kit, contender)
-        self.seen: list[Example] = []
-
-    def learn(self, group: Sequence[Example]) -> None:
-        self.seen += group
-
-    def context(self, classes: Sequence[int]) -> list[int]:
-        if self.options.get("choice") == "balanced":
-            order = _balanced(self.seen, self.draw)
-        else:
-            order = self.seen[::-1]
-        chosen, size = [], 0
-        for example in order:
-            ids = self.kit.form.example(example.text, example.label)
-            if size + len(ids) > self.kit.window - 64:  # room for the text
-                break
-            chosen.append(ids)
-            size += len(ids)
-        return [token for ids in chosen[::-1] for token in ids]
-
-    @property
-    def _batch(self) -> int:
-        return max(1, self.kit.batch // 4)  # every row holds the whole context
 
 
 class FineTuned(Speller):
@@ -135,7 +124,6 @@ class FineTuned(Speller):
         self.optimizer, self.fisher, self.anchor = None, None, None
         if self.options.get("optimizer") == "m3":
             self.optimizer = M3(self.tuned, self.options["lr"], betas=(0.9, 0.999, 0.9))
-        self.seen: list[Example] = []
         self.kept: list[list[int]] = []
 
     @contextmanager
@@ -154,7 +142,7 @@ class FineTuned(Speller):
             self._cost(len(ids))
             if "ewc" in o:
                 self._consolidate(group)
-        self.seen += group
+        super().learn(group)
         if "replay" in o:
             self._keep()
 
@@ -218,7 +206,7 @@ def _balanced(seen: Sequence[Example], draw: random.Random) -> list[Example]:
 METHODS: dict[str, type[ClassLearner]] = {
     "levels": Levels,
     "zero-shot": Speller,
-    "in-context": InContext,
+    "in-context": Speller,
     "finetune": FineTuned,
     "probe": LinearProbe,
     "class means": ClassMeans,
