@@ -38,13 +38,13 @@ class FastLinear(nn.Linear):
         if self.delta is not None and self.delta.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"{self.delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
         if self._joins(x):
-            return F.linear(x, weight + self.delta[0], self.bias)
+            return F.linear(x, weight + self.delta.squeeze(0), self.bias)
         y = F.linear(x, weight, self.bias)
         if self.delta is None:
             return y
         delta = self.delta.to(x.dtype)
         # one product for all rows is faster than a batch of products of one
-        learned = F.linear(x, delta[0]) if delta.shape[0] == 1 else x @ delta.transpose(-1, -2)
+        learned = F.linear(x, delta.squeeze(0)) if delta.shape[0] == 1 else x @ delta.transpose(-1, -2)
         if self.watched:
             a, b = learned.to(self.delta.dtype), x.to(self.delta.dtype)
             self.seen = Seen(a.transpose(-1, -2) @ b, b.square().sum((-1, -2)))

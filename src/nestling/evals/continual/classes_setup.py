@@ -22,14 +22,17 @@ def m3(*levels: tuple[int, float]) -> list[dict[str, Any]]:
 def contenders() -> list[Contender]:
     """All of them: those that start from the pre-trained model, then those from a small one of ours."""
     one, tuned, whole = m3((CHUNK, 6e-3)), {"lr": 2e-3, "size": CHUNK}, {"lr": 1e-4, "size": CHUNK}
+    shown = {"choice": "balanced"}  # examples that stand in the context at a test, as in in-context learning
     as_level = {"lr": 6e-3, "size": CHUNK, "optimizer": "m3"}
     found = [
         Contender("zero-shot", "zero-shot"),
-        Contender("in context, balanced", "in-context", options={"choice": "balanced"}),
+        Contender("in context, balanced", "in-context", options=shown),
         Contender("1 level", "levels", one, READING),
+        Contender("1 level, in context", "levels", one, READING, shown),
         Contender("2 levels", "levels", m3((CHUNK, 8e-3), (128, 1e-2)), READING),
         Contender("fine-tuning, same weights", "finetune", one, STACK, tuned),
         Contender("fine-tuning, same weights, M3", "finetune", one, STACK, as_level),
+        Contender("fine-tuning, same weights, M3, in context", "finetune", one, STACK, as_level | shown),
         Contender("fine-tuning, all weights", "finetune", options=whole),
         Contender("EWC, all weights", "finetune", options=whole | {"ewc": 1e3, "fisher": 15}),
         Contender("replay, same weights", "finetune", one, STACK, tuned | {"replay": 1.0, "buffer": WINDOW}),

@@ -28,7 +28,9 @@ from nestling.evals.work import Tell
 
 Row = Callable[[Job], dict[str, Any] | None]
 BASE = "no levels"
-STACK = {"blocks": [-6, -5, -4, -3, -2, -1], "target_modules": ["down_proj"]}  # divides by 1, 2 and 3 levels
+# blocks over the whole depth, as in `domains`; six divide by 1, 2 and 3 levels
+STACK = {"blocks": [1, 6, 11, 16, 21, 26], "target_modules": ["down_proj"]}
+RATES = {128: 5e-4, 512: 1e-3, 2048: 2e-3, 8192: 2e-3}  # by chunk size, chosen on tuning seeds
 TUNING_SEED = 100  # seeds from here on read the book that no other seed reads
 
 
@@ -66,8 +68,8 @@ class Frequencies(ContinualStudy):
 def defaults() -> Frequencies:
     """The experiment's settings."""
 
-    def levels(*sizes: int) -> Contender:  # the rate was chosen on a tuning seed
-        chosen = [{"chunk_size": size, "lr": 1e-3, "optimizer": "adamw"} for size in sizes]
+    def levels(*sizes: int) -> Contender:
+        chosen = [{"chunk_size": size, "lr": RATES[size], "optimizer": "adamw"} for size in sizes]
         return Contender(" + ".join(map(str, sizes)), "levels", chosen, STACK)
 
     further = Contender("attention over 4,096", "attention", options={"context": 4096})

@@ -40,6 +40,7 @@ Row = Callable[[Job], dict[str, Any] | None]
 BASE = "closed book"
 PROMPT = "Question: {question}\nAnswer: {opening}"
 BETWEEN = "\n\n"  # of two documents
+WIDTH = {"placement": "width", "width": 27}  # the state of two levels is under 5% of the model's weights
 
 
 @dataclass
@@ -75,7 +76,8 @@ def defaults() -> Knowledge:
         Contender("1 level", "levels", one),
         Contender("2 levels", "levels", levels(2e-4, 64, 256)),
         Contender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
-        Contender("2 levels, width", "levels", levels(5e-5, 64, 256), {"placement": "width", "width": 144}),
+        Contender("1 level, width", "levels", levels(5e-4, 64), WIDTH),
+        Contender("2 levels, width", "levels", levels(5e-4, 64, 256), WIDTH),
         Contender("fine-tuning, same weights", "finetune", one, options={"lr": 1e-4, "size": 64}),
         Contender("fine-tuning, all weights", "finetune", options={"lr": 1e-4, "size": 64}),
     ])  # fmt: skip
