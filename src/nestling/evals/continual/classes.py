@@ -113,17 +113,25 @@ def forgetting(stages: list[dict[str, Any]], variant: str) -> float:
 
 
 class ClassesWork(ContinualWork):
-    """Does the jobs; `folders` holds the data sets by name."""
+    """Does the jobs; `root` holds the data sets' folders (None: where NESTLING_DATA says)."""
 
-    def __init__(self, settings: Classes, folders: dict[str, str]) -> None:
+    def __init__(self, settings: Classes, root: str | Path | None = None) -> None:
         super().__init__(settings)
-        self.folders = folders
+        self.root = root
+        for name in settings.data:
+            self.load(name)  # a missing one is an error before the first run
+
+    def folder(self, name: str) -> str:
+        return "" if name == "letters" else str(intents.find(self.root, name))
+
+    def load(self, name: str) -> intents.Intents:
+        return intents.load(self.folder(name), name)
 
     def reads(self, job: ClassJob) -> str:
         names = {job.data}
         if self.settings.contender(job.contender).options.get("model") in OURS:
             names.add(self.settings.sources[job.data])
-        return str([(name, intents.load(self.folders[name], name).fingerprint) for name in sorted(names)])
+        return str([(name, self.load(name).fingerprint) for name in sorted(names)])
 
     def start(self, contender: Contender, data: str) -> tuple[Any, Any]:
         """The model and tokenizer a contender begins with on a data set."""
@@ -131,11 +139,11 @@ class ClassesWork(ContinualWork):
         if name not in OURS:
             return pretrained(name, self.settings.dtype)
         source = self.settings.sources[data]
-        return ours(name, [(source, self.folders[source])], self.settings.small)
+        return ours(name, [(source, self.folder(source))], self.settings.small)
 
     def run(self, job: ClassJob, tell: Tell | None) -> dict[str, Any]:
         settings, contender = self.settings, self.settings.contender(job.contender)
-        texts = intents.load(self.folders[job.data], job.data)
+        texts = self.load(job.data)
         part = "val" if job.seed >= TUNING_SEED else "test"
         stream = intents.draw(texts, intents.GROUPS[job.data], settings.shots, settings.tests, job.seed, part)
         model, tokenizer = self.start(contender, job.data)
@@ -164,7 +172,7 @@ class ClassesWork(ContinualWork):
 
 def work(settings: Classes, data: str | Path | None, smoke: bool) -> ClassesWork:
     """What does the jobs; `data` is the folder that holds the data sets' folders."""
-    return ClassesWork(settings, {n: "" if n == "letters" else str(intents.find(data, n)) for n in settings.data})
+    return ClassesWork(settings, data)
 
 
 def plan(settings: Classes, contenders: list[Contender], row: Callable) -> list[ClassJob]:
