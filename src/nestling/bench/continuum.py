@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from nestling.bench import measure
 from nestling.bench.measure import Settings
 from nestling.bench.parts import Table
+from nestling.continuum.engine import PIECE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +26,7 @@ SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_lay
 BLOCKS = (-4, -3, -2, -1)
 CHUNKS = (64, 512)
 PLAIN = "plain forward"
+RECOMPUTED = "full, recomputed"
 
 
 def _model(settings: Settings) -> PreTrainedModel:
@@ -143,19 +146,27 @@ def meta_grads(settings: Settings) -> Table:
     levels = [{"chunk_size": 64, "lr": 0.05}, {"chunk_size": 256, "lr": 0.05}, {"chunk_size": None}]
     ids = torch.randint(256, (s.batch, tokens), device=s.device)
     steps, kept = {}, {}
-    for name, meta_grad in (("no levels that learn", None), *((m, m) for m in ("none", "first_order", "full"))):
+    ways = {"no levels that learn": None, "none": "none", "first_order": "first_order", "full": "full",
+            RECOMPUTED: "full"}  # fmt: skip
+    for name, meta_grad in ways.items():
         torch.manual_seed(0)
         model = HopeForCausalLM(
             HopeConfig(hidden_size=s.dim // 2, num_hidden_layers=4, num_attention_heads=s.heads, mixer="attention",
                        cms_levels=levels, cms_meta_grad=meta_grad or "none")
         ).to(s.device)  # fmt: skip
         model.learning = meta_grad is not None
+        if name == RECOMPUTED:
+            model.activation_checkpointing_enable()
 
-        def step(model=model) -> None:
-            model(ids, labels=ids, use_cache=False).loss.backward()
+        def forward(model=model) -> Tensor:
+            return model(ids, labels=ids, use_cache=False).loss
+
+        def step(model=model, forward=forward) -> None:
+            forward().backward()
             model.zero_grad(set_to_none=True)
 
-        steps[name], kept[name] = step, _saved_bytes(step)
+        step()
+        steps[name], kept[name] = step, _kept_bytes(forward)
     timing = measure.interleave(steps, s)
     base = next(iter(steps))
     rows = [
@@ -170,22 +181,23 @@ def meta_grads(settings: Settings) -> Table:
         }
         for name in steps
     ]
-    note = "Levels of 64 and 256 tokens beside one of the outer loop, in every layer. Kept: what autograd saves."
+    note = (
+        "Levels of 64 and 256 tokens beside one of the outer loop, in every layer. Kept: between forward and backward. "
+    )
+    note += f"{RECOMPUTED}: with gradient checkpointing, pieces of {PIECE} tokens."
     return Table(f"Training through levels, {s.batch} x {tokens} tokens, width {s.dim // 2}", rows, [note])
 
 
-def _saved_bytes(step: Callable[[], None]) -> int:
-    """Bytes of the tensors that autograd keeps for the backward passes of a step, each storage once."""
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(sizes.values())
+def _kept_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes that a forward call leaves allocated for the backward pass."""
+    on_gpu = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        loss = forward()
+    kept = sum(event.self_cpu_memory_usage for event in watch.events())
+    kept += torch.cuda.memory_allocated() - before if on_gpu else 0
+    del loss
+    return kept
 
 
 PARTS = {"reading": reading, "streams": streams, "meta_grads": meta_grads}
