@@ -24,6 +24,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run? The figures mean nothing.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     repeats: Annotated[int | None, typer.Option(help="Rounds of each comparison, 7 unless given.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="A comparison has fewer rounds where they would take longer, 30 unless given.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A model size (tiny, mini, 10m, ... 1.3b) to measure whole.")
     ] = None,
@@ -69,7 +72,7 @@ def main(
         raise ValueError(f"nestling bench measures {' or '.join(GROUPS)}, not {what!r}; --only takes single parts")
     torch.set_num_threads(threads)
     chosen = dict(QUICK) if quick else {}
-    given = dict(repeats=repeats, model=model, model_batch=batch, model_tokens=tokens)
+    given = dict(repeats=repeats, seconds=seconds, model=model, model_batch=batch, model_tokens=tokens)
     chosen |= {name: value for name, value in given.items() if value is not None}
     settings = Settings(**(chosen | dict(device=device, dtype=dtype)))
     silent = str(json_file) == "-"
