@@ -78,6 +78,7 @@ def defaults() -> Knowledge:
         Contender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
         Contender("1 level, width", "levels", levels(5e-4, 64), WIDTH),
         Contender("2 levels, width", "levels", levels(5e-4, 64, 256), WIDTH),
+        Contender("2 levels, width, high rate", "levels", levels(4e-3, 64, 256), WIDTH),
         Contender("fine-tuning, same weights", "finetune", one, options={"lr": 1e-4, "size": 64}),
         Contender("fine-tuning, all weights", "finetune", options={"lr": 1e-4, "size": 64}),
     ])  # fmt: skip
