@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from nestling import Level, stack_levels
 from nestling.cli.main import app
+from nestling.continuum import engine, recompute
 from nestling.continuum.files import load_stacked, save_stacked
 from nestling.training.tokenizers import byte_tokenizer
 
@@ -41,10 +42,14 @@ def test_only_the_levels_initial_states_move_and_they_learn_to_adapt(converted, 
         assert load_stacked(tmp_path / "run" / "latest")(ids, labels=ids).loss < before(ids, labels=ids).loss
 
 
-def test_keeping_less_for_the_backward_pass_changes_nothing(converted, tmp_path):
+def test_keeping_less_for_the_backward_pass_changes_nothing(converted, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(engine, "recomputed", lambda *a: calls.append(a) or recompute.recomputed(*a))
     options = ["--trained", "levels", "--steps", "3"]
     want = train(converted, tmp_path / "whole", *options)
+    assert not calls
     got = train(converted, tmp_path / "less", *options, "--gradient-checkpointing")
+    assert len(calls) >= 3
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
 

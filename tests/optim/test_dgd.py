@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from nestling.optim import DGD
 
@@ -247,9 +248,8 @@ def test_frozen_parameters_stay_and_a_frozen_bias_is_no_input():
 
 
 def test_transformers_linear_layer_with_a_transposed_weight():
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     for exact in (False, True):
-        a, b = nn.Linear(5, 3), conv1d(3, 5)
+        a, b = nn.Linear(5, 3), Conv1D(3, 5)
         b.load_state_dict({"weight": a.weight.detach().T, "bias": a.bias})
         x, signal = torch.randn(6, 5), torch.randn(6, 3)
         ours = grown(b, DGD(b, 0.3, exact=exact), x, signal, 1)

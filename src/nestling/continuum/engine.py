@@ -46,8 +46,6 @@ class Learner:
             the adapted weights; "none", the levels' initial states get no gradient at all.
         context: tokens after which the sequence layers begin anew, None for never.
         context_length: levels whose chunk is as long do not learn inside a context (decision D10).
-        recompute: for an outer loss keep only the states between pieces of PIECE tokens, and compute each piece again
-            in the backward pass (decision D9).
     """
 
     levels: tuple[Level, ...]
@@ -58,7 +56,6 @@ class Learner:
     meta_grad: str = "first_order"
     context: int | None = None
     context_length: int | float = float("inf")
-    recompute: bool = False
 
     @property
     def fast(self) -> list[int]:
@@ -82,21 +79,28 @@ class Learner:
         return StreamState((None,) * len(self.levels), tokens[:, :0], None, None)
 
     def read(
-        self, ids: Tensor, layers: Layers, state: StreamState | None, keep: int = 0, following: Tensor | None = None
+        self,
+        ids: Tensor,
+        layers: Layers,
+        state: StreamState | None,
+        keep: int = 0,
+        following: Tensor | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, Layers, StreamState]:
         """Read the next T tokens.
 
         Args:
             ids: [B, T].  layers: the cache's, of all blocks; they stay as they are.  keep: last logits wanted, 0: all.
             following: [B, 1], the token behind `ids` if it is known: a whole chunk that ends here is learned at once.
+            recompute: for an outer loss keep only the states between pieces of PIECE tokens, and compute each piece
+                again in the backward pass (decision D9).
 
         Returns:
             Logits [B, T or keep, V], the cache layers and the state behind the tokens.
         """
         state = self.start(ids) if state is None else state
-        if not (self.recompute and torch.is_grad_enabled()):
-            with undivided(self.body.model.model.layers):
-                return self._read(ids, layers, state, keep, following)
+        if not (recompute and torch.is_grad_enabled()):
+            return self._read(ids, layers, state, keep, following)
         logits, at = [], 0
         parameters = [p for p in self.body.model.parameters() if p.requires_grad]
         while at < ids.shape[1]:
@@ -104,7 +108,7 @@ class Learner:
             target = ids[:, stop : stop + 1] if stop < ids.shape[1] else following
             values = (ids[:, at:stop], [vars(layer) for layer in layers], state, target)
             out, kept, state = recomputed(functools.partial(self._again, layers), values, parameters)
-            layers = [filled(layer, values) for layer, values in zip(layers, kept, strict=True)]
+            layers = [filled(layer, mine) for layer, mine in zip(layers, kept, strict=True)]
             logits.append(out)
             at = stop
         return torch.cat(logits, 1)[:, -keep:], layers, state
@@ -113,8 +117,7 @@ class Learner:
         """`_read` from values to values; `like` are cache layers of the right kinds."""
         ids, kept, state, following = values
         layers = [filled(layer, mine) for layer, mine in zip(like, kept, strict=True)]
-        with undivided(self.body.model.model.layers):
-            logits, layers, state = self._read(ids, layers, state, 0, following)
+        logits, layers, state = self._read(ids, layers, state, 0, following)
         return logits, [vars(layer) for layer in layers], state
 
     def _read(
@@ -167,10 +170,14 @@ class Learner:
         return min(piece, self.context - position % self.context) if self.context else piece
 
     def _below(self, ids: Tensor, layers: Layers) -> Tensor:
-        return self.body.run(self.body.embed(ids), layers, 0, self.first)
+        return self._run(self.body.embed(ids), layers, 0, self.first)
 
     def _above(self, hidden: Tensor, layers: Layers) -> Tensor:
-        return self.body.head(self.body.run(hidden, layers, self.first, self.body.blocks))
+        return self.body.head(self._run(hidden, layers, self.first, self.body.blocks))
+
+    def _run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
+        with undivided(self.body.model.model.layers[start:stop]):
+            return self.body.run(hidden, layers, start, stop)
 
     def _marks(self, layers: Layers) -> tuple:
         return tuple(self.body.mark(layer) for layer in layers[self.first :])

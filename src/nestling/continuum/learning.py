@@ -60,9 +60,10 @@ class Learning:
             cache.__class__ = LevelsCache  # what generate() made: it carries levels from here on
         fill(cache, self.learner.body.blocks)
         asked = any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
-        self.learner.recompute = asked and self.training
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
-        logits, cache.layers, cache.levels = self.learner.read(input_ids, cache.layers, cache.levels, keep, following)
+        logits, cache.layers, cache.levels = self.learner.read(
+            input_ids, cache.layers, cache.levels, keep, following, recompute=asked and self.training
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +43,7 @@ class LevelState:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LevelState:
         """The level with every tensor changed."""
-        return replace(self, **{n: tree_map_only(Tensor, change, getattr(self, n)) for n in _TENSORS})
-
-
-_TENSORS = ("deltas", "sums", "slots", "written", "refused", "norms", "pace")
+        return tree_map_only(Tensor, change, self)
 
 
 @dataclass(frozen=True)
@@ -69,19 +66,16 @@ class StreamState:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> StreamState:
         """The state with every tensor changed, batch in front."""
-        levels = tuple(None if s is None else s.map(change) for s in self.levels)
-        rest = {n: tree_map_only(Tensor, change, getattr(self, n)) for n in ("tokens", "hidden", "start")}
-        return replace(self, levels=levels, **rest)
+        return tree_map_only(Tensor, change, self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what the levels hold (differences, gradient sums, optimiser memory)."""
-        held = [[getattr(s, n) for n in _TENSORS] for s in self.levels if s is not None]
-        return sum(t.numel() * t.element_size() for t in tree_leaves(held) if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in tree_leaves(self.levels) if isinstance(t, Tensor))
 
 
-for kind in (LevelState, StreamState):
-    register_dataclass(kind)
+for _state in (LevelState, StreamState):
+    register_dataclass(_state)
 
 
 def waits(level: Level, chunk_size: int) -> bool:

@@ -37,6 +37,7 @@ class FastLinear(nn.Linear):
         weight = self.weight.detach() if self.fixed else self.weight
         if self.delta is not None and self.delta.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"{self.delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
+        # squeeze(0), whose gradient is a view: that of [0] fills a matrix with zeros first
         if self._joins(x):
             return F.linear(x, weight + self.delta.squeeze(0), self.bias)
         y = F.linear(x, weight, self.bias)

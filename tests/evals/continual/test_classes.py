@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestling.evals import run_experiment
+from nestling.evals.continual import classes as experiment
 from nestling.evals.continual import intents
 from nestling.evals.continual.baselines import METHODS
 from nestling.evals.continual.classes import Classes, defaults, follow, forgetting
@@ -225,3 +226,10 @@ def test_the_experiment_runs_by_itself_without_data(tmp_path, monkeypatch):
     assert "| ours: levels |" in (folder / "table.md").read_text(encoding="utf-8")
     again = run_experiment("classes", workers=0, smoke=True, show=False, report_only=True)
     assert again["groups"] == summary["groups"]
+
+
+def test_a_small_model_without_a_source_has_no_row():
+    settings = experiment.defaults().smoke().changed(sources={})
+    work = experiment.work(settings, None, smoke=True)
+    summary = experiment.summarize(settings, settings.contenders, lambda job: work.fingerprint(job) and None)
+    assert summary["groups"] == [] == experiment.plan(settings, settings.contenders, lambda job: None)

@@ -130,7 +130,7 @@ class ClassesWork(ContinualWork):
     def reads(self, job: ClassJob) -> str:
         names = {job.data}
         if self.settings.contender(job.contender).options.get("model") in OURS:
-            names.add(self.settings.sources.get(job.data, job.data))
+            names.add(self.settings.sources[job.data])
         return str([(name, self.load(name).fingerprint) for name in sorted(names)])
 
     def start(self, contender: Contender, data: str) -> tuple[Any, Any]:

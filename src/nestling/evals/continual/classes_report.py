@@ -14,12 +14,12 @@ MEASURES = ("final", "mean", "forgetting")
 
 def summarize(settings: Any, contenders: list[Any], row: Callable) -> dict[str, Any]:
     """Means and spreads over seeds of every contender on every data set."""
-    from nestling.evals.continual.classes import ClassJob
+    from nestling.evals.continual.classes import plan
 
-    groups = []
+    jobs, groups = plan(settings, contenders, row), []
     for data in settings.data:
         for c in contenders:
-            rows = [r for s in settings.seeds if (r := row(ClassJob(c.name, data, s)))]
+            rows = [r for j in jobs if (j.contender, j.data) == (c.name, data) and (r := row(j))]
             if not rows:
                 continue
             found: dict[str, Any] = {"contender": c.name, "data": data, "runs": len(rows), "method": c.method}
