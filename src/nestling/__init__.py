@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING
 from nestling.version import __version__
 
 if TYPE_CHECKING:
-    from nestling.continuum import stack_levels
-    from nestling.levels.schedule import Level, Schedule
+    from nestling.cms import stack_levels
     from nestling.models.hope import HopeConfig, HopeForCausalLM, HopeModel
+    from nestling.nested_system import levels
+    from nestling.schedule import Level, Schedule
 
-__all__ = ["HopeConfig", "HopeForCausalLM", "HopeModel", "Level", "Schedule", "__version__", "stack_levels"]
+__all__ = [
+    "HopeConfig", "HopeForCausalLM", "HopeModel", "Level", "Schedule", "__version__", "levels", "stack_levels",
+]  # fmt: skip
 
 _HOMES = {
-    "nestling.continuum": ("stack_levels",),
-    "nestling.levels.schedule": ("Level", "Schedule"),
+    "nestling.cms": ("stack_levels",),
     "nestling.models.hope": ("HopeConfig", "HopeForCausalLM", "HopeModel"),
+    "nestling.nested_system": ("levels",),
+    "nestling.schedule": ("Level", "Schedule"),
 }
 
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from nestling.layers.settings import build_mixer
-from nestling.levels import Level, Schedule
+from nestling.layers.mixers import build_mixer
 from nestling.models import HopeConfig, HopeForCausalLM, HopeModel
+from nestling.schedule import Level, Schedule
 
 
 def randomise(model):

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from nestling.bench import measure
 from nestling.bench.measure import Settings
 from nestling.bench.parts import Table
-from nestling.continuum.engine import PIECE
+from nestling.cms.learner import PIECE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from nestling.bench import measure
 from nestling.bench.block import Softmax, block
 from nestling.bench.measure import Settings, Timing
-from nestling.layers.settings import MIXERS, build_mixer
+from nestling.layers.mixers import MIXERS, build_mixer
 from nestling.ops import compiled, delta_rule, delta_rule_reference
 
 

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from nestling.bench import measure
-from nestling.layers.settings import build_mixer
+from nestling.layers.mixers import build_mixer
 
 
 def main(values: dict) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nestling.cli.common import assignments, print_json
+from nestling.cli.laboratory import laboratory
 
 
 def main(
@@ -32,6 +33,9 @@ def main(
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", metavar="NAME=VALUE", help="Change the configuration, e.g. steps=200."),
+    ] = None,
+    experiments: Annotated[
+        Path | None, typer.Option(help="Where the experiments' code is (default: the checkout's own folder).")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -77,8 +81,7 @@ def main(
     One contender only, with fewer steps, in a folder of its own:
       nestling eval cost --only default --only "chunk 32" -o steps=100 --out runs/cost
     """
-    from nestling.evals.experiment import run_experiment
-
+    run_experiment = laboratory("shared.run", experiments).run_experiment
     options = assignments(option or [], "--option")
     if time_limit is not None and time_limit < 0:
         raise ValueError(f"--time-limit must not be negative, not {time_limit}")

@@ -72,9 +72,9 @@ def main(
     import torch
 
     from nestling.generation.load import load_model
-    from nestling.reading import Session, Settings, Stopped, find_texts
-    from nestling.reading.progress import Progress
-    from nestling.training.machine import stop_requests
+    from nestling.sessions import Session, Settings, Stopped, find_texts
+    from nestling.sessions.progress import Progress
+    from nestling.utils.machine import stop_requests
 
     settings = Settings(context, probe, control, save_every)
     if dtype not in DTYPES:
@@ -106,7 +106,7 @@ def main(
         progress.close()
     result = {"model": str(model), **result, "page": None if page is None else str(page)}
     if page is not None:
-        from nestling.reading import page as write_page
+        from nestling.sessions import page as write_page
 
         write_page(session, page, str(model))
     if as_json:
@@ -117,7 +117,7 @@ def main(
 
 def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:
     """The first tokens of the held-out text."""
-    from nestling.reading.documents import Tokens, find_texts
+    from nestling.sessions.documents import Tokens, find_texts
 
     if not count:
         raise ValueError("--held-out is scored as many tokens as --probe says, which is 0: raise --probe")

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nestling.training.files import write_bytes
+from nestling.utils.files import write_bytes
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 FORMAT = "nestling-state-2"
+# where the types in older files live now
+MOVED = {
+    "nestling.continuum.inner": "nestling.cms.inner_optimizers",
+    "nestling.continuum.pace": "nestling.cms.surprise",
+    "nestling.continuum.state": "nestling.cms.state",
+}
 
 
 def save_state(
@@ -82,7 +88,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     cache = _make_cache(model, json.loads(metadata["layers"]), ordered)
     learned = _rebuilt(json.loads(metadata["learned"]), ordered)
     if learned is not None:
-        from nestling.continuum.cache import LevelsCache
+        from nestling.cms.cache import LevelsCache
 
         cache.__class__, cache.levels = LevelsCache, learned
     return cache
@@ -174,6 +180,7 @@ def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
 def _known(kind: str) -> type:
     """A named tuple or dataclass of this package by its name; a file can name nothing else."""
     module, _, name = kind.partition(":")
+    module = MOVED.get(module, module)
     if module.split(".")[0] == "nestling":
         found = getattr(importlib.import_module(module), name, None)
         if isinstance(found, type) and (is_dataclass(found) or hasattr(found, "_fields")):

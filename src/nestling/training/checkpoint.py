@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nestling.training.files import link, new_folder
-from nestling.training.quiet import no_bars
+from nestling.utils.files import link, new_folder
+from nestling.utils.quiet import no_bars
 
 FORMAT = 1
 KIND = "nestling-checkpoint"

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nestling.levels.schedule import Schedule
+from nestling.schedule import Schedule
 from nestling.training import checkpoint
 from nestling.training.batches import Batches
 from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
-from nestling.training.machine import find_device, stop_requests
 from nestling.training.metrics import Metrics
 from nestling.training.optimizers import LevelOptimizers
 from nestling.training.progress import Progress
 from nestling.training.resume import check_same_run, find_checkpoint
 from nestling.training.schedules import lr_factor
 from nestling.training.tokenizers import load_tokenizer
+from nestling.utils.machine import find_device, stop_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nestling.levels.schedule import Schedule
+from nestling.schedule import Schedule
 from nestling.training.config import OptimConfig, unknown
 
 BUILT_IN = ("adamw", "muon", "m3")

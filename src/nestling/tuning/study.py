@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestling.training.files import write_text
-from nestling.training.machine import stop_requests
 from nestling.tuning.objectives import Command, Failed, Pruned, Training
 from nestling.tuning.space import DEFAULTS, Space, text_of
+from nestling.utils.files import write_text
+from nestling.utils.machine import stop_requests
 
 FILE = "study.journal"
 GIVE_UP = 3  # failures in a row after which a search is hopeless

@@ -12,15 +12,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from nestling.continuum.cache import LevelsCache
-from nestling.continuum.learning import Learning
-from nestling.layers.continuum import ContinuumMemory
-from nestling.layers.settings import build_mixer
-from nestling.levels.schedule import Schedule
-from nestling.models.hope.body import make_learner
+from nestling.cms.blocks import ContinuumMemory
+from nestling.cms.cache import LevelsCache
+from nestling.cms.learning_model import Learning
+from nestling.layers.mixers import build_mixer
+from nestling.models.hope.backbone import make_learner
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.inputs import check_ids, check_names, check_positions, padding_mask
+from nestling.schedule import Schedule
 
 
 class HopeDecoderLayer(GradientCheckpointingLayer):
@@ -196,7 +196,7 @@ class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
     """HopeModel with an output matrix over the vocabulary.
 
     Levels of the continuum memory whose chunk is shorter than a context learn from what the model reads, each stream
-    for itself; the cache carries them (`nestling.continuum.Learning`).
+    for itself; the cache carries them (`nestling.cms.Learning`).
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read by Hugging Face

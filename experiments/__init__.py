@@ -1,0 +1,1 @@
+"""The laboratory: one folder per experiment, its code beside its results; `experiments.shared` is what several use."""

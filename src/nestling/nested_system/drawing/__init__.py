@@ -1,0 +1,1 @@
+"""A nested system as a table, a picture and an interactive page."""

@@ -1,0 +1,1 @@
+"""Measuring what really moves in a few steps, and comparing it with what was declared."""
