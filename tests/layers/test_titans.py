@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nestling.layers.titans import SelfModifyingTitans
-from nestling.layers.titans_reference import self_modifying_titans
+from nestling.layers.titans_reference import self_modifying_titans_reference
 
 DIM, HEADS = 6, 2
 
@@ -76,7 +76,7 @@ def close(a, b, tolerance=1e-9):
 def test_equals_the_definition(name):
     layer = build(**SETTINGS[name])
     x = inputs(21)
-    close(layer(x)[0], self_modifying_titans(layer, x))
+    close(layer(x)[0], self_modifying_titans_reference(layer, x))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -84,7 +84,7 @@ def test_meta_gradients_equal_the_definition(name):
     layer = build(**SETTINGS[name])
     x = inputs(11)
     got = gradients(layer, layer(x)[0], x)
-    want = gradients(layer, self_modifying_titans(layer, x), x)
+    want = gradients(layer, self_modifying_titans_reference(layer, x), x)
     names = ["x", *(n for n, _ in layer.named_parameters())]
     for n, a, b in zip(names, got, want, strict=True):
         if b is None:  # the last chunk's gates reach no output

@@ -5,7 +5,7 @@ import torch
 
 from nestling.layers import titans
 from nestling.layers.titans import SelfModifyingTitans
-from nestling.memory import LinearMemory, MLPMemory, Rule
+from nestling.memory import LinearMemory, MLPMemory, UpdateRule
 from nestling.memory.fused import is_fused
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -46,7 +46,7 @@ def run(options, fused, tokens=17, dim=6, dtype=torch.float64):
 
 
 def gradients(layer, x, y, state, create_graph=False):
-    """Of the outputs and the state behind the last token."""
+    """Of the outputs and the state after the last token."""
     leaves = [w for fast in state.memories for w in (*fast.now, *fast.velocity)]
     loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + sum(w.sin().sum() for w in leaves)
     return torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=create_graph, allow_unused=True)
@@ -124,9 +124,9 @@ def test_edges_stay_finite_and_equal(scale):
 
 def test_when_the_step_by_hand_applies():
     memory = MLPMemory(4, 4, 8)
-    assert is_fused(memory, Rule())
-    assert is_fused(LinearMemory(4, 4), Rule())
-    assert not is_fused(MLPMemory(4, 1, 8, residual=False), Rule())
+    assert is_fused(memory, UpdateRule())
+    assert is_fused(LinearMemory(4, 4), UpdateRule())
+    assert not is_fused(MLPMemory(4, 1, 8, residual=False), UpdateRule())
     for change in (dict(dgd=False), dict(step="layer"), dict(meta_grad="first_order"), dict(self_targets=False),
                    dict(objective="dot"), dict(gated_erase=True)):  # fmt: skip
-        assert not is_fused(memory, Rule(**change)), change
+        assert not is_fused(memory, UpdateRule(**change)), change

@@ -12,7 +12,7 @@ class Segment(NamedTuple):
     """Tokens start..stop of a call, inside which no chunk of any sequence opens or closes.
 
     fresh[g]: the chunk of group g opens with this segment, for every sequence.
-    closes[g]: the chunk of group g is complete behind it: False, True, or for which sequences ([B] bool).
+    closes[g]: the chunk of group g is complete after it: False, True, or for which sequences ([B] bool).
     active: the sequences that still have tokens here ([B] bool), None for all.
     """
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nestling.layers.segments import Segment, segments
-from nestling.layers.titans_state import ADAPTIVE, Group, TitansState, check_call, check_settings, state_dtype
+from nestling.layers.titans_state import ADAPTIVE, MemoryGroup, TitansState, check_call, check_settings, state_dtype
 from nestling.memory.architectures import LinearMemory, MLPMemory
 from nestling.memory.fused import fused_advance, is_fused
 from nestling.memory.project import project
-from nestling.memory.rule import Context, FastWeights, Rule, advance, forward, settle
+from nestling.memory.rule import Context, FastWeights, UpdateRule, advance, close_chunk, forward
 from nestling.ops.chunk import decay_table
 from nestling.ops.conv import short_convolution
 from nestling.ops.padding import pack, unpack
@@ -37,7 +37,7 @@ class SelfModifyingTitans(nn.Module):
         adaptive: which of k, v, q, eta, alpha are memories updated in-context; the others are static projections.
         architecture: of the memories, "mlp" (NL Eq. 89) or "linear".
         gates: architecture of the eta and alpha memories, "mlp" or "linear".
-        objective, dgd, gated_erase, step, meta_grad: see `nestling.memory.rule.Rule`.
+        objective, dgd, gated_erase, step, meta_grad: see `nestling.memory.rule.UpdateRule`.
         self_targets: memories generate their own targets M(v); if False the target is v.
         momentum: a data-dependent momentum mu in (0, 1) of the writes (decision D5).
         decay: "learned" (alpha from the data), "fixed" (one per head, as RetNet), or "none" (alpha = 1).
@@ -97,7 +97,7 @@ class SelfModifyingTitans(nn.Module):
         self.read, self.normalize_values, self.initial_rate = read, normalize_values, initial_rate
         self.horizon, self.retain = horizon, retain
         self.segment_size, self.norm_limit = segment_size, norm_limit
-        self.rule = Rule(objective, dgd, gated_erase, step, self_targets, meta_grad)
+        self.rule = UpdateRule(objective, dgd, gated_erase, step, self_targets, meta_grad)
         self.groups = self._plan(architecture, gates, expansion, chunk_size, memory_chunk_size or chunk_size)
 
         inner = num_heads * self.head_dim
@@ -125,7 +125,7 @@ class SelfModifyingTitans(nn.Module):
         )
         self.reset_parameters()
 
-    def _plan(self, architecture, gates, expansion, chunk_size, memory_chunk_size) -> tuple[Group, ...]:
+    def _plan(self, architecture, gates, expansion, chunk_size, memory_chunk_size) -> tuple[MemoryGroup, ...]:
         p, hidden = self.head_dim, expansion * self.head_dim
         full = MLPMemory(p, p, hidden) if architecture == "mlp" else LinearMemory(p, p)
         gate = MLPMemory(p, 1, hidden, residual=False) if gates == "mlp" else LinearMemory(p, 1)
@@ -133,12 +133,12 @@ class SelfModifyingTitans(nn.Module):
         gate_names = tuple(name for name in ("eta", "alpha") if name in self.adaptive)
         groups = []
         if projections and memory_chunk_size != chunk_size:
-            groups.append(Group(projections, full, chunk_size))
+            groups.append(MemoryGroup(projections, full, chunk_size))
             projections = ()
         # the main memory last: it is the one that is read
-        groups.append(Group((*projections, "memory"), full, memory_chunk_size))
+        groups.append(MemoryGroup((*projections, "memory"), full, memory_chunk_size))
         if gate_names:
-            groups.append(Group(gate_names, gate, chunk_size))
+            groups.append(MemoryGroup(gate_names, gate, chunk_size))
         return tuple(groups)
 
     @torch.no_grad()
@@ -284,7 +284,7 @@ class SelfModifyingTitans(nn.Module):
         return y, tuple(updated)
 
     def _advance(
-        self, group: Group, fast: FastWeights, context: Context, fresh: bool, q: Tensor | None, anchor, report
+        self, group: MemoryGroup, fast: FastWeights, context: Context, fresh: bool, q: Tensor | None, anchor, report
     ):
         """Write one segment, by the hand-differentiated step where it applies."""
         reading = dict(queries=q, after=self.read == "after", anchor=anchor)
@@ -304,7 +304,7 @@ class SelfModifyingTitans(nn.Module):
         if closes is False:
             return new
         limit = [self.norm_limit * math.sqrt(w.shape[-2] * w.shape[-1]) for w in new.now]
-        return settle(new, None if closes is True else closes.to(device), tuple(limit), self.rule.meta_grad)
+        return close_chunk(new, None if closes is True else closes.to(device), tuple(limit), self.rule.meta_grad)
 
     def _project(self, part: dict[str, Tensor], memories) -> dict[str, Tensor]:
         """Outputs of the projection memories for x, from the weights at the chunk's start (NL Eqs. 83-85, 90)."""
@@ -351,7 +351,7 @@ class SelfModifyingTitans(nn.Module):
 
 
 def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:
-    """Group segments into pieces of about `size` tokens."""
+    """MemoryGroup segments into pieces of about `size` tokens."""
     pieces, begin = [], None
     for segment in plan:
         if begin is None or segment.stop - begin > size:

@@ -109,7 +109,7 @@ def memories(layer, batch):
     return found
 
 
-def self_modifying_titans(layer, x):
+def self_modifying_titans_reference(layer, x):
     """What `layer(x)[0]` has to be, x [B, T, D]."""
     batch, tokens, _ = x.shape
     gate = None

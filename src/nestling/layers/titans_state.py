@@ -21,7 +21,7 @@ class TitansState(NamedTuple):
     memories: tuple[FastWeights, ...]  # one for each group of memories of one shape and chunk size
 
 
-class Group(NamedTuple):
+class MemoryGroup(NamedTuple):
     """Memories of one shape and one chunk size, updated as one stack."""
 
     names: tuple[str, ...]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nestling.memory.architectures import LinearMemory
-from nestling.memory.rule import Anchor, Context, FastWeights, Report, Rule, advance
+from nestling.memory.rule import Anchor, Context, FastWeights, TokenFigures, UpdateRule, advance
 from nestling.ops import compiled
 from nestling.ops.chunk import Decays, differentiate
 from nestling.ops.compiled import linear as compiled_linear
@@ -14,19 +14,19 @@ from nestling.ops.compiled import linear as compiled_linear
 
 def linear_advance(
     architecture: LinearMemory,
-    rule: Rule,
+    rule: UpdateRule,
     fast: FastWeights,
     context: Context,
     *,
     queries: Tensor | None,
     after: bool,
     anchor: Anchor,
-) -> tuple[FastWeights, Tensor | None, Report | None]:
+) -> tuple[FastWeights, Tensor | None, TokenFigures | None]:
     """`rule.advance` for a chunk from its start (`fresh`)."""
     (weight,), (velocity,), (rest,) = fast.now, fast.velocity or (None,), anchor or (None,)
     lead = weight.shape[:3]
     heads = (context.keys, context.values, queries, context.rate, context.momentum, *context.decays)
-    step = compiled_linear.Step(
+    step = compiled_linear.LinearStep(
         _flat(weight, 3), _flat(velocity, 3), *(_flat(t, 2) for t in heads), _flat(rest, 3)
     )  # fmt: skip
     if not compiled.is_available(*step):
@@ -36,7 +36,7 @@ def linear_advance(
 
     def definition(*args):
         """The same by `rule.advance`, for second derivatives."""
-        s = compiled_linear.Step(*args)
+        s = compiled_linear.LinearStep(*args)
         w, v, a = (None if t is None else t.view(*lead, *t.shape[1:]) for t in (s.weight, s.velocity, s.anchor))
         k, values, q, eta, mu, *tables = (None if t is None else t.view(*lead[1:], *t.shape[1:]) for t in s[2:-1])
         weights = FastWeights((w,), (w,), () if v is None else (v,))
@@ -60,14 +60,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, definition, after, *args):
         ctx.definition, ctx.after = definition, after
-        outputs, saved = compiled_linear.forward(compiled_linear.Step(*args), after)
+        outputs, saved = compiled_linear.forward(compiled_linear.LinearStep(*args), after)
         ctx.save_for_backward(*args, *saved)
         return outputs
 
     @staticmethod
     def backward(ctx, *grads):
-        tensors, count = ctx.saved_tensors, len(compiled_linear.Step._fields)
+        tensors, count = ctx.saved_tensors, len(compiled_linear.LinearStep._fields)
         args, saved = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():  # a second derivative is wanted
             return None, None, *differentiate(ctx.definition, args, grads, ctx.needs_input_grad[2:])
-        return None, None, *compiled_linear.backward(compiled_linear.Step(*args), ctx.after, saved, *grads)
+        return None, None, *compiled_linear.backward(compiled_linear.LinearStep(*args), ctx.after, saved, *grads)

@@ -101,7 +101,7 @@ class Chunk(NamedTuple):
 
 
 def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """W and S behind the chunk, and the reads W_t q_t if `after`, else W_{t-1} q_t, [R, C, o]."""
+    """W and S after the chunk, and the reads W_t q_t if `after`, else W_{t-1} q_t, [R, C, o]."""
     return _Chunk.apply(after, *(None if t is None else t.contiguous() for t in chunk))
 
 
@@ -120,7 +120,7 @@ class _Chunk(torch.autograd.Function):
         args, saved = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():  # a second derivative is wanted
             needed = ctx.needs_input_grad[1:]
-            return None, *differentiate(lambda *a: _definition(Chunk(*a), ctx.after), args, grads, needed)
+            return None, *differentiate(lambda *a: chunk_reference(Chunk(*a), ctx.after), args, grads, needed)
         backward = compiled_chunk.backward if ctx.compiled else chunk_backward
         return None, *backward(Chunk(*args), ctx.after, *saved, *grads)
 
@@ -154,7 +154,7 @@ def _read_rows(c: Chunk, after: bool) -> tuple[slice, slice]:
     return slice(c.weight.shape[0] - c.queries.shape[0], None), slice(1, None) if after else slice(None, -1)
 
 
-def _definition(c: Chunk, after: bool):
+def chunk_reference(c: Chunk, after: bool):
     """The chunk form in plain operations."""
     a, k, m, d = c.decay, c.mixed, c.momentum, c.writes
     if c.erase is not None:
@@ -187,7 +187,7 @@ def _definition(c: Chunk, after: bool):
 
 
 def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """`_definition` with fewer temporaries, and d for its gradient."""
+    """`chunk_reference` with fewer temporaries, and d for its gradient."""
     a, k, m, u, x, d = c.decay, c.mixed, c.momentum, c.writes, c.keys, c.writes
     moves = c.velocity is not None
     if c.erase is not None:
@@ -237,7 +237,7 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
     moves = c.velocity is not None
     g_a, g_k, g_m, g_velocity, g_q, g_anchor = torch.zeros_like(a), None, None, None, None, None
 
-    # the state behind the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
+    # the state after the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
     xw = torch.bmm(x, g_w.mT)
     g_a[:, -1, 0] = _inner(g_w, c.weight)
     if c.anchor is not None:

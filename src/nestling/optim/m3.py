@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from nestling.optim import checks
-from nestling.optim.m3_options import check_group, is_matrix, parts_of, rule_of
-from nestling.optim.multiscale import batched, definition, new_state
+from nestling.optim.m3_options import check_group, is_matrix, parts_of, settings_of
+from nestling.optim.multiscale import m3_batched, m3_reference, new_state
 
 
 class M3(torch.optim.Optimizer):
@@ -119,12 +119,12 @@ class M3(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for batch in self._prepare():
-            batched(*batch)
+            m3_batched(*batch)
         return loss
 
     @torch.compiler.disable
     def _prepare(self) -> list[tuple]:
-        """Check the gradients, count the step, take AdamW's; returns what is left: the arguments of `batched`."""
+        """Check the gradients, count the step, take AdamW's; returns what is left: the arguments of `m3_batched`."""
         used = []
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
@@ -163,13 +163,13 @@ class M3(torch.optim.Optimizer):
         for parameters in others.values():
             _adamw_step(parameters, [self.state[p] for p in parameters], group)
         for (*_, shape, step, (sizes, dim)), parameters in same_shape.items():
-            rule = rule_of(group, shape, sizes, dim)
+            settings = settings_of(group, shape, sizes, dim)
             states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
             if group["foreach"]:
-                batches.append((parameters, gradients, states, rule, step))
+                batches.append((parameters, gradients, states, settings, step))
             else:
                 for one in zip(parameters, gradients, states):
-                    definition(*one, rule, step)
+                    m3_reference(*one, settings, step)
         return batches
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from nestling.ops.compiled import run
 
 
-class Saved(NamedTuple):
-    """What the backward pass keeps; the names are those of `fused._Saved`."""
+class CompiledSaved(NamedTuple):
+    """What the backward pass keeps; the names are those of `fused.Saved`."""
 
     pre: Tensor  # W2 [k; v], [N, 2C, h]
     error: Tensor  # [N, C, p]
@@ -25,13 +25,13 @@ class Saved(NamedTuple):
     read: Tensor | None  # [G, C, h]
 
 
-def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor | None, ...], Saved]:
-    """Weights and velocities behind the chunk and the reads; `step` is a contiguous `fused.Step`."""
+def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor | None, ...], CompiledSaved]:
+    """Weights and velocities after the chunk and the reads; `step` is a contiguous `fused.MLPStep`."""
     total, hidden, inner = step.w2.shape
     groups, tokens, _ = step.keys.shape
     new = step.w2.new_empty
     read = None if step.queries is None else new(groups, tokens, hidden)
-    saved = Saved(
+    saved = CompiledSaved(
         pre=new(total, 2 * tokens, hidden), error=new(total, tokens, inner), pulled=new(total, tokens, hidden),
         out=new(total, tokens, inner), sizes=new(total, 5, tokens), gram2=new(groups, tokens, tokens),
         gram1=new(total, tokens, tokens), d2=new(total, tokens, hidden), d1=new(total, tokens, inner), read=read,
@@ -41,7 +41,7 @@ def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor | None, ...], S
     return outputs, saved
 
 
-def backward(step: NamedTuple, after: bool, saved: Saved, *grads: Tensor | None) -> list[Tensor | None]:
+def backward(step: NamedTuple, after: bool, saved: CompiledSaved, *grads: Tensor | None) -> list[Tensor | None]:
     """Gradients of every field of the step, from those of weights, velocities and reads."""
     grads = [None if g is None else g.contiguous() for g in grads]
     found = [_like(t) if i < 4 else None if t is None else torch.zeros_like(t) for i, t in enumerate(step)]
