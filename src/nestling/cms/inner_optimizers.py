@@ -6,18 +6,20 @@ Every tensor has the batch of streams in front, and nothing is reduced over it: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from nestling.ops.orthogonalize import orthogonalize
-from nestling.optim.multiscale import RMS, TINY, rms
+from nestling.optim.m3 import M3
+from nestling.optim.m3_options import settings_of
+from nestling.optim.multiscale import M3Settings, m3_reference
 from nestling.schedule import Level
 
 Slots = dict[str, list[Tensor]]  # what an optimiser remembers of every weight
 Step = Callable[[Level, list[Tensor], Slots], tuple[list[Tensor], Slots]]  # what to go along, by -lr, and new slots
 
-M3_BETA_V, M3_BETA_SLOW, M3_ALPHA, M3_PERIOD, M3_EPS = 0.999, 0.9, 0.25, 16, 0.05  # `nestling.optim.M3`'s defaults
+M3_SLOTS = {"m1": "first", "v": "second", "m2": "slow", "o2": "direction"}  # M3's names of its memories, and ours
 
 
 def gd(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor], Slots]:
@@ -46,22 +48,24 @@ def adamw(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor]
 
 
 def m3(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor], Slots]:
-    """A step of `nestling.optim.M3` with averages, look-ahead and matched size (NL Alg. 1), for every stream."""
-    beta, found, along = level.momentum, {name: [] for name in slots}, []
-    for g, m, v, slow, o, t in zip(grads, *(slots[n] for n in ("first", "second", "slow", "direction", "count"))):
-        m = torch.lerp(g, m, beta)
-        update = orthogonalize(torch.lerp(g, m, beta)) + M3_ALPHA * o
-        v, t = M3_BETA_V * v + (1 - M3_BETA_V) * g * g, t + 1
-        left = M3_BETA_V**t
-        mean = v.mean((-2, -1), keepdim=True) / (1 - left)
-        update = update / ((v + left * mean + TINY).sqrt() + M3_EPS * (mean + TINY).sqrt())
-        along.append(RMS * update / rms(update))
-        slow = torch.where((t - 1) % M3_PERIOD == 0, M3_BETA_SLOW * slow, slow) + (1 - M3_BETA_SLOW) / M3_PERIOD * g
-        if bool((t % M3_PERIOD == 0).any()):
-            o = torch.where(t % M3_PERIOD == 0, orthogonalize(slow), o)
-        for name, value in zip(("first", "second", "slow", "direction", "count"), (m, v, slow, o, t)):
-            found[name].append(value)
+    """The step of `nestling.optim.M3` by its definition, for every stream at its own step (NL Alg. 1)."""
+    found, along = {name: [] for name in slots}, []
+    for i, g in enumerate(grads):
+        step = slots["count"][i] + 1
+        state = {theirs: slots[ours][i] for theirs, ours in M3_SLOTS.items()}
+        direction, new = m3_reference(g, state, m3_settings(g.shape[1:], level.momentum), step)
+        along.append(direction)
+        found["count"].append(step)
+        for theirs, ours in M3_SLOTS.items():
+            found[ours].append(new[theirs])
     return along, found
+
+
+@cache
+def m3_settings(shape: torch.Size, beta: float) -> M3Settings:
+    """The defaults of `nestling.optim.M3`, the fast momentum apart."""
+    options = M3([torch.empty(1, 1)]).defaults
+    return settings_of(options | {"betas": (beta, *options["betas"][1:])}, shape, (), -2)
 
 
 OPTIMIZERS: dict[str, tuple[Step, tuple[str, ...]]] = {
@@ -69,7 +73,7 @@ OPTIMIZERS: dict[str, tuple[Step, tuple[str, ...]]] = {
     "momentum": (momentum, ("momentum",)),
     "adamw": (adamw, ("first", "second", "count")),
     "dgd": (gd, ()),  # gradient descent on another objective: see `delta_gradients`
-    "m3": (m3, ("first", "second", "slow", "direction", "count")),
+    "m3": (m3, (*M3_SLOTS.values(), "count")),
 }
 
 
@@ -82,7 +86,7 @@ def delta_gradients(level: Level, grads: list[Tensor], norms: list[Tensor]) -> l
     Args:
         grads: of the loss plus erase/2 |D x|^2, [B, o, i].  norms: mean |x|^2, [B].
     """
-    return [g / (1 + level.lr * level.erase * wide(n)) for g, n in zip(grads, norms, strict=True)]
+    return [g / (1 + level.lr * level.erase * per_stream(n)) for g, n in zip(grads, norms, strict=True)]
 
 
 def begin(level: Level, weights: list[Tensor]) -> Slots:
@@ -112,16 +116,16 @@ def update(
     size = squares(sums)
     fine = size.isfinite()
     if not bool(fine.all()):
-        sums = [torch.where(wide(fine), g, torch.zeros_like(g)) for g in sums]
+        sums = [torch.where(per_stream(fine), g, torch.zeros_like(g)) for g in sums]
     scale = 1 / count
     if level.clip is not None:
         norm = torch.where(fine, size, torch.ones_like(size)).clamp_min(1e-24).sqrt()
         scale = scale * (level.clip / (norm * scale)).clamp(max=1.0)
     if level.optimizer in ("gd", "dgd"):  # the scale goes into the step: a pass over the weights less
-        along, new, rate = sums, slots, wide(-level.lr * scale)
+        along, new, rate = sums, slots, per_stream(-level.lr * scale)
     else:
-        along, new = OPTIMIZERS[level.optimizer][0](level, [g * wide(scale) for g in sums], slots)
-        rate = wide(torch.full_like(scale, -level.lr))
+        along, new = OPTIMIZERS[level.optimizer][0](level, [g * per_stream(scale) for g in sums], slots)
+        rate = per_stream(torch.full_like(scale, -level.lr))
     kept = [(1 - level.decay) * d for d in deltas] if level.decay else deltas
     moved = [torch.addcmul(d, a, rate) for d, a in zip(kept, along, strict=True)]
     if level.decay:
@@ -131,7 +135,7 @@ def update(
     fine = fine & written.isfinite()
     take = fine if due is None else fine & due
     if not bool(take.all()):  # a choice between equals changes nothing, and costs the size of the state
-        keep = wide(take)
+        keep = per_stream(take)
         moved = [torch.where(keep, m, d) for m, d in zip(moved, deltas, strict=True)]
         new = {name: [torch.where(keep, a, b) for a, b in zip(new[name], slots[name], strict=True)] for name in slots}
     with torch.no_grad():
@@ -148,6 +152,6 @@ def squares(tensors: list[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(t, dim=(-2, -1)) for t in tensors]).square().sum(0)
 
 
-def wide(x: Tensor) -> Tensor:
+def per_stream(x: Tensor) -> Tensor:
     """[B] -> [B, 1, 1]."""
     return x[:, None, None]

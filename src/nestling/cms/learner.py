@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling.cms.backbones import Body, Layers
 from nestling.cms.fast_linear import FastLinear, Seen, applied, frozen
-from nestling.cms.inner_optimizers import begin, squares, update, wide
+from nestling.cms.inner_optimizers import begin, per_stream, squares, update
 from nestling.cms.recompute import filled, recomputed, undivided
 from nestling.cms.state import LevelState, StreamState, begin_level, waits
 from nestling.cms.surprise import is_due
@@ -244,7 +244,7 @@ class Learner:
             return replace(state, count=count), grads, norms
         refused, fine = state.refused, squares(grads).isfinite()
         if not bool(fine.all()):  # one bad chunk does not spoil the rest of a longer one
-            grads = [torch.where(wide(fine), g, torch.zeros_like(g)) for g in grads]
+            grads = [torch.where(per_stream(fine), g, torch.zeros_like(g)) for g in grads]
             norms = [torch.where(fine, n, torch.zeros_like(n)) for n in norms]
             refused = refused + ~fine
         grads = [a + g for a, g in zip(state.sums, grads, strict=True)]

@@ -1,4 +1,4 @@
-"""The matrix rule of M3 (`NL Alg. 1, Eq. 75`): once as it is written, for one parameter, and once for a whole batch.
+"""The matrix step of M3 (`NL Alg. 1, Eq. 75`): `m3_reference` as it is written, `m3_batched` for whole batches.
 
 With g the gradient of step t, NS Newton-Schulz and f the slow period, each step is
 
@@ -85,6 +85,14 @@ class M3Settings:
         beta, period = self.betas[scale], self.periods[scale]
         return (beta, (1 - beta) / period) if self.ema else (1.0, beta)
 
+    def root(self, v: Tensor, left: float | Tensor) -> Tensor:
+        """What a matrix's direction is divided by, from its second moment v; left = b2^t. Its slope is finite at 0."""
+        if not self.ema:
+            return v.sqrt() + self.eps + TINY
+        tiny = torch.finfo(v.dtype).tiny
+        mean = v.mean((-2, -1), keepdim=True) / (1 - left)
+        return (v + left * mean).clamp(min=tiny).sqrt() + self.eps * mean.clamp(min=tiny).sqrt() + TINY
+
     def slow(self) -> range:
         """The slow scales; M_(scale + 1) and O_(scale + 1) are theirs."""
         return range(1, len(self.periods))
@@ -103,35 +111,52 @@ def new_state(parameter: Tensor, scales: int, second_moment: bool, slow_dtype: t
     return state
 
 
-def m3_reference(parameter: Tensor, gradient: Tensor, state: State, settings: M3Settings, step: int) -> None:
-    """Step number `step` (from 1) of one parameter, in the order of the module's equations."""
-    m1, g = state["m1"], gradient.to(state["m1"].dtype)
+def m3_reference(gradient: Tensor, state: State, settings: M3Settings, step: int | Tensor) -> tuple[Tensor, State]:
+    """The definition of M3's step (`NL Alg. 1`), in the order of the module's equations; it changes none of its inputs.
+
+    Args:
+        gradient: [..., m, n], one parameter's. state: m1, v, m2, o2, ... of `new_state`.
+        step: number of the step, from 1; a tensor that broadcasts over the matrices where they are at different steps.
+
+    Returns:
+        The direction D of W <- W - lr D, and the memories after the gradient.
+    """
+    m1, new = state["m1"], {}
+    g = gradient.to(m1.dtype)
     keep, take = settings.weights(0)
-    m1.copy_(keep * m1 + take * g)
-    update = settings.orthogonal(keep * m1 + take * g if settings.nesterov else m1)
+    new["m1"] = keep * m1 + take * g
+    direction = settings.orthogonal(keep * new["m1"] + take * g if settings.nesterov else new["m1"])
     for scale in settings.slow():
-        update = update + settings.alphas[scale] * state[f"o{scale + 1}"].to(m1.dtype)
-    if settings.beta_v is not None:
-        v = state["v"]
-        v.copy_(settings.beta_v * v + (1 - settings.beta_v) * g**2 if settings.ema else v + settings.beta_v * g**2)
-        root = []
-        for x in settings.pieces(v):
-            if settings.ema:
-                mean = x.mean((-2, -1), keepdim=True) / (1 - settings.beta_v**step)
-                root.append((x + settings.beta_v**step * mean).sqrt() + settings.eps * mean.sqrt() + TINY)
-            else:
-                root.append(x.sqrt() + settings.eps + TINY)
-        update = update / settings.joined(root, v)
+        direction = direction + settings.alphas[scale] * state[f"o{scale + 1}"].to(m1.dtype)
+    if (beta_v := settings.beta_v) is not None:
+        keep, take = (beta_v, 1 - beta_v) if settings.ema else (1.0, beta_v)
+        new["v"] = keep * state["v"] + take * g**2
+        roots = [settings.root(x, beta_v**step) for x in settings.pieces(new["v"])]
+        direction = direction / settings.joined(roots, direction)
     if settings.rms_match:
-        update = settings.joined([x * RMS / rms(x) for x in settings.pieces(update)], update)
-    parameter.mul_(1 - settings.lr * settings.weight_decay)
-    parameter.sub_(settings.lr * update)
+        direction = settings.joined([x * RMS / rms(x) for x in settings.pieces(direction)], direction)
     for scale in settings.slow():
-        m, o = state[f"m{scale + 1}"], state[f"o{scale + 1}"]
+        m, o, period = state[f"m{scale + 1}"], state[f"o{scale + 1}"], settings.periods[scale]
         keep, take = settings.weights(scale)
-        m.copy_((keep * m if (step - 1) % settings.periods[scale] == 0 else m) + take * g)
-        if step % settings.periods[scale] == 0:
-            o.copy_(settings.orthogonal(m))
+        m = _choose((step - 1) % period == 0, keep * m, m) + take * g
+        if bool(torch.as_tensor(ends := step % period == 0).any()):
+            o = _choose(ends, settings.orthogonal(m).to(o.dtype), o)
+        new |= {f"m{scale + 1}": m, f"o{scale + 1}": o}
+    return direction, new
+
+
+def _choose(condition: bool | Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
+
+
+@torch.compiler.disable
+def m3_single(parameter: Tensor, gradient: Tensor, state: State, settings: M3Settings, step: int) -> None:
+    """The definition's step of one parameter, in place."""
+    direction, new = m3_reference(gradient, state, settings, step)
+    parameter.mul_(1 - settings.lr * settings.weight_decay)
+    parameter.sub_(settings.lr * direction)
+    for name, value in new.items():
+        state[name].copy_(value)
 
 
 @torch.compiler.disable(recursive=False)
