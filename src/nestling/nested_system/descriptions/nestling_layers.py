@@ -9,7 +9,7 @@ import torch
 from nestling.layers.attention import Attention
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.titans import SelfModifyingTitans
-from nestling.layers.titans_state import Group
+from nestling.layers.titans_state import MemoryGroup
 from nestling.nested_system.descriptions.torch_modules import Parts, attention
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver, Transfer
 from nestling.nested_system.frequency import EVERY_TOKEN, Frequency
@@ -70,12 +70,12 @@ def _names(module: SelfModifyingTitans) -> list[str]:
     return [name for group in module.groups for name in group.names]
 
 
-def initial(group: Group) -> str:
+def initial(group: MemoryGroup) -> str:
     """Name of the learned initial states of a group of memories."""
     return "initial." + "+".join(group.names)
 
 
-def _in_context(module: SelfModifyingTitans, place: Place, group: Group, name: str) -> Parts:
+def _in_context(module: SelfModifyingTitans, place: Place, group: MemoryGroup, name: str) -> Parts:
     """One fast memory of the layer and its momentum (NL Eqs. 83-93)."""
     rule, shapes, heads = module.rule, group.architecture.shapes(), module.num_heads
     running = name == "memory" and module.read != "chunk"
