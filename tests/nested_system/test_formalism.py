@@ -159,8 +159,8 @@ def test_an_unknown_name_lists_those_there_are():
 
 
 def test_levels_is_a_plain_function_of_the_package():
-    from nestling.nested_system.reading import read
+    from nestling.nested_system import analyze
 
-    assert nestling.levels is read.levels is nestling.nested_system.levels
+    assert nestling.levels is analyze.levels is nestling.nested_system.levels
     assert inspect.isfunction(nestling.levels)
     assert {"levels", "Level", "Schedule", "stack_levels"} <= set(nestling.__all__)

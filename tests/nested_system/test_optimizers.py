@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import nestling.nested_system
-from nestling.nested_system import Inner, Rule, describes
+from nestling.nested_system import OptimizerMemory, Rule, describes
+from nestling.nested_system.describe import _CLASSES
 from nestling.nested_system.frequency import EVERY_STEP
-from nestling.nested_system.reading.describe import _CLASSES
 from nestling.optim import DGD, M3, DeepMomentum, DeltaMomentum, PreconditionedMomentum
 
 OPTIMIZERS = {
@@ -218,7 +218,7 @@ def test_one_function_teaches_a_new_optimiser():
 
         @describes(Odd)
         def odd(optimizer, group):
-            thing = Inner("thing", "t ← t + g", "−⟨t, g⟩", states={"thing": lambda p: [tuple(p.shape)]})
+            thing = OptimizerMemory("thing", "t ← t + g", "−⟨t, g⟩", states={"thing": lambda p: [tuple(p.shape)]})
             return Rule("Odd", "W ← W − 0.1 g", "lr 0.1", (thing,))
 
         model = model_of()

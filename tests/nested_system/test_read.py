@@ -8,8 +8,8 @@ from torch import nn
 import nestling.nested_system
 from nestling.layers.mixers import MIXERS
 from nestling.nested_system import AssociativeMemory, Frequency, Solver, Transfer, describes
+from nestling.nested_system.describe import _CLASSES
 from nestling.nested_system.frequency import ALWAYS, NEVER
-from nestling.nested_system.reading.describe import _CLASSES
 
 ATTENTION = {"in_proj": "linear map", "out_proj": "linear map", "attention": "softmax attention"}
 

@@ -77,7 +77,7 @@ def main(
     if target is None:
         raise ValueError("say what to inspect: a size such as tiny, a folder, a config.json or module:factory")
     from nestling.cli.targets import build_optimizer, load, random_tokens
-    from nestling.nested_system.reading.read import levels
+    from nestling.nested_system.analyze import levels
 
     arguments = load(target, assignments(settings or [], "--set"), weights=measure)
     model = arguments["model"]

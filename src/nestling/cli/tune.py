@@ -121,7 +121,7 @@ def main(
 
 def _objective(text, command, call, config, option, optimizer, metric):
     """The one thing to tune; ValueError unless exactly one was named."""
-    from nestling.tuning import Command, Training, load_callable
+    from nestling.tuning import Command, TrainingRun, load_callable
 
     ways = {"TEXT or --config": text or config, "--command": command, "--call": call}
     named = [name for name, given in ways.items() if given]
@@ -140,7 +140,7 @@ def _objective(text, command, call, config, option, optimizer, metric):
 
     base = TrainConfig.load(config) if config else TrainConfig().changed(steps=300)
     changes = {"data.text": list(text)} if text else {}
-    return Training(base.changed(**({"optim.name": optimizer} | changes | assignments(option or [], "--option"))))
+    return TrainingRun(base.changed(**({"optim.name": optimizer} | changes | assignments(option or [], "--option"))))
 
 
 def _tell(found) -> None:

@@ -9,9 +9,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def encode(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists; a class of `to_json` alone says itself what it becomes."""
+    """Dataclasses as dicts, tuples as lists; a class with `to_json` and no `from_dict` converts itself."""
     if is_dataclass(value):
-        if _says_itself(type(value)):
+        if _converts_itself(type(value)):
             return value.to_json()
         return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, tuple):
@@ -19,7 +19,7 @@ def encode(value: Any) -> Any:
     return value
 
 
-def _says_itself(kind: type) -> bool:
+def _converts_itself(kind: type) -> bool:
     return hasattr(kind, "from_json") and not hasattr(kind, "from_dict")
 
 
@@ -40,7 +40,7 @@ def decode(kind: Any, value: Any) -> Any:
         return tuple(decode(k, v) for k, v in zip(each, value, strict=True))
     if not is_dataclass(kind):
         return value
-    if _says_itself(kind):
+    if _converts_itself(kind):
         return kind.from_json(value)
     hints = _hints(kind)
     if wrong := sorted(set(value) ^ set(hints)):

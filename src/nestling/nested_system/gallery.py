@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nestling.nested_system.analyze import levels
+from nestling.nested_system.describe import Place, describes
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver, Transfer
 from nestling.nested_system.frequency import EVERY_TOKEN
-from nestling.nested_system.reading.describe import Place, describes
-from nestling.nested_system.reading.read import levels
 from nestling.nested_system.system import NestedSystem
 from nestling.schedule import Level
 

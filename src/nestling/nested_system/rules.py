@@ -23,7 +23,7 @@ def scalar(parameter: Tensor) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Inner:
+class OptimizerMemory:
     """A memory that an optimiser keeps for each parameter.
 
     Attributes:
@@ -85,7 +85,7 @@ class Rule:
     name: str
     update: str
     rate: str = ""
-    memories: tuple[Inner, ...] = ()
+    memories: tuple[OptimizerMemory, ...] = ()
     macs: int = 1
     objective: str = ""
     takes: Callable[[Tensor], bool] | None = None

@@ -1,4 +1,7 @@
-"""A nested system: levels in order, what flows between them, and what was found (NL Defs. 3, 4, 7)."""
+"""A nested system: levels in order, what flows between them, and what was found (NL Defs. 3, 4, 7).
+
+`NestedSystem` prints and draws itself; it imports drawing/, which is made for it, only when asked to.
+"""
 
 from __future__ import annotations
 

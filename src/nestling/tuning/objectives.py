@@ -133,7 +133,7 @@ class Command:
         return step if isinstance(step, int) else None, float(value)
 
 
-class Training:
+class TrainingRun:
     """A run of `nestling train` with other optimiser settings; the figure is the held-out bits per byte.
 
     `lr` is optim.lr, a dotted name any option of the run, every other name an option of the optimiser.

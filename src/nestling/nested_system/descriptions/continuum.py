@@ -9,17 +9,17 @@ from collections.abc import Iterator
 import torch
 
 from nestling.cms.blocks import ContinuumMemory, LevelBlock
+from nestling.nested_system.describe import Place, describes
 from nestling.nested_system.descriptions.torch_modules import Parts
 from nestling.nested_system.descriptions.torch_optim import ELEMENTWISE, HEBBIAN
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver, Transfer
 from nestling.nested_system.frequency import NEVER, Frequency
-from nestling.nested_system.reading.describe import Place, describes
 from nestling.schedule import Level
 
 
 @describes(ContinuumMemory)
 def continuum(module: ContinuumMemory, place: Place) -> Parts:
-    """A chain of MLP blocks: each trains at the pace of its level (NL Eqs. 70-74, decision D10)."""
+    """A chain of MLP blocks: each trains at the frequency of its level (NL Eqs. 70-74, decision D10)."""
     if module.aggregate is not None:
         yield place.weights(
             "aggregation",
@@ -33,11 +33,11 @@ def continuum(module: ContinuumMemory, place: Place) -> Parts:
     for index, (level, kind) in enumerate(zip(module.levels, kinds)):
         block = f"blocks.{index}"
         if kind == "frozen":
-            place.pace(block, NEVER)
+            place.set_frequency(block, NEVER)
         elif kind == "slow":
-            place.pace(block, Frequency.every(level.chunk_size))
+            place.set_frequency(block, Frequency.every(level.chunk_size))
         elif kind == "fast":
-            place.begins(block)
+            place.initial_state(block)
             summed = None if level.chunk_size == fastest else Frequency.every(fastest)
             yield from _fast_level(module, place, index, level, summed)
     yield from _chain(module, place, kinds)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from nestling.nested_system.describe import Place, describes, describes_if, transparent
 from nestling.nested_system.descriptions.torch_modules import Parts, attention, gain
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver
 from nestling.nested_system.frequency import NEVER
-from nestling.nested_system.reading.describe import Place, describes, describes_if, transparent
 
 # families whose containers do nothing but call their parts
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "gemma", "gemma2", "smollm3", "gpt2", "vit")
@@ -104,8 +104,8 @@ def rotary(module: nn.Module, place: Place) -> Parts:
 def _is_mlp(module: nn.Module) -> bool:
     """A feed-forward block: linear maps and functions without parameters."""
     maps = [m for m in module.children() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    rest = [m for m in module.children() if m not in maps]
-    empty = all(next(m.parameters(), None) is None for m in rest)
+    others = [m for m in module.children() if m not in maps]
+    empty = all(next(m.parameters(), None) is None for m in others)
     return (
         _from_library(module)
         and type(module).__name__.endswith("MLP")

@@ -10,10 +10,10 @@ from nestling.layers.attention import Attention
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.titans import SelfModifyingTitans
 from nestling.layers.titans_state import MemoryGroup
+from nestling.nested_system.describe import Place, describes, transparent
 from nestling.nested_system.descriptions.torch_modules import Parts, attention
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver, Transfer
 from nestling.nested_system.frequency import EVERY_TOKEN, Frequency
-from nestling.nested_system.reading.describe import Place, describes, transparent
 
 describes(
     "nestling.models.hope.modeling.HopeForCausalLM",

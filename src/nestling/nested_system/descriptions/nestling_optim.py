@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestling.nested_system.describe import describes
 from nestling.nested_system.descriptions.torch_optim import (
     ELEMENTWISE,
     HEBBIAN,
@@ -18,8 +19,7 @@ from nestling.nested_system.descriptions.torch_optim import (
     orthogonalization,
     rate,
 )
-from nestling.nested_system.reading.describe import describes
-from nestling.nested_system.rules import Inner, Rule, at_least_float32, like, scalar
+from nestling.nested_system.rules import OptimizerMemory, Rule, at_least_float32, like, scalar
 
 
 @describes("nestling.optim.base.MemoryOptimizer")
@@ -44,7 +44,7 @@ def memory_optimizer(optimizer: Any, group: dict[str, Any]) -> Rule:
     retrieval = "m(g) = B + W₁ tanh(W₂ g)  (NL Eq. 50)" if deep else "m"
     names = _state_names(states.start)
     kept = [
-        Inner(
+        OptimizerMemory(
             "deep momentum" if deep else "delta momentum" if erase else "momentum", update, objective,
             keys=key if deep or erase else "—", values=f"−{value}", retrieval=retrieval, states=names,
             macs=1 + 2 * bool(erase), work=_mlp_work(memory.architecture) if deep else None,
@@ -56,7 +56,7 @@ def memory_optimizer(optimizer: Any, group: dict[str, Any]) -> Rule:
     return Rule(type(optimizer).__name__, decayed(group, "W ← W + η m(g)"), rate(group), tuple(kept))
 
 
-def _preconditioner(preconditioner: Any, feeds: str) -> Inner:
+def _preconditioner(preconditioner: Any, feeds: str) -> OptimizerMemory:
     """P as a memory of its own: running averages, or inner steps."""
     kind = type(preconditioner).__name__
     texts = {
@@ -65,7 +65,7 @@ def _preconditioner(preconditioner: Any, feeds: str) -> Inner:
         "Orthogonal": ("O ← O − ζ ∂/∂O |OᵀO − I|²", "|P(g)ᵀ P(g) − I|² (NL Eq. 43)", "the nearest orthogonal matrix"),
     }
     if kind not in texts:
-        return Inner(
+        return OptimizerMemory(
             "unknown",
             "?",
             "?",
@@ -78,7 +78,7 @@ def _preconditioner(preconditioner: Any, feeds: str) -> Inner:
         )
     update, objective, values = texts[kind]
     steps = getattr(preconditioner, "steps", 1)
-    return Inner(
+    return OptimizerMemory(
         "preconditioner",
         update,
         objective,
@@ -122,7 +122,7 @@ def dgd(optimizer: Any, group: dict[str, Any]) -> Rule:
     if group["momentum"]:
         states = _state_names(optimizer.memory(group).start)
         kept = (
-            Inner(
+            OptimizerMemory(
                 "momentum",
                 f"m ← {group['momentum']:g} m + Δ",
                 HEBBIAN,
@@ -148,20 +148,22 @@ def m3(optimizer: Any, group: dict[str, Any]) -> Rule:
 
     fast = f"m₁ ← {betas[0]:g} m₁ + {1 - betas[0]:.3g} g" if average else f"m₁ ← m₁ + {betas[0]:g} g"
     kept = [
-        Inner("momentum", fast, HEBBIAN, states={"m1": like, "step": scalar}, feeds="orthogonalization"),
+        OptimizerMemory("momentum", fast, HEBBIAN, states={"m1": like, "step": scalar}, feeds="orthogonalization"),
         orthogonalization(steps),
     ]
     if group["second_moment"]:
         square = f"v ← {betas[1]:g} v + {1 - betas[1]:.3g} g²" if average else f"v ← v + {betas[1]:g} g²"
         kept.append(
-            Inner("second moment", square, ELEMENTWISE, values="g², the squared gradients", states={"v": like}, macs=2)
+            OptimizerMemory(
+                "second moment", square, ELEMENTWISE, values="g², the squared gradients", states={"v": like}, macs=2
+            )
         )
     for scale, period in enumerate(periods[1:], 2):
         kind = "slow momentum" if len(periods) == 2 else f"slow momentum {scale}"
         beta = betas[min(scale, len(betas) - 1)]
         slow = f"m ← {beta:g} m + {1 - beta:.3g} ḡ" if average else f"m ← m + {beta:g} Σ g"
         kept.append(
-            Inner(
+            OptimizerMemory(
                 kind,
                 f"{slow}, over {period:,} steps",
                 HEBBIAN,

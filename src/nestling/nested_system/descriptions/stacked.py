@@ -11,19 +11,19 @@ from torch import nn
 from nestling.cms.fast_linear import FastLinear
 from nestling.cms.learner import Learner
 from nestling.cms.stack import AddedBlock, Chain, Stacked
+from nestling.nested_system.describe import Place, describes, description_of, transparent
 from nestling.nested_system.descriptions.continuum import in_context_level, level_block
 from nestling.nested_system.descriptions.huggingface import mlp
 from nestling.nested_system.descriptions.torch_modules import Parts
 from nestling.nested_system.formalism import Transfer
 from nestling.nested_system.frequency import NEVER, Frequency
-from nestling.nested_system.reading.describe import Place, describes, description_of, transparent
 
 describes(Chain)(transparent)
 
 
 @describes(AddedBlock)
 def added_block(module: AddedBlock, place: Place) -> Parts:
-    """The block of a level that was added behind an MLP."""
+    """The block of a level that was added after an MLP."""
     macs = sum(p.numel() for p in module.parameters())
     yield place.weights("MLP block", None, retrieval="y = x + W₁ σ(W₂ x)", macs=macs)
 
@@ -34,7 +34,7 @@ def stacked(module: Stacked, place: Place) -> Parts:
     learner, modules = module.learner, place.below()
     for index, level in enumerate(learner.levels):
         for part in learner.modules[index] if level.frozen else ():
-            place.pace(next(name for name, m in modules.items() if m is part), NEVER)
+            place.set_frequency(next(name for name, m in modules.items() if m is part), NEVER)
     if not module.learning or not learner.fast:
         return
     found = fast_weights(learner, modules)
@@ -68,7 +68,7 @@ def _chain(owner: str) -> str:
 
 _NOTE = {
     "sequential": "the error's way back through shared weights is not in its costs",
-    "nested": "begins anew behind each update of a slower level (NL Eq. 72); the error's way back through shared "
+    "nested": "begins anew after each update of a slower level (NL Eq. 72); the error's way back through shared "
     "weights is not in its costs",
 }
 

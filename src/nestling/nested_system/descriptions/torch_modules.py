@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from nestling.nested_system.describe import Place, describes, describes_if, transparent
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver, Transfer
 from nestling.nested_system.frequency import ALWAYS, EVERY_STEP, EVERY_TOKEN, NEVER
-from nestling.nested_system.reading.describe import Place, describes, describes_if, transparent
 
 Parts = Iterator[AssociativeMemory | Transfer]
 
@@ -35,7 +35,7 @@ def convolution(module: nn.Module, place: Place) -> Parts:
 
 @describes(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 def norm(module: nn.Module, place: Place) -> Parts:
-    """A diagonal memory behind a normalisation."""
+    """A diagonal memory after a normalisation."""
     if next(module.parameters(), None) is not None:
         yield gain(place, module.weight.numel())
 

@@ -24,8 +24,8 @@ from torch.optim import (
     SparseAdam,
 )  # fmt: skip
 
-from nestling.nested_system.reading.describe import describes
-from nestling.nested_system.rules import Inner, Rule, like, scalar
+from nestling.nested_system.describe import describes
+from nestling.nested_system.rules import OptimizerMemory, Rule, like, scalar
 
 HEBBIAN = "−⟨m, g⟩, value-less (NL Eq. 33)"
 ELEMENTWISE = "Σᵢ |m gᵢ − P|² + λ |m|², element by element (NL App. B)"
@@ -42,9 +42,11 @@ def decayed(group: dict[str, Any], text: str, *, coupled: bool = False) -> str:
     return text if coupled or not group.get("weight_decay") else text.replace("W ← W", "W ← (1 − η λ) W", 1)
 
 
-def momentum(update: str = "m ← β m + g", key: str = "momentum_buffer", macs: int = 1, **options: Any) -> Inner:
+def momentum(
+    update: str = "m ← β m + g", key: str = "momentum_buffer", macs: int = 1, **options: Any
+) -> OptimizerMemory:
     """Gradients summed with exponential forgetting."""
-    return Inner("momentum", update, HEBBIAN, states={key: like}, macs=macs, **options)
+    return OptimizerMemory("momentum", update, HEBBIAN, states={key: like}, macs=macs, **options)
 
 
 @describes(SGD)
@@ -59,13 +61,14 @@ def sgd(optimizer: SGD, group: dict[str, Any]) -> Rule:
 
 def moments(
     group: dict[str, Any], first: str = "exp_avg", second: str = "exp_avg_sq", extra: dict | None = None
-) -> list[Inner]:
+) -> list[OptimizerMemory]:
     """Adam's two moments: independent of one another, so on one level (NL Sec. 3.1)."""
     b1, b2 = group.get("betas", (0.9, 0.999))
     return [
-        Inner("first moment", f"m ← {b1:g} m + {1 - b1:.3g} g", ELEMENTWISE, states={first: like, **(extra or {})}),
-        Inner("second moment", f"v ← {b2:g} v + {1 - b2:.3g} g²", ELEMENTWISE, values="g², the squared gradients",
-              states={second: like}, macs=2),
+        OptimizerMemory("first moment", f"m ← {b1:g} m + {1 - b1:.3g} g", ELEMENTWISE,
+                        states={first: like, **(extra or {})}),
+        OptimizerMemory("second moment", f"v ← {b2:g} v + {1 - b2:.3g} g²", ELEMENTWISE,
+                        values="g², the squared gradients", states={second: like}, macs=2),
     ]  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def adam(optimizer: Adam, group: dict[str, Any]) -> Rule:
     if group.get("amsgrad"):
         kept[1] = replace(kept[1], feeds="largest second moment")
         kept.append(
-            Inner(
+            OptimizerMemory(
                 "largest second moment",
                 "v̄ ← max(v̄, v)",
                 "—",
@@ -95,30 +98,29 @@ def adam(optimizer: Adam, group: dict[str, Any]) -> Rule:
 def adamax(optimizer: Adamax, group: dict[str, Any]) -> Rule:
     """Adam with the largest gradient in place of the second moment."""
     kept = moments(group, second="exp_inf", extra={"step": scalar})
-    largest = Inner("largest gradient", "u ← max(β₂ u, |g|)", "—", values="|g|", states={"exp_inf": like})
+    largest = OptimizerMemory("largest gradient", "u ← max(β₂ u, |g|)", "—", values="|g|", states={"exp_inf": like})
     return Rule("Adamax", "W ← W − η m̂ / u", rate(group), (kept[0], largest), macs=2)
 
 
 @describes(Adagrad)
 def adagrad(optimizer: Adagrad, group: dict[str, Any]) -> Rule:
     """All squared gradients, never forgotten (NL Eqs. 106-111)."""
-    kept = Inner("sum of squares", "v ← v + g²", ELEMENTWISE, values="g²", states={"sum": like, "step": scalar})
+    kept = OptimizerMemory(
+        "sum of squares", "v ← v + g²", ELEMENTWISE, values="g²", states={"sum": like, "step": scalar}
+    )
     return Rule("Adagrad", "W ← W − η g / (√v + ε)", rate(group), (kept,), macs=2)
 
 
 @describes(RMSprop)
 def rmsprop(optimizer: RMSprop, group: dict[str, Any]) -> Rule:
     """A second moment, and on request a mean and a momentum of the scaled gradients."""
-    second = Inner("second moment", "v ← α v + (1 − α) g²", ELEMENTWISE, values="g²", macs=2,
+    second = OptimizerMemory("second moment", "v ← α v + (1 − α) g²", ELEMENTWISE, values="g²", macs=2,
                    states={"square_avg": like, "step": scalar})  # fmt: skip
     kept = [second]
     if group["centered"]:
-        kept.append(Inner("first moment", "ḡ ← α ḡ + (1 − α) g", ELEMENTWISE, states={"grad_avg": like}))
+        kept.append(OptimizerMemory("first moment", "ḡ ← α ḡ + (1 − α) g", ELEMENTWISE, states={"grad_avg": like}))
     if group["momentum"]:
-        kept = [
-            Inner(i.kind, i.update, i.objective, values=i.values, states=i.states, macs=i.macs, feeds="momentum")
-            for i in kept
-        ]
+        kept = [replace(memory, feeds="momentum") for memory in kept]
         kept.append(momentum("m ← μ m + g / √v", values="g / √v, the scaled gradients"))
     return Rule("RMSprop", "W ← W − η m" if group["momentum"] else "W ← W − η g / √v", rate(group), tuple(kept), macs=2)
 
@@ -126,9 +128,9 @@ def rmsprop(optimizer: RMSprop, group: dict[str, Any]) -> Rule:
 @describes(Adadelta)
 def adadelta(optimizer: Adadelta, group: dict[str, Any]) -> Rule:
     """Second moments of gradients and of the steps taken."""
-    squares = Inner("second moment", "v ← ρ v + (1 − ρ) g²", ELEMENTWISE, values="g²", macs=2,
+    squares = OptimizerMemory("second moment", "v ← ρ v + (1 − ρ) g²", ELEMENTWISE, values="g²", macs=2,
                     states={"square_avg": like, "step": scalar})  # fmt: skip
-    steps = Inner("step sizes", "d ← ρ d + (1 − ρ) Δ²", ELEMENTWISE, values="Δ², the squared steps", macs=2,
+    steps = OptimizerMemory("step sizes", "d ← ρ d + (1 − ρ) Δ²", ELEMENTWISE, values="Δ², the squared steps", macs=2,
                   reads="second moment", states={"acc_delta": like})  # fmt: skip
     return Rule("Adadelta", "W ← W − η √d / √v g", rate(group), (squares, steps), macs=3)
 
@@ -136,10 +138,10 @@ def adadelta(optimizer: Adadelta, group: dict[str, Any]) -> Rule:
 @describes(Rprop)
 def rprop(optimizer: Rprop, group: dict[str, Any]) -> Rule:
     """Step sizes that grow while a gradient keeps its sign."""
-    last = Inner(
+    last = OptimizerMemory(
         "last gradient", "p ← g", "½ |p − g|²", states={"prev": like, "step": scalar}, feeds="step sizes", macs=0
     )
-    sizes = Inner(
+    sizes = OptimizerMemory(
         "step sizes", "η ← η · (1.2 or 0.5, by the sign of p g)", "—", values="sign of p g", states={"step_size": like}
     )
     return Rule("Rprop", "W ← W − η sign g", "a step size for each weight", (last, sizes))
@@ -148,7 +150,7 @@ def rprop(optimizer: Rprop, group: dict[str, Any]) -> Rule:
 @describes(ASGD)
 def asgd(optimizer: ASGD, group: dict[str, Any]) -> Rule:
     """Gradient descent whose weights are averaged: the average is a memory of the weights."""
-    average = Inner(
+    average = OptimizerMemory(
         "average of weights",
         "a ← a + μ (W − a)",
         "½ |a − W|²",
@@ -178,7 +180,7 @@ def adafactor(optimizer: Adafactor, group: dict[str, Any]) -> Rule:
     def whole(p: Tensor) -> list[tuple[int, ...]]:
         return [] if p.ndim > 1 else like(p)
 
-    kept = Inner("second moment", "row and column means of g²", ELEMENTWISE, values="g²", macs=2,
+    kept = OptimizerMemory("second moment", "row and column means of g²", ELEMENTWISE, values="g²", macs=2,
                  states={"row_var": rows, "col_var": columns, "variance": whole, "step": scalar})  # fmt: skip
     return Rule("Adafactor", decayed(group, "W ← W − η g / √(r cᵀ)"), rate(group), (kept,), macs=3)
 
@@ -191,9 +193,9 @@ def newton_schulz(parameter: Tensor, steps: int) -> int:
     return steps * (2 * small * small * large + small**3)
 
 
-def orthogonalization(steps: int, source: str = "momentum", per: Any = 1, **options: Any) -> Inner:
+def orthogonalization(steps: int, source: str = "momentum", per: Any = 1, **options: Any) -> OptimizerMemory:
     """Newton-Schulz: an inner problem of its own, solved in `steps` steps for each gradient (NL Eqs. 42-44)."""
-    return Inner(
+    return OptimizerMemory(
         "orthogonalization", "O ← O − ζ ∂/∂O |OᵀO − I|², O₀ = m / |m|  (NL Eq. 44)", "|P(g)ᵀ P(g) − I|² (NL Eq. 43)",
         keys="m, the momentum", values="its nearest orthogonal matrix", retrieval="O", rate=per * steps, steps=steps,
         reads=source, macs=0, work=lambda p: newton_schulz(p, 1), rule="Newton-Schulz", **options,
@@ -225,7 +227,7 @@ def lbfgs(optimizer: LBFGS, group: dict[str, Any]) -> Rule:
         "func_evals",
         "n_iter",
     )
-    kept = Inner(
+    kept = OptimizerMemory(
         "curvature pairs", f"keep the last {group['history_size']} pairs of step and change of gradient", "|H y − s|²",
         keys="y, changes of the gradient", values="s, the steps taken", states=dict.fromkeys(names, lambda p: []),
         macs=4 * group["history_size"], rule="a window of the last pairs", solver="non-parametric",

@@ -8,8 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from nestling.nested_system.drawing.groups import Group as Memories
-from nestling.nested_system.drawing.groups import groups, per_token, short
+from nestling.nested_system.drawing.groups import MemoryGroup, groups, per_token, short
 from nestling.nested_system.formalism import Cost
 from nestling.nested_system.frequency import Frequency
 from nestling.nested_system.system import NestedSystem
@@ -53,7 +52,7 @@ def _often(frequency: Frequency) -> str:
     return words.get(str(frequency), f"{frequency}")
 
 
-def _texts(group: Memories) -> tuple[Text, Text, Text]:
+def _texts(group: MemoryGroup) -> tuple[Text, Text, Text]:
     """What it is, where it stands, what it maps."""
     memory = group.first
     kind = Text(f"  {group.kind}", "red" if memory.unknown else "")
@@ -91,12 +90,8 @@ def _foot(system: NestedSystem, limit: int) -> list[str]:
     kinds: dict[str, list] = {}
     for finding in system.findings:
         kinds.setdefault(finding.kind, []).append(finding)
-    told = [_finding(kind, some) for kind, some in kinds.items()]
-    return (
-        lines
-        + told[:limit]
-        + ([f"and {len(told) - limit} more kinds of findings (.findings)"] if len(told) > limit else [])
-    )
+    lines += [_finding(kind, some) for kind, some in list(kinds.items())[:limit]]
+    return lines + ([f"and {len(kinds) - limit} more kinds of findings (.findings)"] if len(kinds) > limit else [])
 
 
 def _finding(kind: str, some: list) -> str:

@@ -40,14 +40,14 @@ def copies(model: nn.Module, optimizers: list[Any], schedulers: list[Any], avera
         raise ValueError(f"{type(model).__name__} cannot be copied to be measured: {error}") from error
     for parameter in twin.parameters():
         parameter.grad = None
-    made = [_optimizer(one, twin, memo) for one in optimizers]
-    clocks = []
+    optimizer_copies = [_optimizer(one, twin, memo) for one in optimizers]
+    scheduler_copies = []
     for scheduler in schedulers:
-        clock = object.__new__(type(scheduler))
-        memo[id(scheduler)] = clock
-        clock.__dict__.update(copy.deepcopy(scheduler.__dict__, memo))
-        clocks.append(clock)
-    return Copies(twin, made, clocks, copy.deepcopy(average, memo))
+        made = object.__new__(type(scheduler))
+        memo[id(scheduler)] = made
+        made.__dict__.update(copy.deepcopy(scheduler.__dict__, memo))
+        scheduler_copies.append(made)
+    return Copies(twin, optimizer_copies, scheduler_copies, copy.deepcopy(average, memo))
 
 
 def _optimizer(optimizer: Any, twin: nn.Module, memo: dict[int, Any]) -> Any:

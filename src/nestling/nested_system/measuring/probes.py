@@ -78,7 +78,7 @@ def continuum(layer: ContinuumMemory, x: Tensor) -> dict[str, Measured]:
 def learning(model: Learning, ids: Tensor) -> dict[str, Measured]:
     """Counts of every level over the first stream of ids [B, T], which is read a chunk at a time.
 
-    One more token is read behind the last, so that a chunk which ends there has all its targets.
+    One more token is read after the last, so that a chunk which ends there has all its targets.
     """
     learner, counts, cache = model.learner, {}, None
     if not model.reads:

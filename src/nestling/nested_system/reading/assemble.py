@@ -1,4 +1,4 @@
-"""From descriptions to a nested system: paces, the optimisers' memories, order, coverage."""
+"""From descriptions to a nested system: frequencies, the optimisers' memories, order, coverage."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from nestling.nested_system.describe import spec
 from nestling.nested_system.formalism import AssociativeMemory, ContextFlow, Cost, Solver, TensorSpec, Transfer
 from nestling.nested_system.frequency import EVERY_STEP, NEVER, Frequency
-from nestling.nested_system.reading.describe import spec
-from nestling.nested_system.reading.gradients import Kept, finished, optimiser_memories
 from nestling.nested_system.reading.inventory import Inventory, unwrap
+from nestling.nested_system.reading.optimizer_memories import Draft, finished, optimizer_memories
 from nestling.nested_system.reading.order import order
 from nestling.nested_system.reading.trainers import Trained, Training
 from nestling.nested_system.rules import Rule
@@ -50,7 +50,7 @@ def assemble(
     renamed: dict[str, list[str]] = {}
     placed: list[AssociativeMemory] = []
     for memory in memories:
-        parts = [memory] if memory.frequency is not None else _by_pace(memory, inventory, training)
+        parts = [memory] if memory.frequency is not None else _by_frequency(memory, inventory, training)
         renamed[memory.name] = [part.name for part in parts]
         placed += parts
     transfers = [
@@ -59,7 +59,7 @@ def assemble(
         for s in _ends(t, t.source, renamed)
         for e in _ends(t, t.target, renamed)
     ]
-    kept, taught = optimiser_memories(placed, inventory, training)
+    kept, taught = optimizer_memories(placed, inventory, training)
     placed = [_needing(memory, kept) for memory in placed] + [finished(one) for one in kept]
     placed += _averages(average, placed, inventory)
     if average is not None:
@@ -80,41 +80,43 @@ def _ends(transfer: Transfer, name: str, renamed: dict[str, list[str]]) -> list[
     return renamed[name]
 
 
-def _by_pace(memory: AssociativeMemory, inventory: Inventory, training: Training) -> list[AssociativeMemory]:
-    """Weights whose tensors move at different paces, as one memory for each pace."""
+def _by_frequency(memory: AssociativeMemory, inventory: Inventory, training: Training) -> list[AssociativeMemory]:
+    """Weights whose tensors are updated at different frequencies, as one memory for each."""
     groups: dict[Frequency, list[TensorSpec]] = defaultdict(list)
     rules: dict[Frequency, dict[tuple[str, str], tuple[Rule, int]]] = defaultdict(dict)
     for tensor in memory.tensors:
         trained = training.parameters.get(tensor.shared_with or tensor.name)
-        pace = _pace(tensor, trained, inventory)
-        groups[pace].append(tensor)
-        if trained is not None and pace != NEVER:
+        frequency = _frequency(tensor, trained, inventory)
+        groups[frequency].append(tensor)
+        if trained is not None and frequency != NEVER:
             count = 0 if tensor.shared_with is not None else tensor.numel
             key = (trained.rule.name, trained.rule.update)
-            rules[pace][key] = (trained.rule, rules[pace].get(key, (None, 0))[1] + count)
+            rules[frequency][key] = (trained.rule, rules[frequency].get(key, (None, 0))[1] + count)
     if memory.unknown and len(groups) > 1:  # nothing is known of its parts: as fast as the fastest of them
-        fastest = max(groups, key=lambda pace: pace.per_token(1))
+        fastest = max(groups, key=lambda frequency: frequency.per_token(1))
         groups = {fastest: list(memory.tensors)}
     if not groups:
         groups[NEVER] = []
     total = sum(t.bytes for t in memory.tensors) or 1
     made = []
-    for pace, tensors in groups.items():
+    for frequency, tensors in groups.items():
         share = sum(t.bytes for t in tensors) / total
-        part = memory if len(groups) == 1 else _share(memory, tensors, share, pace)
-        if inventory.begins(memory.name):
+        part = memory if len(groups) == 1 else _share(memory, tensors, share, frequency)
+        if inventory.is_initial_state(memory.name):
             part = replace(part, kind="initial state", cost=replace(part.cost, read_macs=0, write_macs=0, read_bytes=0))
-        made.append(_solved(part, pace, list(rules[pace].values()), training))
+        made.append(_solved(part, frequency, list(rules[frequency].values()), training))
     return made
 
 
-def _pace(tensor: TensorSpec, trained: Trained | None, inventory: Inventory) -> Frequency:
+def _frequency(tensor: TensorSpec, trained: Trained | None, inventory: Inventory) -> Frequency:
     if trained is None:
         return NEVER
-    return inventory.pace_of(tensor.name) or trained.pace
+    return inventory.frequency_of(tensor.name) or trained.frequency
 
 
-def _share(memory: AssociativeMemory, tensors: list[TensorSpec], share: float, pace: Frequency) -> AssociativeMemory:
+def _share(
+    memory: AssociativeMemory, tensors: list[TensorSpec], share: float, frequency: Frequency
+) -> AssociativeMemory:
     """A memory cut to some of its tensors, with their part of its costs."""
     own = [t for t in tensors if t.shared_with is None]
     last = ", ".join(t.name.rpartition(".")[2] for t in tensors)
@@ -127,25 +129,27 @@ def _share(memory: AssociativeMemory, tensors: list[TensorSpec], share: float, p
 
 
 def _solved(
-    memory: AssociativeMemory, pace: Frequency, rules: list[tuple[Rule, int]], training: Training
+    memory: AssociativeMemory, frequency: Frequency, rules: list[tuple[Rule, int]], training: Training
 ) -> AssociativeMemory:
-    if pace == NEVER:
+    if frequency == NEVER:
         solver = memory.solver if memory.unknown else Solver("none")
         cost = replace(memory.cost, write_macs=0)
         return replace(memory, frequency=NEVER, solver=solver, update="never", cost=cost)
-    rules = sorted(rules, key=lambda pair: -pair[1])  # the rule of most numbers speaks first, and for all of its name
-    spoken = {rule.name: rule for rule, _ in reversed(rules)}
+    rules = sorted(
+        rules, key=lambda pair: -pair[1]
+    )  # the rule of most numbers comes first, and stands for all of its name
+    named = {rule.name: rule for rule, _ in reversed(rules)}
     names = list(dict.fromkeys(rule.name for rule, _ in rules))
     size = sum(t.bytes for t in memory.tensors if t.shared_with is None)
     by = " × ".join(filter(None, [rules[0][0].rate, *training.schedulers]))
     cost = replace(memory.cost, step_macs=sum(r.macs * n for r, n in rules), step_bytes=3 * size)
     solver = memory.solver if memory.unknown else Solver("gradient", " and ".join(names), by)
     objective = rules[0][0].objective or memory.objective
-    update = "; ".join(dict.fromkeys(spoken[name].update for name in names))
-    return replace(memory, frequency=pace, update=update, solver=solver, cost=cost, objective=objective)
+    update = "; ".join(dict.fromkeys(named[name].update for name in names))
+    return replace(memory, frequency=frequency, update=update, solver=solver, cost=cost, objective=objective)
 
 
-def _needing(memory: AssociativeMemory, kept: list[Kept]) -> AssociativeMemory:
+def _needing(memory: AssociativeMemory, kept: list[Draft]) -> AssociativeMemory:
     """The weights with the optimiser's memories whose state at t they need."""
     needs = tuple(o.name for o in kept if memory.name in o.served and o.inner.reads != "weights" and o.inner.waits)
     return replace(memory, needs=(*memory.needs, *needs)) if needs else memory
@@ -191,21 +195,21 @@ def _averages(
 
 
 def coverage_of(placed: Sequence[AssociativeMemory], inventory: Inventory, training: Training) -> Coverage:
-    known = {t.name for m in placed if not m.unknown for t in m.tensors if t.role in ("parameter", "buffer")}
+    described = {t.name for m in placed if not m.unknown for t in m.tensors if t.role in ("parameter", "buffer")}
     unknown = [f"{m.name}: {m.note}" if m.note else m.name for m in placed if m.unknown]
     counts = {}
     for role, names in (("parameters", _names(inventory, True)), ("buffers", _names(inventory, False))):
-        counts[role] = (sum(name in known for name in names), len(names))
+        counts[role] = (sum(name in described for name in names), len(names))
     states = total = 0
     for index, optimizer in enumerate(training.optimizers):
         for parameter, values in optimizer.state.items():
             trained = training.parameters.get(inventory.name_of(parameter) or "")
             if trained is None or trained.optimizer != index:
                 continue
-            told = {n for inner in trained.rule.memories if inner.kind != "unknown" for n in inner.states}
+            known = {n for inner in trained.rule.memories if inner.kind != "unknown" for n in inner.states}
             total += len(values)
-            states += sum(name in told for name in values)
-            unknown += [f"{type(optimizer).__name__} state {name!r}" for name in values if name not in told]
+            states += sum(name in known for name in values)
+            unknown += [f"{type(optimizer).__name__} state {name!r}" for name in values if name not in known]
     if not total:  # before the first step: what the rules say there will be
         states = total = sum(1 for m in placed if m.lifetime == "training" for t in m.tensors if t.role == "optimizer")
     return Coverage(counts["parameters"], counts["buffers"], (states, total), tuple(dict.fromkeys(unknown)))
@@ -241,5 +245,5 @@ def _findings(placed: list[AssociativeMemory], inventory: Inventory, training: T
 def _training_notes(training: Training) -> list[str]:
     notes = [f"an optimiser also trains {count:,} numbers of another model" for count in training.foreign]
     if "ReduceLROnPlateau" in training.schedulers:
-        notes.append("ReduceLROnPlateau also remembers the best loss it was told; when it is told is not known here")
+        notes.append("ReduceLROnPlateau also remembers the best loss it was given; when that happens is not known here")
     return notes

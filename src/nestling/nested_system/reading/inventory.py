@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
+from nestling.nested_system.describe import spec
 from nestling.nested_system.formalism import TensorSpec
 from nestling.nested_system.frequency import Frequency
-from nestling.nested_system.reading.describe import spec
 
 # attribute under which a wrapper keeps the module it wraps, and what the wrapper is
 _WRAPPERS = {
@@ -38,7 +38,7 @@ def unwrap(module: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 class Inventory:
-    """Every module and tensor of a model, by name; which of them a description has claimed; paces set by descriptions.
+    """Every module and tensor of a model, by name, and what descriptions have claimed and set.
 
     Args:
         model: any module.  context_length: tokens of a context.
@@ -50,10 +50,10 @@ class Inventory:
         self.wrappers = set(outer)
         self.modules: dict[str, nn.Module] = {}
         self.repeated: list[tuple[str, str]] = []  # a module under a second name
-        self.paces: dict[str, Frequency] = {}
-        self.initial: set[str] = set()  # paths whose weights are only where a fast level begins
+        self.frequencies: dict[str, Frequency] = {}
+        self.initial: set[str] = set()  # paths whose weights are only a fast level's initial state
         self.claimed: set[str] = set()
-        self.consumed: set[str] = set()  # modules whose children their own description has told
+        self.consumed: set[str] = set()  # modules whose children their own description covers
         self.tensors: dict[str, Tensor] = {}  # by first name
         self.aliases: dict[str, str] = {}  # second name: first name
         self._walk(self.root, "", {})
@@ -98,7 +98,7 @@ class Inventory:
         """Leave out what lies below a module: its description speaks for all of it."""
         self.consumed.add(path)
 
-    def spoken_for(self, path: str) -> bool:
+    def is_consumed(self, path: str) -> bool:
         """Whether a module lies below one that was consumed."""
         parts = path.split(".")
         return any(".".join(parts[:end]) in self.consumed for end in range(len(parts))) and path != ""
@@ -115,15 +115,15 @@ class Inventory:
         role = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
         return spec(name, tensor.shape, tensor.dtype, role, None if first == name else first)
 
-    def pace_of(self, name: str) -> Frequency | None:
+    def frequency_of(self, name: str) -> Frequency | None:
         """The frequency a description has set for what lies under a path: the longest such path decides."""
         parts = name.split(".")
         for end in range(len(parts), 0, -1):
-            if (path := ".".join(parts[:end])) in self.paces:
-                return self.paces[path]
+            if (path := ".".join(parts[:end])) in self.frequencies:
+                return self.frequencies[path]
         return None
 
-    def begins(self, name: str) -> bool:
+    def is_initial_state(self, name: str) -> bool:
         """Whether the weights of this name are an initial state of a level that learns in the context."""
         parts = name.split(".")
         return any(".".join(parts[:end]) in self.initial for end in range(1, len(parts) + 1))

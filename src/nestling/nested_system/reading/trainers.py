@@ -1,4 +1,4 @@
-"""Who trains what: the rule and the pace of every parameter, from an optimiser, several, or a run's LevelOptimizers."""
+"""Who trains what: every parameter's rule and frequency, from an optimiser, several, or a run's LevelOptimizers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestling.nested_system.describe import description_of
 from nestling.nested_system.frequency import EVERY_STEP, Frequency
-from nestling.nested_system.reading.describe import description_of
 from nestling.nested_system.reading.inventory import Inventory
-from nestling.nested_system.rules import Inner, Rule
+from nestling.nested_system.rules import OptimizerMemory, Rule
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Trained:
 
     optimizer: int
     rule: Rule
-    pace: Frequency
+    frequency: Frequency
 
 
 @dataclass
@@ -55,7 +55,7 @@ def training_of(optimizer: Any, scheduler: Any, accumulation: int, inventory: In
         TypeError: something that is no optimiser or scheduler.  ValueError: none of the parameters is the model's.
     """
     training = Training(accumulation=accumulation, schedulers=[_schedule(s) for s in _several(scheduler)])
-    for one, pace, summed in _optimizers(optimizer):
+    for one, frequency, summed in _optimizers(optimizer):
         index = len(training.optimizers)
         training.optimizers.append(one)
         foreign = 0
@@ -66,9 +66,9 @@ def training_of(optimizer: Any, scheduler: Any, accumulation: int, inventory: In
                 if name is None:
                     foreign += parameter.numel()
                 elif parameter.requires_grad:
-                    training.parameters[name] = Trained(index, rule.of(parameter), pace)
+                    training.parameters[name] = Trained(index, rule.of(parameter), frequency)
                     if summed:
-                        training.summed[name] = pace
+                        training.summed[name] = frequency
         if foreign:
             training.foreign.append(foreign)
         if foreign and not training.parameters:
@@ -88,9 +88,9 @@ def _optimizers(optimizer: Any) -> Iterator[tuple[torch.optim.Optimizer, Frequen
             yield one, EVERY_STEP, False
         elif type(one).__name__ == "LevelOptimizers":  # a run's: slow levels have optimisers of their own
             for group in one.groups:
-                pace = EVERY_STEP if group.level is None else Frequency.every(one.schedule.chunk_size(group.level))
+                frequency = EVERY_STEP if group.level is None else Frequency.every(one.schedule.chunk_size(group.level))
                 for inner in group.optimizers:
-                    yield inner, pace, group.sums is not None
+                    yield inner, frequency, group.sums is not None
         else:
             hint = " (give an instance, not the class)" if isinstance(one, type) else ""
             raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {one!r:.80}{hint}")
@@ -119,7 +119,7 @@ def rule_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
 
         return of
 
-    unknown = Inner(
+    unknown = OptimizerMemory(
         "unknown",
         "?",
         "?",

@@ -152,12 +152,12 @@ class Place:
         """A tensor that one sequence's state holds."""
         return spec(self.path(name), shape, dtype, "state")
 
-    def pace(self, relative: str, frequency: Frequency) -> None:
+    def set_frequency(self, relative: str, frequency: Frequency) -> None:
         """Everything trained under this path is updated this often, whatever the optimiser's own step."""
-        self._inventory.paces[self.path(relative)] = frequency
+        self._inventory.frequencies[self.path(relative)] = frequency
 
-    def begins(self, relative: str) -> None:
-        """What lies under this path is only where a memory of its own begins: that memory carries the costs."""
+    def initial_state(self, relative: str) -> None:
+        """What lies under this path is only the initial state of another memory, which carries the costs."""
         self._inventory.initial.add(self.path(relative))
 
     def weights(

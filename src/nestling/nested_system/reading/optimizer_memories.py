@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nestling.nested_system.describe import spec
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver, TensorSpec, Transfer
 from nestling.nested_system.frequency import EVERY_STEP, NEVER, Frequency
-from nestling.nested_system.reading.describe import spec
 from nestling.nested_system.reading.inventory import Inventory
 from nestling.nested_system.reading.trainers import Trained, Training
-from nestling.nested_system.rules import Inner, Rule, scalar
+from nestling.nested_system.rules import OptimizerMemory, Rule, like, scalar
 
 
 @dataclass
-class Kept:
+class Draft:
     """One memory of an optimiser while it is put together."""
 
     name: str
-    inner: Inner
-    pace: Frequency
+    inner: OptimizerMemory
+    frequency: Frequency
     tensors: list[TensorSpec] = field(default_factory=list)
     served: dict[str, None] = field(default_factory=dict)  # names of the weights' memories, in order
     waits_for: dict[str, None] = field(default_factory=dict)  # names of memories of the optimiser it takes in at once
@@ -28,11 +28,11 @@ class Kept:
     gradient_bytes: int = 0
 
 
-def optimiser_memories(
+def optimizer_memories(
     placed: list[AssociativeMemory], inventory: Inventory, training: Training
-) -> tuple[list[Kept], list[Transfer]]:
+) -> tuple[list[Draft], list[Transfer]]:
     """The memories that optimisers keep of gradients, and who teaches whom there."""
-    kept: dict[tuple, Kept] = {}
+    kept: dict[tuple, Draft] = {}
     taught: dict[tuple[str, str, str], Transfer] = {}
     for memory in placed:
         if memory.frequency in (None, NEVER) or memory.lifetime != "model":
@@ -52,16 +52,16 @@ def optimiser_memories(
 class _Serving:
     """Adds one parameter to the memories of its optimiser."""
 
-    kept: dict[tuple, Kept]
+    kept: dict[tuple, Draft]
     taught: dict[tuple[str, str, str], Transfer]
     training: Training
-    pace: Frequency
+    frequency: Frequency
     weights: str
     tensor: TensorSpec
     parameter: Any
 
     def all(self, trained: Trained) -> None:
-        own = {inner.kind: self.add(trained, inner, self.pace) for inner in trained.rule.memories}
+        own = {inner.kind: self.add(trained, inner, self.frequency) for inner in trained.rule.memories}
         total = self.sum(trained)
         source = self.weights if total is None else total.name
         for inner in trained.rule.memories:
@@ -85,26 +85,26 @@ class _Serving:
     def teach(self, source: str, target: str, kind: str, what: str) -> None:
         self.taught.setdefault((source, target, kind), Transfer(source, target, kind, what))
 
-    def sum(self, trained: Trained) -> Kept | None:
+    def sum(self, trained: Trained) -> Draft | None:
         """The sum of gradients, where a step takes several."""
         times = self.training.accumulation
         slow = self.tensor.name in self.training.summed
         if times == 1 and not slow:
             return None
-        inner = Inner("gradient sum", "s ← s + g, emptied by the step", "−⟨s, g⟩, value-less", feeds="", retrieval="s",
-                      states={".sum": lambda p: [tuple(p.shape)]})  # fmt: skip
-        total = self.add(trained, inner, EVERY_STEP.times(times), f" for {self.pace}" if slow else "")
+        inner = OptimizerMemory("gradient sum", "s ← s + g, emptied by the step", "−⟨s, g⟩, value-less", feeds="",
+                                retrieval="s", states={".sum": like})  # fmt: skip
+        total = self.add(trained, inner, EVERY_STEP.times(times), f" for {self.frequency}" if slow else "")
         self.teach(self.weights, total.name, "generation", "gradients")
         return total
 
-    def add(self, trained: Trained, inner: Inner, pace: Frequency, suffix: str = "") -> Kept:
-        key = (trained.optimizer, trained.rule.name, inner.kind, pace, suffix)
+    def add(self, trained: Trained, inner: OptimizerMemory, frequency: Frequency, suffix: str = "") -> Draft:
+        key = (trained.optimizer, trained.rule.name, inner.kind, frequency, suffix)
         if key not in self.kept:
             twins = sum(1 for other in self.kept if other[1:3] == key[1:3])
-            clock = "" if pace.unit == "step" else f" at {pace}"
-            name = f"{trained.rule.name}: {inner.kind}" + (suffix or clock)
+            often = "" if frequency.unit == "step" else f" at {frequency}"
+            name = f"{trained.rule.name}: {inner.kind}" + (suffix or often)
             name += f" ({twins + 1})" if name in {one.name for one in self.kept.values()} else ""
-            self.kept[key] = Kept(name, inner, pace)
+            self.kept[key] = Draft(name, inner, frequency)
         one = self.kept[key]
         made = []
         for state, shapes in inner.states.items():
@@ -126,14 +126,14 @@ def trained_reads(rule: Rule, kind: str) -> str:
     return next((inner.reads for inner in rule.memories if inner.kind == kind), "")
 
 
-def finished(one: Kept) -> AssociativeMemory:
+def finished(one: Draft) -> AssociativeMemory:
     inner = one.inner
     size = sum(t.bytes for t in one.tensors)
     context = {"gradient": "gradients", "weights": "weights"}.get(inner.reads, "momentum")
     needs = tuple(one.served) if inner.reads == "weights" and inner.waits else tuple(one.waits_for)
     return AssociativeMemory(
         one.name, inner.kind, inner.keys, inner.values, inner.objective, inner.retrieval or inner.kind[0], inner.update,
-        Solver(inner.solver, inner.rule, steps=inner.steps), one.pace.times(inner.rate), context,
+        Solver(inner.solver, inner.rule, steps=inner.steps), one.frequency.times(inner.rate), context,
         feasible="the shapes of the weights it serves", tensors=tuple(one.tensors), needs=needs, lifetime="training",
         cost=Cost(0, size, step_macs=inner.macs * one.numbers + one.work, step_bytes=2 * size + one.gradient_bytes),
         note=inner.note,
