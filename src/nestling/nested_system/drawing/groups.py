@@ -11,7 +11,7 @@ from nestling.nested_system.system import NestedSystem
 
 
 @dataclass(frozen=True)
-class MemoryGroup:
+class ViewGroup:
     """Some memories of a level that differ only in where in the model they stand.
 
     Attributes:
@@ -48,7 +48,7 @@ class Link:
     count: int
 
 
-def groups(system: NestedSystem, *, coarse: bool = False) -> tuple[list[MemoryGroup], list[Link]]:
+def groups(system: NestedSystem, *, coarse: bool = False) -> tuple[list[ViewGroup], list[Link]]:
     """The groups of a system, fastest level first, and what goes on between them.
 
     Args:
@@ -66,7 +66,7 @@ def groups(system: NestedSystem, *, coarse: bool = False) -> tuple[list[MemoryGr
         for m in level.memories:
             how = m.solver.rule if coarse else (m.retrieval, m.update)
             found[level.index, m.kind, how, frozenset(sides[m.name])].append(m)
-    made = [MemoryGroup(f"g{i}", key[0], key[1], _members(ms), tuple(ms)) for i, (key, ms) in enumerate(found.items())]
+    made = [ViewGroup(f"g{i}", key[0], key[1], _members(ms), tuple(ms)) for i, (key, ms) in enumerate(found.items())]
     return made, _links(system, made)
 
 
@@ -89,7 +89,7 @@ def _members(memories: list[AssociativeMemory]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _links(system: NestedSystem, made: list[MemoryGroup]) -> list[Link]:
+def _links(system: NestedSystem, made: list[ViewGroup]) -> list[Link]:
     home = {memory.name: group.key for group in made for memory in group.memories}
     found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for t in system.transfers:

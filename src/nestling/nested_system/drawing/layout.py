@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nestling.nested_system.drawing.groups import Link, MemoryGroup, groups, short
+from nestling.nested_system.drawing.groups import Link, ViewGroup, groups, short
 from nestling.nested_system.drawing.routes import curves, place
 from nestling.nested_system.drawing.shapes import (
     BAND_GAP,
@@ -69,7 +69,7 @@ def _subtitle(system: NestedSystem) -> str:
     )
 
 
-def _box(group: MemoryGroup, *, named: bool) -> Box:
+def _box(group: ViewGroup, *, named: bool) -> Box:
     """A group's box; `named` says who trains it, where that differs."""
     memory = group.first
     names = ", ".join(name for name in group.members if not name.startswith(group.kind))

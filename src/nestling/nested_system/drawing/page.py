@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.nested_system.drawing.figure import THEMES, style_sheet, to_svg
-from nestling.nested_system.drawing.groups import MemoryGroup, groups, short
+from nestling.nested_system.drawing.groups import ViewGroup, groups, short
 from nestling.nested_system.drawing.layout import layout
 from nestling.nested_system.formalism import Cost
 from nestling.nested_system.system import NestedSystem
@@ -60,7 +60,7 @@ def _data(system: NestedSystem, subtitle: str) -> dict[str, Any]:
     }
 
 
-def _group(group: MemoryGroup, flows: dict, findings: dict[str, list[str]]) -> dict[str, Any]:
+def _group(group: ViewGroup, flows: dict, findings: dict[str, list[str]]) -> dict[str, Any]:
     first, many = group.first, len(group.memories)
     shapes: dict[str, None] = {}
     for memory in group.memories:
@@ -92,7 +92,7 @@ def _group(group: MemoryGroup, flows: dict, findings: dict[str, list[str]]) -> d
     }
 
 
-def _joined(group: MemoryGroup, field: str) -> str:
+def _joined(group: ViewGroup, field: str) -> str:
     """What the group's memories say, once each."""
     return "; ".join(list(dict.fromkeys(getattr(m, field) for m in group.memories))[:4])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nestling.nested_system.drawing.groups import Link, MemoryGroup
+from nestling.nested_system.drawing.groups import Link, ViewGroup
 from nestling.nested_system.system import NestedLevel
 
 GUTTER, MARGIN, BOX_HEIGHT, BOX_GAP, ROW_GAP, BAND_PAD, BAND_GAP = 176, 24, 62, 22, 30, 12, 56
@@ -31,7 +31,7 @@ def clip(text: str, size: float, width: float, bold: bool = False) -> str:
 class Box:
     """A group of memories in the picture; coordinates of its centre."""
 
-    group: MemoryGroup
+    group: ViewGroup
     row: int
     width: float
     lines: tuple[str, str, str]

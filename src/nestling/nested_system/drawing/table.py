@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from nestling.nested_system.drawing.groups import MemoryGroup, groups, per_token, short
+from nestling.nested_system.drawing.groups import ViewGroup, groups, per_token, short
 from nestling.nested_system.formalism import Cost
 from nestling.nested_system.frequency import Frequency
 from nestling.nested_system.system import NestedSystem
@@ -52,7 +52,7 @@ def _often(frequency: Frequency) -> str:
     return words.get(str(frequency), f"{frequency}")
 
 
-def _texts(group: MemoryGroup) -> tuple[Text, Text, Text]:
+def _texts(group: ViewGroup) -> tuple[Text, Text, Text]:
     """What it is, where it stands, what it maps."""
     memory = group.first
     kind = Text(f"  {group.kind}", "red" if memory.unknown else "")
