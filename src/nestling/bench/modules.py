@@ -1,10 +1,13 @@
-"""What the layers are measured against: a softmax attention + MLP block, as plain as it comes."""
+"""What is measured: a sequence layer, and a softmax attention + MLP block as plain as it comes."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nestling.bench.settings import BenchSettings
+from nestling.layers.mixers import build_mixer
 
 
 class AttentionBlock(nn.Module):
@@ -44,5 +47,12 @@ class Softmax(nn.Module):
 
 
 def block(dim: int, heads: int, device: str) -> nn.Module:
+    """An `AttentionBlock`, always with the same weights."""
     torch.manual_seed(0)
     return AttentionBlock(dim, heads).to(device)
+
+
+def layer_of(settings: BenchSettings, name: str = "selfmod", **options) -> nn.Module:
+    """A mixer of the benchmark's width and heads."""
+    torch.manual_seed(0)
+    return build_mixer(name, settings.dim, settings.heads, **options).to(settings.device)
