@@ -148,7 +148,7 @@ def test_baselines_have_static_projections():
         if name in ("selfmod", "attention"):
             continue
         layer = build_mixer(name, DIM, HEADS)
-        assert layer.adaptive == ()
+        assert layer.config.adaptive == ()
         assert [g.names for g in layer.groups] == [("memory",)]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nestling.layers import titans
+from nestling.layers import titans_scan
 from nestling.layers.titans import SelfModifyingTitans
 from nestling.memory import LinearMemory, MLPMemory, UpdateRule
 from nestling.memory.fused import is_fused
@@ -39,7 +39,7 @@ def run(options, fused, tokens=17, dim=6, dtype=torch.float64):
         return used[-1] and fused
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(titans, "is_fused", chosen)
+        patch.setattr(titans_scan, "is_fused", chosen)
         y, state = layer(x)
     assert any(used), "the step by hand was never considered"
     return layer, x, y, state
@@ -88,7 +88,7 @@ def test_second_derivative_equals_finite_differences(fused):
         return (gradients(layer, at, *layer(at), create_graph)[0] * way).sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(titans, "is_fused", lambda a, r: fused and is_fused(a, r))
+        patch.setattr(titans_scan, "is_fused", lambda a, r: fused and is_fused(a, r))
         (second,) = torch.autograd.grad(slope(x, True), x)
         ends = [slope((x + shift * way).detach().requires_grad_()) for shift in (1e-5, -1e-5)]
     torch.testing.assert_close((second * way).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-7)
@@ -111,7 +111,7 @@ def test_edges_stay_finite_and_equal(scale):
     grads = []
     for fused in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(titans, "is_fused", lambda a, r, fused=fused: fused and is_fused(a, r))
+            patch.setattr(titans_scan, "is_fused", lambda a, r, fused=fused: fused and is_fused(a, r))
             torch.manual_seed(0)
             layer = SelfModifyingTitans(8, 2, chunk_size=8)
             x = (scale * torch.randn(2, 20, 8)).requires_grad_()

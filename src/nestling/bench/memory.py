@@ -19,7 +19,7 @@ def memory(settings: BenchSettings) -> Table:
     """Peak memory of a training step over the length, each in a process of its own."""
     s, rows = settings, []
     layer = layer_of(s)
-    segment = layer.segment_size
+    segment = layer.config.segment_size
     boundary = sum(t.numel() * t.element_size() for t in tree_leaves(layer.initial_state(1)))
     for kept, size in (("boundary states", segment), ("everything", 0)):
         for tokens in s.memory_lengths if size else s.memory_lengths[:2]:

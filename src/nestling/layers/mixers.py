@@ -8,6 +8,7 @@ from torch import nn
 
 from nestling.layers.attention import Attention
 from nestling.layers.titans import SelfModifyingTitans
+from nestling.layers.titans_config import TitansConfig
 
 _STATIC = dict(adaptive=(), self_targets=False, normalize_values=False, momentum=False, retain="zero")
 # without an erase the writes of a chunk add up: begin with steps of about 1 / chunk_size
@@ -34,6 +35,9 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     "attention": (Attention, {}),
 }
 
+_SETTINGS = {SelfModifyingTitans: TitansConfig}  # where a layer's options are listed, if not in its own signature
+_SIZES = ("dim", "num_heads")
+
 
 def build_mixer(name: str, dim: int, num_heads: int, **options) -> nn.Module:
     """A sequence layer by name, its settings changed by `options`.
@@ -44,7 +48,7 @@ def build_mixer(name: str, dim: int, num_heads: int, **options) -> nn.Module:
     if name not in MIXERS:
         raise ValueError(f"mixer {name!r} is unknown; known are {', '.join(MIXERS)}")
     layer, settings = MIXERS[name]
-    known = [p for p in inspect.signature(layer.__init__).parameters if p not in ("self", "dim", "num_heads")]
+    known = [option for option in inspect.signature(_SETTINGS.get(layer, layer)).parameters if option not in _SIZES]
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ValueError(f"mixer {name!r} has no option {', '.join(unknown)}; it takes {', '.join(known)}")

@@ -78,7 +78,7 @@ def initial(group: MemoryGroup) -> str:
 def _in_context(module: SelfModifyingTitans, place: Place, group: MemoryGroup, name: str) -> Parts:
     """One fast memory of the layer and its momentum (NL Eqs. 83-93)."""
     rule, shapes, heads = module.rule, group.architecture.shapes(), module.num_heads
-    running = name == "memory" and module.read != "chunk"
+    running = name == "memory" and module.config.read != "chunk"
     frequency = EVERY_TOKEN if running else Frequency.every(group.chunk_size)
     dtype = torch.float64 if module.in_proj.weight.dtype == torch.float64 else torch.float32
     kept = [(part, i, shape) for part in ("start", "now") for i, shape in enumerate(shapes)]
@@ -101,7 +101,7 @@ def _in_context(module: SelfModifyingTitans, place: Place, group: MemoryGroup, n
         frequency=frequency,
         feasible=f"{heads} heads of " + ", ".join(f"ℝ^{o}×{i}" for o, i in shapes),
         tensors=tensors,
-        needs=(needs,) if module.momentum and running else (),
+        needs=(needs,) if module.config.momentum and running else (),
         lifetime="context",
         cost=Cost(0, sum(t.bytes for t in tensors), one, size, _write_macs(module, shapes, heads), 2 * size),
         note="written with every token, its gradient taken at the start of the chunk"
@@ -113,7 +113,7 @@ def _in_context(module: SelfModifyingTitans, place: Place, group: MemoryGroup, n
         how = "through every write" if rule.meta_grad == "full" else "first order"
         yield Transfer(own, place.path(initial(group)), "backpropagation", f"meta-gradient, {how}")
         yield Transfer(own, place.path("in_proj"), "backpropagation", f"meta-gradient, {how}")
-    if module.momentum:
+    if module.config.momentum:
         velocity = tuple(place.state(f"{name}.velocity.{i}", (heads, *shape), dtype) for i, shape in enumerate(shapes))
         yield AssociativeMemory(
             needs,
@@ -148,22 +148,24 @@ def _objective(rule) -> str:
 
 
 def _rate(module: SelfModifyingTitans) -> str:
-    source = "1" if module.rate == "one" else "from a memory" if "eta" in module.adaptive else "from the data"
+    source = (
+        "1" if module.config.rate == "one" else "from a memory" if "eta" in module.config.adaptive else "from the data"
+    )
     form = {"joint": "e = η / (1 + η κ)", "layer": "e = η / (1 + η |k|²)", "plain": "e = η"}[module.rule.step]
     return f"{form}, η {source}"
 
 
 def _update(module: SelfModifyingTitans) -> str:
-    decay = {"learned": "α", "fixed": "γ", "none": ""}[module.decay]
+    decay = {"learned": "α", "fixed": "γ", "none": ""}[module.config.decay]
     erase = "− e k kᵀ" if module.rule.dgd or module.rule.gated_erase else ""
     old = f"W ({decay or ''}{'I' if erase else ''} {erase})" if erase else f"{decay} W".strip()
     old = old.replace("(I", "(I").replace("αI", "α I").replace("γI", "γ I")
-    write = "+ S" if module.momentum else "− e ∂ℓ/∂W"
+    write = "+ S" if module.config.momentum else "− e ∂ℓ/∂W"
     return f"W ← {old} {write}" + (", decaying to W₀" if _anchored(module) else "")
 
 
 def _anchored(module: SelfModifyingTitans) -> str:
-    return ", and where it decays to" if module.retain == "initial" and module.decay != "none" else ""
+    return ", and where it decays to" if module.config.retain == "initial" and module.config.decay != "none" else ""
 
 
 def _write_macs(module: SelfModifyingTitans, shapes: list[tuple[int, int]], heads: int) -> int:
@@ -172,20 +174,20 @@ def _write_macs(module: SelfModifyingTitans, shapes: list[tuple[int, int]], head
     for layer, (o, i) in enumerate(shapes):
         forwards = (rule.objective == "l2" or len(shapes) > 1 or rule.dgd) + rule.self_targets
         erase = rule.dgd or rule.gated_erase
-        total += o * i * (forwards + (layer > 0) + 1 + erase + (module.decay != "none"))
+        total += o * i * (forwards + (layer > 0) + 1 + erase + (module.config.decay != "none"))
     return heads * total
 
 
 def _teaching(module: SelfModifyingTitans, place: Place) -> Iterator[Transfer]:
     """Who generates whose context, and who reads the main memory."""
-    static = [n for n in ("k", "v", "q") if n not in module.adaptive]
+    static = [n for n in ("k", "v", "q") if n not in module.config.adaptive]
     given = ", ".join(static) or "their inputs"
     what = {"k": "keys", "v": "values", "q": "queries", "eta": "learning rate", "alpha": "decay"}
     for name in _names(module):
         yield Transfer(
             place.path("in_proj"), place.path(name), "generation", given if name == "memory" or static else "x"
         )
-        for teacher in module.adaptive:
+        for teacher in module.config.adaptive:
             if teacher != name and (teacher != "q" or name == "memory"):
                 yield Transfer(place.path(teacher), place.path(name), "generation", what[teacher])
     yield Transfer(place.path("memory"), place.path("out_proj"), "parametric", "y, its answer")

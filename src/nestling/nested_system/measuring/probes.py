@@ -56,7 +56,7 @@ def titans(layer: SelfModifyingTitans, x: Tensor) -> dict[str, Measured]:
             _, state = layer(x[:1, t : t + 1], state)
         for group, fast in zip(layer.groups, state.memories):
             for i, name in enumerate(group.names):
-                running = name == "memory" and layer.read != "chunk"
+                running = name == "memory" and layer.config.read != "chunk"
                 read = fast.now if running else fast.start
                 counts.setdefault(name, _Count()).see([w[:, i] for w in read])
                 if fast.velocity:
