@@ -81,7 +81,7 @@ class Levels(Speller):
         self.cache: Any = None
         engine = self.model.learner
         self.parameters = sum(m.weight.numel() for i in engine.fast for m in engine.modules[i])
-        self.share = 1 - engine.first / engine.body.blocks
+        self.share = 1 - engine.first / engine.backbone.blocks
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -116,7 +116,7 @@ class FineTuned(Speller):
             engine = self.model.learner
             chosen = range(len(engine.levels)) if contender.levels else engine.fast
             self.modules = [m for i in chosen for m in engine.modules[i]]
-            self.share = 1 - engine.first / engine.body.blocks
+            self.share = 1 - engine.first / engine.backbone.blocks
             self.tuned = [torch.zeros(1, *m.weight.shape, requires_grad=True) for m in self.modules]
         else:
             self.tuned = list(self.model.parameters())

@@ -114,12 +114,12 @@ def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, length: int, temperature: float, seed: int
 ) -> str:
     """`length` bytes written by the model after a prompt."""
-    from nestling.generation import Sampling, Session
+    from nestling.generation import Sampling, TextGenerator
 
     was_training = model.training
     try:
-        session = Session(model, tokenizer, seed=seed)
-        return "".join(session.stream(prompt, length, Sampling(temperature)))
+        generator = TextGenerator(model, tokenizer, seed=seed)
+        return "".join(generator.stream(prompt, length, Sampling(temperature)))
     finally:
         model.train(was_training)
 

@@ -1,5 +1,6 @@
 """The continuum memory's forward: a chain of MLPs, one per level."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nestling.cms.blocks import ContinuumMemory
+from nestling.cms.fast_linear import applied, make_fast
 from nestling.schedule import Level
 
 LEVELS = [Level(), Level(1024), Level(4096)]
@@ -50,28 +52,23 @@ def test_independent_levels_see_the_same_input():
     assert memory.aggregate.grad.abs().min() > 0
 
 
-def test_a_level_runs_under_given_weights():
+def test_each_sequence_may_have_weights_of_its_own():
     """The place where weights learned in the context go in: the same function, other weights, gradients and all."""
     memory = ContinuumMemory(8, LEVELS, intermediate_size=12).double()
-    x = torch.randn(2, 3, 8, dtype=torch.float64)
-    own = dict(memory.blocks[1].named_parameters())
-    assert torch.equal(memory.level_output(1, x, own), memory.level_output(1, x))
-    other = {name: torch.randn_like(weight).requires_grad_() for name, weight in own.items()}
-    y = memory.level_output(1, x, other)
-    assert not torch.equal(y, memory.level_output(1, x))
-    y.sum().backward()
-    assert all(weight.grad is not None for weight in other.values())
-    assert all(weight.grad is None for weight in own.values())
-
-
-def test_each_sequence_may_have_weights_of_its_own():
-    memory = ContinuumMemory(8, LEVELS, intermediate_size=12).double()
-    x = torch.randn(3, 4, 8, dtype=torch.float64)
-    weights = {name: torch.randn(3, *w.shape, dtype=w.dtype) for name, w in memory.blocks[0].named_parameters()}
-    together = torch.vmap(lambda x, w: memory.level_output(0, x, w))(x, weights)
+    x, plain = torch.randn(3, 4, 8, dtype=torch.float64), copy.deepcopy(memory)
+    fast = [make_fast(m) for m in memory.blocks[0].modules() if isinstance(m, torch.nn.Linear)]
+    deltas = [torch.randn(3, *m.weight.shape, dtype=torch.float64, requires_grad=True) for m in fast]
+    with applied(fast, deltas):
+        together = memory(x)[0]
+    together.sum().backward()
+    assert all(d.grad.any() for d in deltas)
     for i in range(3):
-        alone = memory.level_output(0, x[i], {name: w[i] for name, w in weights.items()})
-        torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-12)
+        alone = copy.deepcopy(plain)
+        with torch.no_grad():
+            for m, d in zip([m for m in alone.blocks[0].modules() if isinstance(m, torch.nn.Linear)], deltas):
+                m.weight += d[i]
+        torch.testing.assert_close(together[i], alone(x[i : i + 1])[0][0], rtol=1e-9, atol=1e-12)
+    assert torch.equal(memory(x)[0], plain(x)[0])
 
 
 def test_level_parameters_are_each_block_once():

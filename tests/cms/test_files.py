@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 from nestling import Level, stack_levels
@@ -38,6 +40,26 @@ def test_a_stream_from_disk_goes_on_as_if_never_written(make, ids, tmp_path, len
     save_state(tmp_path / "a.state", cache, model)
     loaded = load_state(tmp_path / "a.state", model)
     assert torch.equal(read(model, ids[:, length:], loaded)[0], read(model, ids[:, length:], cache)[0])
+
+
+@pytest.mark.parametrize("prefix", ["nestling.continuum.", "nestling.cms."])
+def test_a_file_in_the_old_naming_goes_on(make, ids, tmp_path, prefix):
+    """`Surprise` was called `Pace`, and its package `continuum`."""
+    model = stack_levels(make(), [Level(4, lr=0.5, surprise=0.5), Level(8, lr=0.25)])
+    _, cache = read(model, ids[:, :21])
+    save_state(tmp_path / "new.state", cache, model)
+    with safe_open(tmp_path / "new.state", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    pace = prefix + ("pace" if "continuum" in prefix else "surprise") + ":Pace"
+    old = (
+        metadata["learned"]
+        .replace("nestling.cms.surprise:Surprise", pace)
+        .replace("nestling.cms.state", f"{prefix}state")
+    )
+    assert f'"{pace}"' in old and f"{prefix}state:LevelState" in old and ":Surprise" not in old
+    (tmp_path / "old.state").write_bytes(save(tensors, metadata | {"learned": old}))
+    loaded = load_state(tmp_path / "old.state", model)
+    assert torch.equal(read(model, ids[:, 21:], loaded)[0], read(model, ids[:, 21:], cache)[0])
 
 
 def test_the_stream_of_other_levels_is_refused(make, ids, tmp_path):

@@ -151,7 +151,7 @@ def test_levels_as_long_as_a_context_do_not_learn_in_it(ids):
     assert model.learner.fast == [0]
     model.set_context_length(4)
     assert model.learner.fast == [] and not model.reads
-    assert hope([{"chunk_size": None}, {"chunk_size": 16}]).learner.fast == []  # behind one the outer loop trains
+    assert hope([{"chunk_size": None}, {"chunk_size": 16}]).learner.fast == []  # after one the outer loop trains
     assert hope([{"chunk_size": 4, "lr": 0}, {"chunk_size": math.inf}]).learner.fast == []
 
 

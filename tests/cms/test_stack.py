@@ -37,7 +37,7 @@ def mlp_layers(model):
 
 
 def test_one_boundary_is_a_step_by_hand(make, ids):
-    """Logits of the second chunk are those of the stepped model reading on behind the keys of the first one."""
+    """Logits of the second chunk are those of the stepped model reading on after the keys of the first one."""
     original, one = make(), ids[:1, :9]
     loss = F.cross_entropy(original(one[:, :5]).logits[0], one[0, 1:6])
     grads = torch.autograd.grad(loss, [m.weight for m in mlp_layers(original)])
@@ -76,10 +76,10 @@ def test_cuts_change_nothing(made, cuts, placement, variant, optimizer, ahead):
 def test_a_known_next_token_closes_a_chunk_at_once(made):
     model, ids = made
     stacked = stack_levels(copy.deepcopy(model), TWO)
-    cache = stacked(ids[:, :8], use_cache=True, following=ids[:, 8:9]).past_key_values
+    cache = stacked(ids[:, :8], use_cache=True, next_tokens=ids[:, 8:9]).past_key_values
     assert cache.levels.tokens.shape[1] == 0 and [s.updates for s in cache.levels.levels] == [2, 1]
-    with pytest.raises(ValueError, match=r"following must be \[2, 1\]"):
-        stacked(ids[:, :8], following=ids[:, 8:10])
+    with pytest.raises(ValueError, match=r"next_tokens must be \[2, 1\]"):
+        stacked(ids[:, :8], next_tokens=ids[:, 8:10])
 
 
 def test_streams_do_not_mix(make, ids):
@@ -99,7 +99,7 @@ def test_boundaries_are_counted_in_the_stream(make, ids):
         assert tuple(0 if s is None else s.updates for s in levels) == updates, length
 
 
-def test_nested_levels_begin_anew_behind_the_slower_one(make, ids):
+def test_nested_levels_begin_anew_after_the_slower_one(make, ids):
     stacked = stack_levels(make(), TWO, variant="nested")
     fast, slow = read(stacked, ids[:, :9])[1].levels.levels
     assert not any(d.any() for d in fast.deltas)

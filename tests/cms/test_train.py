@@ -58,7 +58,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(converted, tmp_path):
     want = train(converted, tmp_path / "whole", "--steps", "6")
     train(converted, tmp_path / "parts", "--steps", "6", "--save-every", "3", "--keep", "9")
     newest = sorted((tmp_path / "parts" / "checkpoints").iterdir())[-1]
-    newest.rename(tmp_path / "gone")  # as if killed behind the third step
+    newest.rename(tmp_path / "gone")  # as if killed after the third step
     got = train(converted, tmp_path / "parts", "--resume")
     assert all(torch.equal(want[name], got[name]) for name in want)
 

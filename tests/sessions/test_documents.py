@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from nestling.sessions.documents import PIECE, Tokens, find_texts, pieces
+from nestling.sessions.documents import PIECE, TokenReader, find_texts, pieces
 from nestling.sessions.series import Series
 from nestling.training.tokenizers import encode, train_bpe
 
@@ -39,20 +39,20 @@ def test_a_text_without_spaces_is_never_cut_inside_a_character(text):
 def test_tokens_of_pieces_are_the_tokens_of_the_whole_text():
     text = long_text()
     tokenizer = train_bpe([PROSE * 50], 400)
-    tokens = Tokens(tokenizer, io.BytesIO(text.encode()).read, "a")
+    tokens = TokenReader(tokenizer, io.BytesIO(text.encode()).read, "a")
     assert tokens.take(10**9) == encode(tokenizer, text)
 
 
 def test_a_place_is_where_reading_goes_on():
     text, tokenizer = long_text(), train_bpe([PROSE * 50], 400)
     whole = encode(tokenizer, text)
-    tokens, read = Tokens(tokenizer, io.BytesIO(text.encode()).read, "a"), 0
+    tokens, read = TokenReader(tokenizer, io.BytesIO(text.encode()).read, "a"), 0
     choice = random.Random(1)
     while read < len(whole):
         assert tokens.ahead(50) == whole[read : read + 50]
         read += len(tokens.take(choice.randint(1, 700)))
         offset, skip = tokens.place
-        again = Tokens(tokenizer, io.BytesIO(text.encode()[offset:]).read, "a", offset, skip)
+        again = TokenReader(tokenizer, io.BytesIO(text.encode()[offset:]).read, "a", offset, skip)
         assert again.ahead(100) == whole[read : read + 100]
     assert tokens.place == (len(text.encode()), 0)
     assert tokens.take(5) == tokens.ahead(1) == []

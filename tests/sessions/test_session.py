@@ -7,8 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nestling import Level
-from nestling.generation import Session as Writer
-from nestling.generation import load_state, save_state
+from nestling.generation import TextGenerator, load_state, save_state
 from nestling.models import HopeConfig, HopeForCausalLM
 from nestling.sessions import Stopped, page
 from nestling.sessions.series import Series
@@ -45,7 +44,7 @@ class Killed(Exception):
 
 
 def killer(after):
-    """Raises behind so many calls, as a kill between two checkpoints would."""
+    """Raises after so many calls, as a kill between two checkpoints would."""
     calls = iter(range(after))
 
     def show(session):
@@ -171,7 +170,7 @@ def test_what_was_learned_goes_on_with_new_texts(model, write, session):
 def test_a_state_of_generate_is_gone_on_from_and_the_other_way_round(model, tokenizer, write, session, tmp_path):
     session(model, [write("a.txt")]).run()
     cache = load_state(tmp_path / "my.state", model)
-    writer = Writer(model, tokenizer, cache, seed=0)
+    writer = TextGenerator(model, tokenizer, cache, seed=0)
     text = "".join(writer.stream("the cat", 12))
     assert text
     save_state(tmp_path / "my.state", writer.state, model)
@@ -258,7 +257,7 @@ def test_garbage_in_a_pipe_stops_there_and_keeps_the_state(model, write, session
 
 def test_refused_updates_are_reported_and_change_nothing(write, session, small_model):
     model = small_model([Level(8, lr=0.3)])
-    with torch.no_grad():  # one byte that makes everything behind it, in its context, not a number
+    with torch.no_grad():  # one byte that makes everything after it, in its context, not a number
         model.model.embed_tokens.weight[ord("Z")] = math.nan
     good, bad = write("a.txt", 64), write("bad.txt", 64)
     bad.write_text("Z" + "a" * 62)

@@ -57,4 +57,4 @@ class Student:
     def updates(self) -> list[float]:
         """Updates of each level so far."""
         levels = self.cache.levels.levels if self.contender.levels and self.cache is not None else ()
-        return [0.0 if s is None else float(s.updates if s.pace is None else s.pace.updates[0]) for s in levels]
+        return [0.0 if s is None else float(s.updates if s.surprise is None else s.surprise.updates[0]) for s in levels]

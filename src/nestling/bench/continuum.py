@@ -58,7 +58,7 @@ def reading(settings: BenchSettings) -> Table:
     def read(other: PreTrainedModel) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad(), s.autocast():
-                other(ids[:, :tokens], use_cache=True, following=ids[:, tokens:])  # the last chunk is learned too
+                other(ids[:, :tokens], use_cache=True, next_tokens=ids[:, tokens:])  # the last chunk is learned too
 
         return run
 

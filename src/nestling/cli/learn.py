@@ -73,7 +73,7 @@ def main(
 
     from nestling.generation.load import load_model
     from nestling.sessions import Session, Settings, Stopped, find_texts
-    from nestling.sessions.progress import Progress
+    from nestling.sessions.progress import ReadingProgress
     from nestling.utils.machine import stop_requests
 
     settings = Settings(context, probe, control, save_every)
@@ -89,7 +89,7 @@ def main(
     loaded, tokenizer = load_model(model, device)
     loaded = loaded.to(getattr(torch, dtype))
     ids = None if held_out is None else _held_out(held_out, tokenizer, probe)
-    progress = Progress(shown=not quiet)
+    progress = ReadingProgress(shown=not quiet)
     session = Session(
         loaded, tokenizer, texts, state, settings, new=new_session, held_out=ids, pipe=sys.stdin.buffer, show=progress
     )
@@ -117,7 +117,7 @@ def main(
 
 def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:
     """The first tokens of the held-out text."""
-    from nestling.sessions.documents import Tokens, find_texts
+    from nestling.sessions.documents import TokenReader, find_texts
 
     if not count:
         raise ValueError("--held-out is scored as many tokens as --probe says, which is 0: raise --probe")
@@ -125,7 +125,7 @@ def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:
         raise ValueError(f"--held-out takes a file, and {path} is none")
     found = find_texts([str(path)])[0]
     with path.open("rb") as file:
-        return Tokens(tokenizer, file.read, found.name).take(count)
+        return TokenReader(tokenizer, file.read, found.name).take(count)
 
 
 def _where(session: Any) -> str:

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 Layers = list[CacheLayerMixin]
 
 
-class Body(ABC):
+class Backbone(ABC):
     """A causal language model in parts, with the names that Llama gave them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -54,7 +54,7 @@ class Body(ABC):
         """Cut the graph at a block's state."""
 
 
-class AttentionBody(Body):
+class LlamaBackbone(Backbone):
     """A Llama-family model: `model.model.layers` with a rotary embedding outside, and `lm_head`."""
 
     def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:

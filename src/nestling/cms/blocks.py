@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from nestling.schedule import Level, check_order
@@ -18,7 +17,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tan
 
 
 class LevelBlock(nn.Module):
-    """The MLP of one level behind its norm: down(act(gate(n)) * up(n)), or down(act(up(n))), n = norm(x).
+    """The MLP of one level, after its norm: down(act(gate(n)) * up(n)), or down(act(up(n))), n = norm(x).
 
     Args:
         dim: model width D.  intermediate_size: hidden width F.
@@ -58,8 +57,10 @@ class ContinuumMemory(nn.Module):
     becomes of a level's weights at the end of the slower level's chunk, not in this forward (decision D12).
     "independent" (Eq. 74): x + sum_l a_l block_l(x) with learned a, 1 / levels at the start.
 
-    The blocks' parameters are the levels' weights. The outer loop trains them, slow levels at their own pace
-    (`nestling.Schedule`).
+    The blocks' parameters are where every stream's levels begin. The outer loop trains them, slow levels at their own
+    frequency (`nestling.Schedule`). This forward is the levels' forward and nothing more: what learns in a context is
+    the `nestling.cms.Learner` over a whole model, whose loss it needs; it gives this same forward weights of each
+    stream's own (W + D in its linear layers). So the layer has no state, and refuses one.
 
     Args:
         dim: model width D.
@@ -114,22 +115,19 @@ class ContinuumMemory(nn.Module):
         """Each level's own parameters (the aggregation belongs to none)."""
         return {i: list(block.parameters()) for i, block in enumerate(self.blocks)}
 
-    def level_output(self, index: int, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """What a level adds to the residual stream, under its own parameters or under `weights` (named as they are)."""
-        block = self.blocks[index]
-        return block(x) if weights is None else functional_call(block, dict(weights), (x,))
-
     def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
-        """x [B, T, D] -> y [B, T, D] with the residual added, and the state (empty: no level learns in a context)."""
+        """x [B, T, D] -> y [B, T, D] with the residual added, and the state, which is empty."""
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [B, T, {self.dim}]; got {tuple(x.shape)}")
         if state:
-            raise ValueError("state holds weights of levels that learn in the context; this layer has none")
+            raise ValueError(
+                "state must be None or (): what levels learn in a context is the state of the model's learner"
+            )
         if self.variant != "independent":
-            for i in range(len(self.levels)):
-                x = x + self.level_output(i, x)
+            for block in self.blocks:
+                x = x + block(x)
             return x, ()
-        outputs = [self.level_output(i, x) for i in range(len(self.levels))]
+        outputs = [block(x) for block in self.blocks]
         if self.aggregate is None:
             return x + outputs[0], ()
         return x + sum(a * y for a, y in zip(self.aggregate.unbind(), outputs)), ()

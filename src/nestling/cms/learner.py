@@ -1,6 +1,6 @@
 """Reading a stream with levels that learn from it (NL Eq. 71 on the task loss, decisions D10-D12).
 
-A stream is run chunk by chunk of the fastest level. Behind each chunk the gradient of its next-token losses is taken at
+A stream is run chunk by chunk of the fastest level. After each chunk the gradient of its next-token losses is taken at
 the weights it was read with and added to every level's sum; a level whose own chunk ends there steps with the mean. The
 target of a chunk's last position is the first token of what follows: a chunk whose last target is not there yet stays
 open in the state, so cutting a stream anywhere gives the same result. The blocks below all levels do not depend on what
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nestling.cms.backbones import Body, Layers
+from nestling.cms.backbones import Backbone, Layers
 from nestling.cms.fast_linear import FastLinear, Seen, applied, frozen
 from nestling.cms.inner_optimizers import begin, per_stream, squares, update
 from nestling.cms.recompute import filled, recomputed, undivided
@@ -38,9 +38,9 @@ class Learner:
     """Levels over the linear layers of a model.
 
     Attributes:
-        levels: fastest first.  modules: the layers of each level.  body: the model in parts.
+        levels: fastest first.  modules: the layers of each level.  backbone: the model in parts.
         first: the first decoder block that holds one of them.
-        variant: "nested": behind each update of a level all faster ones begin anew (decision D12). "sequential" and
+        variant: "nested": after each update of a level all faster ones begin anew (decision D12). "sequential" and
             "independent" differ in the model's forward only.
         meta_grad: how an outer loss is differentiated (decision D9): "full", through the updates; "first_order", at
             the adapted weights; "none", the levels' initial states get no gradient at all.
@@ -50,7 +50,7 @@ class Learner:
 
     levels: tuple[Level, ...]
     modules: tuple[tuple[FastLinear, ...], ...]
-    body: Body = field(repr=False)
+    backbone: Backbone = field(repr=False)
     first: int = 0
     variant: str = "sequential"
     meta_grad: str = "first_order"
@@ -84,28 +84,28 @@ class Learner:
         layers: Layers,
         state: StreamState | None,
         keep: int = 0,
-        following: Tensor | None = None,
+        next_tokens: Tensor | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, Layers, StreamState]:
         """Read the next T tokens.
 
         Args:
             ids: [B, T].  layers: the cache's, of all blocks; they stay as they are.  keep: last logits wanted, 0: all.
-            following: [B, 1], the token behind `ids` if it is known: a whole chunk that ends here is learned at once.
+            next_tokens: [B, 1], the token after `ids` if it is known: a whole chunk that ends here is learned at once.
             recompute: for an outer loss keep only the states between pieces of PIECE tokens, and compute each piece
                 again in the backward pass (decision D9).
 
         Returns:
-            Logits [B, T or keep, V], the cache layers and the state behind the tokens.
+            Logits [B, T or keep, V], the cache layers and the state after the tokens.
         """
         state = self.start(ids) if state is None else state
         if not (recompute and torch.is_grad_enabled()):
-            return self._read(ids, layers, state, keep, following)
+            return self._read(ids, layers, state, keep, next_tokens)
         logits, at = [], 0
-        parameters = [p for p in self.body.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.backbone.model.parameters() if p.requires_grad]
         while at < ids.shape[1]:
             stop = at + self._piece(state.position)
-            target = ids[:, stop : stop + 1] if stop < ids.shape[1] else following
+            target = ids[:, stop : stop + 1] if stop < ids.shape[1] else next_tokens
             values = (ids[:, at:stop], [vars(layer) for layer in layers], state, target)
             out, kept, state = recomputed(functools.partial(self._again, layers), values, parameters)
             layers = [filled(layer, mine) for layer, mine in zip(layers, kept, strict=True)]
@@ -115,13 +115,13 @@ class Learner:
 
     def _again(self, like: Layers, values: tuple) -> tuple:
         """`_read` from values to values; `like` are cache layers of the right kinds."""
-        ids, kept, state, following = values
+        ids, kept, state, next_tokens = values
         layers = [filled(layer, mine) for layer, mine in zip(like, kept, strict=True)]
-        logits, layers, state = self._read(ids, layers, state, 0, following)
+        logits, layers, state = self._read(ids, layers, state, 0, next_tokens)
         return logits, [vars(layer) for layer in layers], state
 
     def _read(
-        self, ids: Tensor, layers: Layers, state: StreamState, keep: int, following: Tensor | None
+        self, ids: Tensor, layers: Layers, state: StreamState, keep: int, next_tokens: Tensor | None
     ) -> tuple[Tensor, Layers, StreamState]:
         layers = [copy.copy(layer) for layer in layers]
         size, outer, at, logits = self.chunk_size, torch.is_grad_enabled(), 0, []
@@ -133,12 +133,12 @@ class Learner:
                 state = replace(state, tokens=ids[:, :0], hidden=None, start=None)
             if ahead is None:
                 if self.context and state.position and state.position % self.context == 0:
-                    layers = [self.body.restored(layer, None) for layer in layers]
+                    layers = [self.backbone.restored(layer, None) for layer in layers]
                 ahead = self._below(ids[:, at : at + self._piece(state.position)], layers)
             count = min(size - state.tokens.shape[1], ahead.shape[1])
             piece, hidden = ids[:, at : at + count], ahead[:, :count]
             ahead, at = (ahead[:, count:] if ahead.shape[1] > count else None), at + count
-            target = ids[:, at : at + 1] if at < ids.shape[1] else following
+            target = ids[:, at : at + 1] if at < ids.shape[1] else next_tokens
             if count == size and target is not None:
                 moved = replace(state, position=state.position + count)
                 out, layers, state = self._learn(hidden, piece, target, layers, moved, outer)
@@ -170,28 +170,28 @@ class Learner:
         return min(piece, self.context - position % self.context) if self.context else piece
 
     def _below(self, ids: Tensor, layers: Layers) -> Tensor:
-        return self._run(self.body.embed(ids), layers, 0, self.first)
+        return self._run(self.backbone.embed(ids), layers, 0, self.first)
 
     def _above(self, hidden: Tensor, layers: Layers) -> Tensor:
-        return self.body.head(self._run(hidden, layers, self.first, self.body.blocks))
+        return self.backbone.head(self._run(hidden, layers, self.first, self.backbone.blocks))
 
     def _run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
-        with undivided(self.body.model.model.layers[start:stop]):
-            return self.body.run(hidden, layers, start, stop)
+        with undivided(self.backbone.model.model.layers[start:stop]):
+            return self.backbone.run(hidden, layers, start, stop)
 
     def _marks(self, layers: Layers) -> tuple:
-        return tuple(self.body.mark(layer) for layer in layers[self.first :])
+        return tuple(self.backbone.mark(layer) for layer in layers[self.first :])
 
     def _restored(self, layers: Layers, marks: tuple) -> Layers:
         above = layers[self.first :]
-        return layers[: self.first] + [self.body.restored(x, m) for x, m in zip(above, marks, strict=True)]
+        return layers[: self.first] + [self.backbone.restored(x, m) for x, m in zip(above, marks, strict=True)]
 
     def _learn(
         self, hidden: Tensor, tokens: Tensor, target: Tensor, layers: Layers, state: StreamState, outer: bool
     ) -> tuple[Tensor, Layers, StreamState]:
         """Run a whole chunk whose last target is there, and update the levels whose chunk ends with it.
 
-        `state.position` is already behind the chunk.
+        `state.position` is already after the chunk.
         """
         graph = outer and self.meta_grad == "full"
         levels = [
@@ -201,7 +201,7 @@ class Learner:
         modules = [m for i in self.fast for m in self.modules[i]]
         watched = any(self.levels[i].optimizer == "dgd" for i in self.fast)
         # without an outer loss only what depends on fast weights is recorded for the gradient
-        with nullcontext() if outer else frozen(self.body.model):
+        with nullcontext() if outer else frozen(self.backbone.model):
             # each chunk sees weights of its own: the gradient must not go back through what earlier chunks left behind
             held = [d for s in levels for d in s.deltas]
             used = [d.view_as(d) if graph and d.requires_grad else d.detach().requires_grad_() for d in held]
@@ -224,7 +224,7 @@ class Learner:
         if not outer:
             logits = logits.detach()
             for layer in layers[self.first :]:
-                self.body.detach(layer)
+                self.backbone.detach(layer)
         if not graph:
             new = [s.map(lambda t: t.detach() if t.requires_grad else t) for s in new]
         every = list(state.levels)
@@ -249,24 +249,24 @@ class Learner:
             refused = refused + ~fine
         grads = [a + g for a, g in zip(state.sums, grads, strict=True)]
         norms = [a + n for a, n in zip(state.norms, norms, strict=True)]
-        pace = state.pace
-        if pace is not None:
-            pace = pace._replace(tokens=pace.tokens + count)
+        surprise = state.surprise
+        if surprise is not None:
+            surprise = surprise._replace(tokens=surprise.tokens + count)
         state = replace(state, sums=tuple(grads), norms=tuple(norms), refused=refused, count=state.count + count,
-                        pace=pace)  # fmt: skip
+                        surprise=surprise)  # fmt: skip
         return state, grads, norms
 
     def _step(
         self, index: int, state: LevelState, sums: list[Tensor], norms: list[Tensor], loss: Tensor, position: int
     ) -> LevelState:
         """Update a level at its boundary, with the mean of what its chunk has summed up."""
-        level, pace, due = self.levels[index], state.pace, None
+        level, surprise, due = self.levels[index], state.surprise, None
         if position % level.chunk_size:
             return state
         count = state.written.new_full(state.written.shape, state.count)
-        if pace is not None:
-            count, size = pace.tokens, squares(sums).sqrt() / pace.tokens
-            due, pace = is_due(level, pace, size if level.signal == "gradient" else loss)
+        if surprise is not None:
+            count, size = surprise.tokens, squares(sums).sqrt() / surprise.tokens
+            due, surprise = is_due(level, surprise, size if level.signal == "gradient" else loss)
         deltas, slots, written = update(level, list(state.deltas), sums, state.slots, count, norms, due)
 
         def left(kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -277,7 +277,7 @@ class Learner:
 
         return LevelState(
             tuple(deltas), left(state.sums), slots, written, state.refused + written.isnan(), 0, state.updates + 1,
-            left(state.norms), pace,
+            left(state.norms), surprise,
         )  # fmt: skip
 
     def _nest(self, states: list[LevelState], position: int) -> list[LevelState]:

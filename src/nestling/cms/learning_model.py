@@ -17,7 +17,7 @@ from nestling.cms.learner import Learner
 from nestling.cms.state import level_bytes
 
 
-class Learning:
+class LearningMixin:
     """Mixed into a causal language model with a `learner`: its forward reads streams and lets the levels learn.
 
     Attributes:
@@ -40,29 +40,29 @@ class Learning:
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        following: Tensor | None = None,
+        next_tokens: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """A forward that learns from `input_ids` [B, T], B streams; the cache carries them.
 
         Args:
-            following: the next tokens [B, 1], where they are known already: a chunk that ends here is then learned at
-                once, and not read again with the next call, which must begin with them.
+            next_tokens: [B, 1], those that follow, if they are known: a chunk that ends here is then learned at once,
+                and not read again with the next call, which must begin with them.
 
         Raises:
             ValueError: padding, or inputs that are not token ids: a level learns from the tokens it reads.
         """
         self._check_read(input_ids, attention_mask, past_key_values)
-        if following is not None and tuple(following.shape) != (input_ids.shape[0], 1):
-            raise ValueError(f"following must be [{input_ids.shape[0]}, 1], one token behind each row of input_ids; "
-                             f"got {tuple(following.shape)}")  # fmt: skip
+        if next_tokens is not None and tuple(next_tokens.shape) != (input_ids.shape[0], 1):
+            raise ValueError(f"next_tokens must be [{input_ids.shape[0]}, 1], one token for each row of input_ids; "
+                             f"got {tuple(next_tokens.shape)}")  # fmt: skip
         cache = self._new_cache() if past_key_values is None else past_key_values
         if not isinstance(cache, LevelsCache):
             cache.__class__ = LevelsCache  # what generate() made: it carries levels from here on
-        fill(cache, self.learner.body.blocks)
+        fill(cache, self.learner.backbone.blocks)
         asked = any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         logits, cache.layers, cache.levels = self.learner.read(
-            input_ids, cache.layers, cache.levels, keep, following, recompute=asked and self.training
+            input_ids, cache.layers, cache.levels, keep, next_tokens, recompute=asked and self.training
         )
         loss = None
         if labels is not None:
@@ -137,7 +137,7 @@ class Learning:
 
 
 @torch.no_grad()
-def merge(model: Learning, cache: LevelsCache, *, stream: int = 0, levels: Iterable[int] | None = None) -> None:
+def merge(model: LearningMixin, cache: LevelsCache, *, stream: int = 0, levels: Iterable[int] | None = None) -> None:
     """Consolidate what a stream has learned into the shared weights; in the cache those levels begin anew.
 
     The model then computes for everybody what it computed for that stream; other streams' states, made with the old

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from nestling.cms.backbones import AttentionBody
+from nestling.cms.backbones import LlamaBackbone
 from nestling.cms.fast_linear import make_fast
 from nestling.cms.learner import META_GRADS, VARIANTS, Learner, plan
-from nestling.cms.learning_model import Learning
+from nestling.cms.learning_model import LearningMixin
 from nestling.schedule import Level, check_order
 from nestling.utils.files import write_text
 
@@ -24,7 +24,7 @@ RECIPE, FORMAT = "levels.json", "nestling-levels-1"
 
 
 class AddedBlock(nn.Module):
-    """A level added behind an MLP: x + down(silu(up(x))), with down at zero, so that at first it adds nothing."""
+    """A level added after an MLP: x + down(silu(up(x))), with down at zero, so that at first it adds nothing."""
 
     def __init__(self, dim: int, width: int, like: Tensor) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class AddedBlock(nn.Module):
 
 
 class Chain(nn.Module):
-    """The MLP of a pre-trained block as the slowest level, the added ones behind it, one behind the other (NL Eq. 70)
-    or, independent, side by side (Eq. 74)."""
+    """The MLP of a pre-trained block as the slowest level, the added ones after it, one after the other (NL Eq. 70) or,
+    independent, side by side (Eq. 74)."""
 
     def __init__(self, mlp: nn.Module, added: Sequence[AddedBlock], independent: bool = False) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Chain(nn.Module):
         return y
 
 
-class Stacked(Learning):
+class Stacked(LearningMixin):
     """What `stack_levels` mixes into a model's class: its forward reads streams and lets the levels learn."""
 
     recipe: dict[str, Any]  # the arguments of `stack_levels`
@@ -80,15 +80,15 @@ class Stacked(Learning):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        following: Tensor | None = None,
+        next_tokens: Tensor | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """As the model's own forward; levels learn from `input_ids` while it reads, and the cache carries them.
 
-        following: see `Learning.read`.
+        next_tokens: see `LearningMixin.read`.
         """
         if self.reads:
-            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, following)
+            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, next_tokens)
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, labels=labels,
             use_cache=use_cache, logits_to_keep=logits_to_keep, **options,
@@ -114,13 +114,13 @@ def stack_levels(
             SmolLM).
         levels: Levels, fastest first.
         placement: "depth" shares the blocks' MLPs out over the levels, the fastest in the last blocks; "width" leaves
-            every MLP as the slowest level and adds a small block behind it for each level, the fastest last.
+            every MLP as the slowest level and adds a small block after it for each level, the fastest last.
         blocks: indices of the decoder blocks that take part, None for all (negative ones count from the end).
         width: hidden width of an added block, None for a sixteenth of the model's width.
         target_modules: which linear layers of a chosen block learn (placement "depth"), as PEFT names them: ends of
             their names, such as ["down_proj"], or a regular expression for the whole name. None for the MLP's.
         variant: "sequential", "nested" (decision D12), or "independent": added blocks side by side, in place of one
-            behind the other ("width" only).
+            after the other ("width" only).
         meta_grad: how an outer loss is differentiated: "full", "first_order" or "none" (decision D9).
         context: tokens after which attention begins anew, so that a stream of any length takes bounded memory; what
             the levels learned stays. A multiple of the fastest chunk_size, or a part of it. None keeps every key and
@@ -164,7 +164,7 @@ def stack_levels(
             part.weight.requires_grad_(False)  # no outer optimiser either
     model.__class__ = type(f"Stacked{type(model).__name__}", (Stacked, type(model)), {})
     model.learner = Learner(
-        levels, modules, AttentionBody(model), chosen[0], variant, meta_grad, _check_context(context, levels)
+        levels, modules, LlamaBackbone(model), chosen[0], variant, meta_grad, _check_context(context, levels)
     )
     model.recipe = dict(levels=[level.to_dict() for level in levels], placement=placement, blocks=chosen, width=width)
     model.recipe |= dict(target_modules=target_modules if isinstance(target_modules, str | None) else [*target_modules])

@@ -12,7 +12,7 @@ from torch.utils._pytree import register_dataclass, tree_leaves, tree_map_only
 
 from nestling.cms.fast_linear import FastLinear
 from nestling.cms.inner_optimizers import Slots, begin
-from nestling.cms.surprise import Pace, begin_pace
+from nestling.cms.surprise import Surprise, begin_surprise
 from nestling.schedule import Level
 
 
@@ -25,10 +25,10 @@ class LevelState:
         sums: gradients of the summed loss since the last update; empty for a level that never has to wait.
         slots: the inner optimiser's memory.
         written: norm of the last update of each stream [B], NaN where it was refused.
-        count: tokens in `sums`.  updates: boundaries so far (an adaptive level's own count is in `pace`).
+        count: tokens in `sums`.  updates: boundaries so far (an adaptive level's own count is in `surprise`).
         norms: sums of |x|^2 that belong to `sums`, [B] for each layer ("dgd" only).
         refused: gradients of each stream [B] that were not finite, and were not learned from.
-        pace: of an adaptive level.
+        surprise: of an adaptive level.
     """
 
     deltas: tuple[Tensor, ...]
@@ -39,7 +39,7 @@ class LevelState:
     count: int = 0
     updates: int = 0
     norms: tuple[Tensor, ...] = ()
-    pace: Pace | None = None
+    surprise: Surprise | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LevelState:
         """The level with every tensor changed."""
@@ -54,7 +54,7 @@ class StreamState:
         levels: one LevelState per level that learns in the context, None for the others and before the first write.
         tokens: [B, n] of the fastest level's open chunk, n <= its size; its last target comes with the next token.
         hidden: [B, n, D], what the blocks below all levels made of them; None where there are none.
-        start: the state of the sequence layers at the open chunk's start, one mark for each block (see `bodies`).
+        start: the state of the sequence layers at the open chunk's start, one mark for each block (see `backbones`).
         position: tokens read so far.
     """
 
@@ -90,7 +90,9 @@ def begin_level(level: Level, modules: Sequence[FastLinear], batch: int, chunk_s
     slow = waits(level, chunk_size)
     norms = tuple(each for _ in zeros) if slow and level.optimizer == "dgd" else ()
     sums = zeros if slow else ()
-    return LevelState(zeros, sums, begin(level, list(zeros)), each, each, norms=norms, pace=begin_pace(level, each))
+    return LevelState(
+        zeros, sums, begin(level, list(zeros)), each, each, norms=norms, surprise=begin_surprise(level, each)
+    )
 
 
 def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int) -> int:

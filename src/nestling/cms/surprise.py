@@ -18,7 +18,7 @@ GAIN = 0.3  # of the threshold's logarithm
 PATIENCE = 4  # boundaries an update may be late, in units of those it waits for on average
 
 
-class Pace(NamedTuple):
+class Surprise(NamedTuple):
     """What an adaptive level remembers of every stream, [B] each.
 
     mean: of the signal.  threshold: the surprise at which it is due.  waited: boundaries since the last update.
@@ -32,23 +32,23 @@ class Pace(NamedTuple):
     updates: Tensor
 
 
-def begin_pace(level: Level, like: Tensor) -> Pace | None:
-    """The pace of streams [B] of which nothing is read yet; None for a level that updates at every boundary."""
+def begin_surprise(level: Level, like: Tensor) -> Surprise | None:
+    """Of streams [B] of which nothing is read yet; None for a level that updates at every boundary."""
     if level.surprise is None:
         return None
     zeros = torch.zeros_like(like)
-    return Pace(zeros, torch.ones_like(like), zeros, zeros, zeros)
+    return Surprise(zeros, torch.ones_like(like), zeros, zeros, zeros)
 
 
-def is_due(level: Level, pace: Pace, signal: Tensor) -> tuple[Tensor, Pace]:
-    """Which streams [B] update at this boundary, and the pace behind it. A signal that is not finite is no surprise."""
+def is_due(level: Level, before: Surprise, signal: Tensor) -> tuple[Tensor, Surprise]:
+    """Which streams [B] update at this boundary, and the state after it. A signal that is not finite is no surprise."""
     with torch.no_grad():
-        signal = torch.where(signal.isfinite(), signal, pace.mean)
-        mean = torch.where(pace.mean > 0, pace.mean, signal)
-        waited = pace.waited + 1
-        due = (signal >= pace.threshold * mean) | (waited >= PATIENCE / level.surprise)
+        signal = torch.where(signal.isfinite(), signal, before.mean)
+        mean = torch.where(before.mean > 0, before.mean, signal)
+        waited = before.waited + 1
+        due = (signal >= before.threshold * mean) | (waited >= PATIENCE / level.surprise)
         moved = due.to(signal.dtype)
-        threshold = pace.threshold * torch.exp(GAIN * (moved - level.surprise))
+        threshold = before.threshold * torch.exp(GAIN * (moved - level.surprise))
         keep = 1 - moved
         mean = torch.lerp(signal, mean, MEMORY)
-        return due, Pace(mean, threshold, waited * keep, pace.tokens * keep, pace.updates + moved)
+        return due, Surprise(mean, threshold, waited * keep, before.tokens * keep, before.updates + moved)

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 FORMAT = "nestling-state-2"
-# where the types in older files live now
+# the types in older files: as module:name, what they are called now
 MOVED = {
-    "nestling.continuum.inner": "nestling.cms.inner_optimizers",
-    "nestling.continuum.pace": "nestling.cms.surprise",
-    "nestling.continuum.state": "nestling.cms.state",
+    "nestling.cms.surprise:Pace": "nestling.cms.surprise:Surprise",
+    "nestling.continuum.pace:Pace": "nestling.cms.surprise:Surprise",
+    "nestling.continuum.state:LevelState": "nestling.cms.state:LevelState",
+    "nestling.continuum.state:StreamState": "nestling.cms.state:StreamState",
 }
 
 
@@ -179,8 +180,7 @@ def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
 
 def _known(kind: str) -> type:
     """A named tuple or dataclass of this package by its name; a file can name nothing else."""
-    module, _, name = kind.partition(":")
-    module = MOVED.get(module, module)
+    module, _, name = MOVED.get(kind, kind).partition(":")
     if module.split(".")[0] == "nestling":
         found = getattr(importlib.import_module(module), name, None)
         if isinstance(found, type) and (is_dataclass(found) or hasattr(found, "_fields")):

@@ -99,7 +99,7 @@ def _hidden(path: Path) -> bool:
 def pieces(read: Read, offset: int, name: str, size: int = PIECE) -> Iterator[tuple[int, bytes]]:
     """(offset, bytes) of the pieces from an offset on, of at most `size` bytes, each cut between two words.
 
-    A cut depends on the bytes behind the last one only, so reading from any piece's offset gives the same pieces again.
+    A cut depends on the bytes after the last one only, so reading from any piece's offset gives the same pieces again.
     """
     held, ended, decoder = b"", False, codecs.getincrementaldecoder("utf-8")()
     while True:
@@ -128,8 +128,8 @@ def _cut(held: bytes) -> int:
     return at
 
 
-class Tokens:
-    """A document's tokens, from `offset` (where a piece begins) and `skip` tokens behind it on."""
+class TokenReader:
+    """A document's tokens, from `offset` (where a piece begins) and `skip` tokens after it on."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, read: Read, name: str, offset: int = 0, skip: int = 0,

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from nestling.utils.files import write_bytes
 
 WAIT = 0.2  # seconds between two looks whether to stop
-LIMIT = 1 << 22  # bytes a journal may hold before what is behind the checkpoint is dropped
+LIMIT = 1 << 22  # bytes a journal may hold before what a checkpoint has passed is dropped
 
 
 class Stopped(Exception):

@@ -13,7 +13,7 @@ EVERY = 10.0  # seconds between two lines where there is no terminal
 REFRESH = 0.2  # and between two changes of the bar
 
 
-class Progress:
+class ReadingProgress:
     """Shows bytes, loss and tokens/s on stderr; call it with the session."""
 
     def __init__(self, shown: bool = True) -> None:

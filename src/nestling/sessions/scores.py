@@ -18,7 +18,7 @@ AROUND = 56  # characters shown in front of an example
 
 @torch.no_grad()
 def score(model: PreTrainedModel, cache: LevelsCache | None, ids: list[int], start: int, context: int | None) -> Tensor:
-    """Log-probabilities [N] of ids behind the token `start`, attention beginning anew after `context` tokens.
+    """Log-probabilities [N] of ids after the token `start`, attention beginning anew after `context` tokens.
 
     Args:
         cache: of the stream whose levels are applied; None: the model as it was before it read anything.

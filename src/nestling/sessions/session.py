@@ -22,7 +22,7 @@ import torch
 from nestling.cms.cache import LevelsCache
 from nestling.generation.state import fingerprint
 from nestling.sessions import store
-from nestling.sessions.documents import PIECE, PIPE, PIPE_PIECE, Text, Tokens
+from nestling.sessions.documents import PIECE, PIPE, PIPE_PIECE, Text, TokenReader
 from nestling.sessions.journal import Journal, Stopped
 from nestling.sessions.notes import LevelCount, Notes, Open, measured, same_session
 from nestling.sessions.scores import examples, log_probabilities, score
@@ -45,9 +45,9 @@ class Session:
         state: the file; a session that it holds unfinished goes on, what an earlier one learned is the beginning of a
             new one.
         new: begin a new session also where the last is unfinished or read the same texts.
-        held_out: ids of a text that is scored now and behind every document, and never learned.
+        held_out: ids of a text that is scored now and after every document, and never learned.
         pipe: what the document "-" is read from.
-        show: called with this session behind every call and every document.
+        show: called with this session after every call and every document.
 
     Raises:
         ValueError: a model without levels that learn, a state that does not fit it, other texts or settings than an
@@ -111,7 +111,7 @@ class Session:
             ValueError: a pipe that is empty or no text, or another session is at the same file.
         """
         if not self.notes.done:
-            with store.alone(self.path):
+            with store.locked(self.path):
                 self._run(stop)
         return self.result()
 
@@ -133,7 +133,7 @@ class Session:
             source, piece = text.path.open("rb"), PIECE
             source.seek(notes.offset)
         try:
-            tokens = Tokens(self.tokenizer, source.read, text.name, notes.offset, notes.skip, piece)
+            tokens = TokenReader(self.tokenizer, source.read, text.name, notes.offset, notes.skip, piece)
             if notes.open is None:
                 if not tokens.ahead(1):
                     raise ValueError(f"{text.name} is empty: there was nothing to read from {PIPE}")
@@ -157,7 +157,7 @@ class Session:
         finally:
             source.close()
 
-    def _call(self, tokens: Tokens) -> bool:
+    def _call(self, tokens: TokenReader) -> bool:
         """Read up to the next boundary of the fastest level; False at the document's end."""
         notes, opened, began = self.notes, self.notes.open, time.monotonic()
         position = 0 if self.cache.levels is None else self.cache.levels.position
@@ -205,7 +205,7 @@ class Session:
             if refused and good:  # a chunk of those a slow level waits for
                 notes.norms[n].add(notes.tokens, math.nan)
 
-    def _opened(self, tokens: Tokens) -> Open:
+    def _opened(self, tokens: TokenReader) -> Open:
         opened = Open([LevelCount() for _ in self.notes.chunk_sizes], began=self.notes.tokens)
         opened.probe = tokens.ahead(self.settings.probe) if self.settings.probe else []
         if opened.probe:
@@ -213,7 +213,7 @@ class Session:
             opened.control = self._score(opened.probe, None) if self.settings.control else None
         return opened
 
-    def _close(self, text: Text, tokens: Tokens) -> None:
+    def _close(self, text: Text, tokens: TokenReader) -> None:
         """The row of a document that was read to its end."""
         notes, opened, size = self.notes, self.notes.open, tokens.place[0]
         row = {
@@ -236,17 +236,17 @@ class Session:
         self._score_held_out(text.name)
         self._show(self)
 
-    def _score_held_out(self, behind: str | None) -> None:
+    def _score_held_out(self, document: str | None) -> None:
         """What the model knows of the held-out text now."""
         notes, ids = self.notes, self.held_out_ids
         if not ids:
             return
         logs = self._score(ids, self.cache)
         first = notes.held_out[0]["logs"] if notes.held_out else logs
-        found = [] if behind is None else examples(self.tokenizer, ids, first, logs)
+        found = [] if document is None else examples(self.tokenizer, ids, first, logs)
         for row in notes.held_out[1:]:
             row.pop("examples", None)  # only the latest are of interest
-        row = {"behind": behind, "at": notes.tokens, **self._measured(ids, logs), "examples": found}
+        row = {"behind": document, "at": notes.tokens, **self._measured(ids, logs), "examples": found}
         notes.held_out.append(row if notes.held_out else row | {"logs": logs})
 
     def _score(self, ids: list[int], cache: LevelsCache | None) -> list[float]:
@@ -281,7 +281,7 @@ class Session:
 def _updates(state: Any) -> int:
     if state is None:
         return 0
-    return state.updates if state.pace is None else int(state.pace.updates[0])
+    return state.updates if state.surprise is None else int(state.surprise.updates[0])
 
 
 def _refused(state: Any) -> int:

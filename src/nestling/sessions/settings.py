@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nestling.cms.learning_model import Learning
+from nestling.cms.learning_model import LearningMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ class Settings:
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError unless a model has levels that learn from what it reads."""
-    if not isinstance(model, Learning) or not model.learner.fast:
+    if not isinstance(model, LearningMixin) or not model.learner.fast:
         raise ValueError(
             f"this {type(model).__name__} has no levels that learn while it reads: make one from a pre-trained model "
             "with nestling convert, or train a Hope model with cms_levels that have a chunk_size"

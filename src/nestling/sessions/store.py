@@ -38,7 +38,7 @@ def load(path: Path, model: PreTrainedModel) -> tuple[LevelsCache, dict[str, Any
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Inside, no other session writes this file; the system lets go of it when a process dies.
 
     Raises:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from nestling.cms.backbones import Body, Layers
+from nestling.cms.backbones import Backbone, Layers
 from nestling.cms.fast_linear import make_fast
 from nestling.cms.learner import Learner
 from nestling.models.hope.cache import HopeCacheLayer
 
-if TYPE_CHECKING:
-    from nestling.models.hope.modeling import HopeForCausalLM
-
 LONG_CONTEXT = 8192  # tokens of a context where the configuration sets no limit
 
 
-class HopeBody(Body):
+class HopeBackbone(Backbone):
     """Decoder layers whose state is a value in their cache layer; that value is its own mark."""
 
     def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
@@ -42,8 +40,8 @@ class HopeBody(Body):
         layer.detach()
 
 
-def make_learner(model: HopeForCausalLM) -> Learner:
-    """The continuum memory's levels as learners of the context: level i is block i of the chosen layers."""
+def make_learner(model: PreTrainedModel) -> Learner:
+    """The learner of a HopeForCausalLM's continuum memory: level i is block i of the chosen layers."""
     config = model.config
     chosen = range(config.num_hidden_layers) if config.cms_layers is None else config.cms_layers
     memories = [model.model.layers[i].memory for i in chosen]
@@ -53,7 +51,7 @@ def make_learner(model: HopeForCausalLM) -> Learner:
         for i in range(len(config.levels))
     )
     learner = Learner(
-        config.levels, modules, HopeBody(model), chosen[0], config.cms_variant, config.cms_meta_grad,
+        config.levels, modules, HopeBackbone(model), chosen[0], config.cms_variant, config.cms_meta_grad,
         context_length=limit,
     )  # fmt: skip
     for i in learner.fast:

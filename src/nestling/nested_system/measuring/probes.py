@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nestling.cms.blocks import ContinuumMemory
 from nestling.cms.fast_linear import FastLinear
-from nestling.cms.learning_model import Learning
+from nestling.cms.learning_model import LearningMixin
 from nestling.cms.state import LevelState, begin_level
 from nestling.layers.titans import SelfModifyingTitans
 from nestling.nested_system.descriptions.continuum import level_kinds
@@ -23,7 +23,7 @@ LONGEST = 256  # tokens that are run one by one
 
 def probe(module: nn.Module) -> Probe | None:
     """The probe of a module; it gives what each of its memories did, by relative name."""
-    if isinstance(module, Learning):
+    if isinstance(module, LearningMixin):
         return learning
     return {SelfModifyingTitans: titans, ContinuumMemory: continuum}.get(type(module))
 
@@ -75,7 +75,7 @@ def continuum(layer: ContinuumMemory, x: Tensor) -> dict[str, Measured]:
 
 
 @torch.no_grad()
-def learning(model: Learning, ids: Tensor) -> dict[str, Measured]:
+def learning(model: LearningMixin, ids: Tensor) -> dict[str, Measured]:
     """Counts of every level over the first stream of ids [B, T], which is read a chunk at a time.
 
     One more token is read after the last, so that a chunk which ends there has all its targets.
