@@ -164,16 +164,16 @@ class Session:
         room = self._size - position % self._size
         ids = [] if opened.begun else [self.tokenizer.eos_token_id]
         ids += tokens.take(room - len(ids))
-        following = tokens.ahead(1)  # before anything changes: a pipe may be waited for, and the wait be stopped
+        upcoming = tokens.ahead(1)  # before anything changes: a pipe may be waited for, and the wait be stopped
         if not ids:
             return False
         levels = None if self.cache.levels is None else self.cache.levels.levels
-        known = torch.tensor([following], device=self._device) if following else None
+        known = torch.tensor([upcoming], device=self._device) if upcoming else None
         out = self.model(
-            torch.tensor([ids], device=self._device), past_key_values=self.cache, use_cache=True, following=known
+            torch.tensor([ids], device=self._device), past_key_values=self.cache, use_cache=True, next_tokens=known
         )
         self.cache = out.past_key_values
-        targets = ids[1:] + following
+        targets = ids[1:] + upcoming
         found = log_probabilities(out.logits[0, : len(targets)], torch.tensor(targets, device=self._device))
         fine = found[found.isfinite()]
         nats = -float(fine.double().sum())
