@@ -37,5 +37,5 @@ def __getattr__(name: str):
 
 
 # The command line answers --help at once: its commands import what they need, when they need it.
-if PurePath(sys.argv[0] if sys.argv else "").stem != "nestling":
+if PurePath(sys.argv[0] if sys.argv else "").stem != "nestling" and sys.orig_argv[1:3] != ["-m", "nestling"]:
     importlib.import_module("nestling.models")

@@ -84,7 +84,7 @@ def main(
 
 def _level(text: str) -> dict[str, Any]:
     size, *options = text.split(",")
-    return {"chunk_size": parse_value(size), **assignments(options, "--level, behind its chunk size,")}
+    return {"chunk_size": parse_value(size), **assignments(options, "--level, after its chunk size,")}
 
 
 def _blocks(text: str, count: int) -> list[int]:

@@ -30,7 +30,7 @@ def main(
     ] = 512,
     control: Annotated[bool, typer.Option("--control", help="Score them without any learning, too.")] = False,
     held_out: Annotated[
-        Path | None, typer.Option(help="A text that is never learned, scored first and behind every document.")
+        Path | None, typer.Option(help="A text that is never learned, scored first and after every document.")
     ] = None,
     save_every: Annotated[
         int, typer.Option(help="Chunks between two checkpoints; 0: as often as costs a twentieth of the time.")
@@ -150,7 +150,7 @@ def _say(result: dict[str, Any]) -> None:
         if row["not_finite"]:
             typer.echo(f"  {row['not_finite']:,} tokens had a loss that is not finite: nothing was learned from them")
     for row in result["held_out"][:1] + result["held_out"][1:][-1:]:
-        typer.echo(f"held out, {'behind ' + row['behind'] if row['behind'] else 'at first'}: {_loss(row)}")
+        typer.echo(f"held out, {'after ' + row['behind'] if row['behind'] else 'at first'}: {_loss(row)}")
     typer.echo(f"read {result['tokens']:,} tokens; state of {result['state_bytes'] / 1e6:,.1f} MB in {result['state']}")
     if result["page"]:
         typer.echo(f"page: {result['page']}")

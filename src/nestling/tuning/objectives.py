@@ -210,7 +210,7 @@ class TrainingRun:
 
 
 def load_callable(name: str) -> Callable[[Any], float]:
-    """The function behind `module:function`, looked for in the current folder first; it takes an optuna trial and
+    """The function that `module:function` names, looked for in the current folder first; it takes an optuna trial and
     returns the figure. ValueError if there is none."""
     module, sign, function = name.partition(":")
     if not sign or not module or not function:
