@@ -70,7 +70,7 @@ def main(
 ) -> None:
     """Train a language model on text.
 
-    The model reads bytes unless --tokenizer says otherwise, so any text in any language will do. The run's folder gets the
+    The model reads bytes unless you give a --tokenizer, so any text in any language will do. The run's folder gets the
     configuration, the figures (metrics.jsonl) and checkpoints; `latest` points at the newest, a Hugging Face model
     with its tokenizer. A run that was stopped or killed goes on with --resume, and ends as if nothing had happened.
 
