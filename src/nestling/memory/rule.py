@@ -107,7 +107,9 @@ def advance(
     shrink = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average keeps the step's size
     shared = fresh and rule.meta_grad == "full"
     memories = error.shape[0]
-    decays = [None if t is None else t.expand(memories, *t.shape).flatten(0, 2) for t in context.decays]
+    decays = {
+        name: None if t is None else _flat(t.expand(memories, *t.shape)) for name, t in context.decays._asdict().items()
+    }
     now, velocity = [], []
 
     def write(layer: int, q: Tensor | None) -> Tensor | None:
@@ -118,10 +120,12 @@ def advance(
             base = products[layer] if shared else product(w, x)
             erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
         writes = (-shrink * rates[layer]).unsqueeze(-1) * errors[layer]
-        rest = anchor[layer] if anchor else None
-        *fields, rest = (None if t is None else t.flatten(0, 2) for t in (w, s, base, x, writes, erase, rest))
-        source = None if q is None else q.flatten(0, 1)
-        out_w, out_s, reads = delta_chunk(Chunk(*fields, *decays, source, rest), after)
+        chunk = Chunk(
+            weight=_flat(w), velocity=_flat(s), products=_flat(base), keys=_flat(x), writes=_flat(writes),
+            erase=_flat(erase), queries=None if q is None else q.flatten(0, 1),
+            anchor=_flat(anchor[layer]) if anchor else None, **decays,
+        )  # fmt: skip
+        out_w, out_s, reads = delta_chunk(chunk, after)
         now.append(out_w.view(w.shape))
         if s is not None:
             velocity.append(out_s.view(w.shape))
@@ -134,6 +138,11 @@ def advance(
     else:  # the read of layer l + 1 takes the read of layer l as its query
         reads = architecture.forward(queries, write)
     return FastWeights(fast.start, tuple(now), tuple(velocity)), reads, TokenFigures(loss, rates[-1].detach())
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    """[n, B, H, ...] as one batch."""
+    return None if t is None else t.flatten(0, 2)
 
 
 def _inner_gradient(architecture, rule, weights, context):
