@@ -46,41 +46,41 @@ def hope() -> str:
         text(235, 66, "tokens in", color=QUIET),
         arrow(235, 72, 235, 94),
         '<rect x="30" y="98" width="410" height="150" rx="10" fill="#f3f0e9" stroke="#cfc8ba"/>',
-        text(44, 118, "self-modifying Titans: memories that rewrite themselves", weight="600", at="start"),
+        text(44, 118, "self-modifying Titans: rewrite themselves", weight="600", at="start"),
         box(
             44, 130, 190, 102, CHUNK, ["projections", "k, v, \u03b7, \u03b1 are memories:", "read at the chunk's start"]
         ),
         arrow(234, 181, 260, 181),
-        box(264, 130, 162, 102, TOKEN, ["main memory", "written at every token,", "read by q"]),
+        box(264, 130, 162, 102, TOKEN, ["main memory", "written token by", "token, read by q"]),
         arrow(235, 248, 235, 272),
         '<rect x="30" y="276" width="410" height="112" rx="10" fill="#f3f0e9" stroke="#cfc8ba"/>',
         text(44, 296, "continuum memory: a chain of MLP blocks", weight="600", at="start"),
-        box(44, 308, 120, 66, LEVEL, ["fast level", "learns in context"]),
+        box(44, 308, 120, 66, LEVEL, ["fast level", "in a context"]),
         arrow(164, 341, 180, 341),
-        box(184, 308, 120, 66, "#5a8fbf", ["slow level", "every N tokens"]),
+        box(184, 308, 120, 66, "#5a8fbf", ["slow level", "across them"]),
         arrow(304, 341, 320, 341),
-        box(324, 308, 102, 66, OUTER, ["MLP", "trained only"]),
+        box(324, 308, 102, 66, OUTER, ["MLP", "every step"]),
         arrow(235, 388, 235, 410),
         text(250, 410, "to the next layer", color=QUIET, at="start"),
     ]
     rows = [
-        ("main memory", "1 token", TOKEN, 24),
-        ("projections", "1 chunk (64 tokens)", CHUNK, 8),
-        ("fast level", "its chunk, e.g. 512 tokens", LEVEL, 3),
-        ("slow level", "longer than a context", "#5a8fbf", 1),
+        ("main memory", "every token", TOKEN, 24),
+        ("projections", "every chunk (64 tokens)", CHUNK, 8),
+        ("fast level", "every 512 tokens, say", LEVEL, 3),
+        ("slow level", "every 65,536 tokens, say", "#5a8fbf", 1),
     ]
     right = [text(490, 34, "Its clocks: when each is updated", size=17, weight="600", at="start")]
     for i, (name, period, color, count) in enumerate(rows):
         y = 84 + 66 * i
         right += [text(490, y, name, weight="600", color=color, at="start")]
-        right += [text(830, y, "every " + period if i != 3 else period, color=QUIET, at="end", size=13)]
+        right += [text(830, y, period, color=QUIET, at="end", size=13)]
         right += [ticks(490, y + 20, 340, count, color)]
     y = 84 + 66 * 4
     right += [
         text(490, y, "MLP, initial states, embeddings", weight="600", color=OUTER, at="start"),
         text(490, y + 22, "the outer loop: one step of AdamW or M3 per batch", color=QUIET, at="start", size=13),
         text(490, y + 58, "time in the stream", color=QUIET, at="start", size=13),
-        arrow(610, y + 54, 824, y + 54, QUIET),
+        arrow(624, y + 54, 824, y + 54, QUIET),
     ]
     return "\n".join(left + right)
 

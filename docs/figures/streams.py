@@ -35,7 +35,7 @@ def streams() -> str:
     out = [
         text(LEFT - 14, 40, "call", at="end", color=QUIET),
         span(0, 11, 22, OUTER, "model(ids[:, :11])"),
-        span(11, 22, 22, OUTER, "model(ids[:, 11:22], past_key_values=cache)"),
+        span(11, 22, 22, OUTER, "model(more, past_key_values=cache)"),
         stream(62, "stream 0", 22),
         stream(92, "stream 1", 22),
         text(LEFT - 14, 144, "chunk (8)", at="end", color=QUIET),
@@ -47,9 +47,9 @@ def streams() -> str:
         span(8, 11, 166, LEVEL, "3"),
         span(11, 16, 166, LEVEL, "5"),
         span(16, 22, 166, LEVEL, "6"),
-        text(LEFT, 222, "The second call begins inside a chunk. The chunk goes on: it closes after its 8th token, "
-             "wherever the calls were cut.", at="start", size=13, color=QUIET),
-        text(LEFT, 242, "A boundary is a place in the stream. Each stream of the batch has a state of its own.",
+        text(30, 222, "The second call begins inside a chunk, and the chunk goes on: it closes after its 8th token, "
+             "however calls are cut.", at="start", size=13, color=QUIET),
+        text(30, 242, "A boundary is a place in the stream. Each stream of the batch has a state of its own.",
              at="start", size=13, color=QUIET),
     ]  # fmt: skip
     for boundary in (8, 16):
