@@ -1,9 +1,12 @@
 """The tour, cell by cell; `python docs/figures/make_tour.py` makes tour.ipynb and tour.md of it."""
 
+# ruff: noqa: E402 - a cell imports what it is about
+
 # %% [markdown]
 # # Tour: from one memory to levels that learn
 #
-# Twenty minutes, no data, no GPU. Every cell is run by the test-suite. The page and the notebook (`docs/tour.ipynb`) are the same cells.
+# Twenty minutes, no data, no GPU. Every cell is run by the test-suite. The page and the notebook (`docs/tour.ipynb`)
+# are the same cells.
 # %%
 import torch
 
@@ -14,8 +17,8 @@ print("nestling", nestling.__version__)
 # %% [markdown]
 # ## 1. One memory, by hand
 #
-# A memory is a matrix W. It is shown a key k and a value v and should answer W k = v. One step of gradient descent on ½ |W k - v|²
-# with rate e is the *delta rule*: erase what it answers to k, write v (NL Eq. 65).
+# A memory is a matrix W. It is shown a key k and a value v and should answer W k = v. One step of gradient descent on
+# ½ |W k - v|² with rate e is the *delta rule*: erase what it answers to k, write v (NL Eq. 65).
 # %%
 width = 8
 key = torch.nn.functional.normalize(torch.randn(width), dim=0)
@@ -27,8 +30,8 @@ W = W - rate * torch.outer(W @ key, key) + rate * torch.outer(value, key)
 print("distance of the answer:", (W @ key - value).norm().item())
 assert (W @ key - value).norm() < 1e-5
 # %% [markdown]
-# With more keys than the memory is wide something has to give: old pairs fade. That is all a linear-attention layer can do, and why decay,
-# erase and step size matter.
+# With more keys than the memory is wide something has to give: old pairs fade. That is all a linear-attention layer
+# can do, and why decay, erase and step size matter.
 # %%
 keys = torch.nn.functional.normalize(torch.randn(24, width), dim=-1)
 values = torch.randn(24, width)
@@ -41,7 +44,8 @@ assert errors[-6:].mean() < errors[:6].mean()
 # %% [markdown]
 # ## 2. The operator
 #
-# The same loop is `delta_rule_reference`, with decay and momentum: W ← W (α I - β x xᵀ) + S. Every memory here is a setting of it.
+# The same loop is `delta_rule_reference`, with decay and momentum: W ← W (α I - β x xᵀ) + S. Every memory here is a
+# setting of it.
 # %%
 from nestling.ops import delta_rule, delta_rule_reference
 
@@ -50,8 +54,8 @@ loop = delta_rule_reference(torch.zeros(width, width), keys, values, ones, ones)
 print("same as by hand:", torch.allclose(loop.weight, W, atol=1e-5))
 assert torch.allclose(loop.weight, W, atol=1e-5)
 # %% [markdown]
-# `delta_rule` computes it a chunk at a time: products of matrices and one triangular solve instead of a loop over tokens. It is exact, not an
-# approximation.
+# `delta_rule` computes it a chunk at a time: products of matrices and one triangular solve instead of a loop over
+# tokens. It is exact, not an approximation.
 # %%
 exact = [t.double() for t in (torch.zeros(width, width), keys, values, ones, ones)]
 difference = (delta_rule(*exact, chunk_size=8).weight - delta_rule_reference(*exact).weight).abs().max()
@@ -60,8 +64,8 @@ assert difference < 1e-12
 # %% [markdown]
 # ## 3. The layer: memories that choose their own keys, values and rates
 #
-# `SelfModifyingTitans` (NL Eqs. 83-93) holds five memories per head. One answers queries. The other four *are* the projections k, v, η and α.
-# All of them are written to as the text goes by.
+# `SelfModifyingTitans` (NL Eqs. 83-93) holds five memories per head. One answers queries. The other four *are* the
+# projections k, v, η and α. All of them are written to as the text goes by.
 # %%
 from nestling.layers import SelfModifyingTitans
 
@@ -69,7 +73,7 @@ layer = SelfModifyingTitans(32, num_heads=2, chunk_size=8)
 x = torch.randn(1, 40, 32)
 y, state = layer(x)
 print("output", tuple(y.shape))
-print("adaptive projections:", layer.adaptive)
+print("adaptive projections:", layer.config.adaptive)
 # %% [markdown]
 # `inspect` shows what the memories do at each token: their inner loss, the rate and the decay they chose.
 # %%
@@ -93,13 +97,15 @@ assert not missing
 # %% [markdown]
 # ## 4. The model
 #
-# Hope is this layer, then a chain of MLPs (the continuum memory, here one), in every block. It is a Hugging Face model.
+# Hope is this layer, then a chain of MLPs (the continuum memory, here one), in every block. It is a Hugging Face
+# model.
 # %%
 config = nestling.HopeConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=2)
 model = nestling.HopeForCausalLM(config)
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 # %% [markdown]
-# Train it for a moment on one sentence, as bytes. `M3` is the paper's optimiser: Muon with momentum at several time scales.
+# Train it for a moment on one sentence, as bytes. `M3` is the paper's optimiser: Muon with momentum at several time
+# scales.
 # %%
 from nestling.optim import M3, split_parameters
 
@@ -117,14 +123,16 @@ assert losses[-1] < losses[0]
 # %% [markdown]
 # ## 5. See it as a nested system
 #
-# Which memories are there, what does each compress, how often is it updated? The optimiser's momenta are memories too (NL Defs. 2-4).
+# Which memories are there, what does each compress, how often is it updated? The optimiser's momenta are memories too
+# (NL Defs. 2-4).
 # %%
 print(nestling.levels(model, optimizer))
 # %% [markdown]
 # ## 6. Levels: MLPs that learn while the model reads
 #
-# Give a block a clock. This level takes one step of AdamW every 16 tokens of the stream, on the loss of those tokens. The step belongs to the
-# stream: the model's weights stay as they are. Rule and rate are ours for this toy, not defaults for yours.
+# Give a block a clock. This level takes one step of AdamW every 16 tokens of the stream, on the loss of those tokens.
+# The step belongs to the stream: the model's weights stay as they are. Rule and rate are ours for this toy, not
+# defaults for yours.
 # %%
 levels = [{"chunk_size": 16, "lr": 3e-3, "optimizer": "adamw"}, {"chunk_size": None}]
 config = nestling.HopeConfig(

@@ -7,7 +7,7 @@ The model reads bytes, so any text will do. A run that was killed goes on with `
 
 import argparse
 
-from nestling.generation import Sampling, Session
+from nestling.generation import Sampling, TextGenerator
 from nestling.generation.load import load_model
 from nestling.training import TrainConfig, train
 
@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> str:
     print(f"held-out text: {result.evaluation.bits_per_byte:.3f} bits per byte")
 
     model, tokenizer = load_model(options.out)
-    session = Session(model, tokenizer, seed=0)
+    writer = TextGenerator(model, tokenizer, seed=0)
     sampling = Sampling(temperature=0.8, top_p=0.95)
-    text = "".join(session.stream(options.prompt, max_new_tokens=options.tokens, sampling=sampling))
+    text = "".join(writer.stream(options.prompt, max_new_tokens=options.tokens, sampling=sampling))
     print(options.prompt + text)
     return text
 

@@ -1,6 +1,6 @@
 """Writes docs/tour.ipynb and docs/tour.md from docs/tour.py, whose cells begin with `# %%` (code) or `# %% [markdown]`.
 
-    python docs/figures/make_tour.py
+python docs/figures/make_tour.py
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def names(path: Path) -> set[str]:
 def test_every_place_exists():
     places = [place for row in ROWS for place in re.findall(r"`(src/[^`:]+):(\w+)`", row[2])]
     assert len(places) >= len(ROWS) > 30
-    missing = [f"{file}:{name}" for file, name in places if not (ROOT / file).exists() or name not in names(ROOT / file)]
+    missing = [
+        f"{file}:{name}" for file, name in places if not (ROOT / file).exists() or name not in names(ROOT / file)
+    ]
     assert missing == []
 
 
