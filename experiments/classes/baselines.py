@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from experiments.classes.constrain import classify, prior
 from experiments.classes.intents import Example
-from experiments.classes.learner import ClassLearner, Kit
+from experiments.classes.learner import ClassLearner, Setup
 from experiments.classes.probes import ClassMeans, LinearProbe
 from experiments.shared.continual.streams import adapted, finetune, learner, pieces, prefilled, read, trained
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
 from nestling.cms.fast_linear import applied
 from nestling.optim import M3
 
@@ -29,9 +29,9 @@ class Speller(ClassLearner):
     as many of each class as of the others; without it none do).
     """
 
-    def __init__(self, kit: Kit, contender: Contender) -> None:
-        super().__init__(kit, contender)
-        self.model = learner(kit.model, contender)
+    def __init__(self, setup: Setup, contender: LearnerContender) -> None:
+        super().__init__(setup, contender)
+        self.model = learner(setup.model, contender)
         self.seen: list[Example] = []
 
     def context(self) -> list[int]:
@@ -41,8 +41,8 @@ class Speller(ClassLearner):
         order = _balanced(self.seen, self.draw) if self.options["choice"] == "balanced" else self.seen[::-1]
         chosen, size = [], 0
         for example in order:
-            ids = self.kit.form.example(example.text, example.label)
-            if size + len(ids) > self.kit.window - 64:  # room for the text
+            ids = self.setup.form.example(example.text, example.label)
+            if size + len(ids) > self.setup.window - 64:  # room for the text
                 break
             chosen.append(ids)
             size += len(ids)
@@ -59,7 +59,7 @@ class Speller(ClassLearner):
         self.seen += group
 
     def answer(self, texts: Sequence[str], classes: Sequence[int]) -> dict[str, list[int]]:
-        form, trie = self.kit.form, self.kit.form.trie(classes)
+        form, trie = self.setup.form, self.setup.form.trie(classes)
         with torch.no_grad(), self.ready():
             context = prefilled(self.model, self.context())
             given = prior(self.model, form, trie, context, self._batch)
@@ -70,14 +70,14 @@ class Speller(ClassLearner):
     @property
     def _batch(self) -> int:
         # with a context every row holds the whole of it
-        return max(1, self.kit.batch // 4) if "choice" in self.options else self.kit.batch
+        return max(1, self.setup.batch // 4) if "choice" in self.options else self.setup.batch
 
 
 class Levels(Speller):
     """Levels learn while the stream is read; at a test it is out of the context, but for the examples of a `choice`."""
 
-    def __init__(self, kit: Kit, contender: Contender) -> None:
-        super().__init__(kit, contender)
+    def __init__(self, setup: Setup, contender: LearnerContender) -> None:
+        super().__init__(setup, contender)
         self.cache: Any = None
         engine = self.model.learner
         self.parameters = sum(m.weight.numel() for i in engine.fast for m in engine.modules[i])
@@ -94,7 +94,7 @@ class Levels(Speller):
         if self.contender.levels:
             _, self.cache = read(self.model, torch.tensor([ids]), self.cache)
         else:  # a model with levels of its own: its attention begins anew behind every window
-            for part in pieces(torch.tensor([ids]), self.kit.window):
+            for part in pieces(torch.tensor([ids]), self.setup.window):
                 self.cache = self.model(part, past_key_values=self.cache, use_cache=True).past_key_values
                 self.cache.forget_context()
         self.forwards += len(ids)
@@ -109,8 +109,8 @@ class FineTuned(Speller):
     (tokens kept).
     """
 
-    def __init__(self, kit: Kit, contender: Contender) -> None:
-        super().__init__(kit, contender)
+    def __init__(self, setup: Setup, contender: LearnerContender) -> None:
+        super().__init__(setup, contender)
         self.modules, self.share = [], 1.0
         if contender.levels or self.options.get("own"):
             engine = self.model.learner
@@ -156,7 +156,7 @@ class FineTuned(Speller):
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.tuned]
         with trained(self.model, self.tuned), torch.enable_grad():
             for example in self.draw.sample(list(group), count):
-                ids = torch.tensor([self.kit.form.example(example.text, example.label)])
+                ids = torch.tensor([self.setup.form.example(example.text, example.label)])
                 logits = self.model(ids[:, :-1], use_cache=False).logits
                 loss = F.cross_entropy(logits[0].float(), ids[0, 1:], reduction="sum")
                 for total, g in zip(sums, torch.autograd.grad(loss, self.tuned), strict=True):
@@ -177,7 +177,7 @@ class FineTuned(Speller):
         """What the buffer holds: examples of all classes so far, as many of each as of the others."""
         self.kept, size = [], 0
         for example in _balanced(self.seen, self.draw):
-            ids = self.kit.form.example(example.text, example.label)
+            ids = self.setup.form.example(example.text, example.label)
             if (size := size + len(ids)) > self.options["buffer"]:
                 break
             self.kept.append(ids)

@@ -7,7 +7,6 @@ without content: for every contender alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,17 @@ from experiments.classes import intents
 from experiments.classes.baselines import METHODS
 from experiments.classes.constrain import Format
 from experiments.classes.contenders import contenders
-from experiments.classes.learner import ClassLearner, Kit
+from experiments.classes.jobs import ClassJob, plan
+from experiments.classes.learner import ClassLearner, Setup
 from experiments.classes.report import plot, summarize, table
 from experiments.classes.small_models import OURS, ours
-from experiments.shared.continual.streams import pretrained
-from experiments.shared.continual.study import Contender, ContinualStudy, ContinualWork
-from experiments.shared.work import Tell
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender
+from experiments.shared.work import Progress
+
+GROUP = "Continual learning"
+QUESTION = "Intents arrive group by group: what is known at the end (NL Fig. 6)?"
+ENTRIES = "groups"  # of the summary
 
 __all__ = ["ClassJob", "Classes", "defaults", "plan", "plot", "summarize", "table", "work"]
 
@@ -62,26 +66,14 @@ class Classes(ContinualStudy):
         return [g for g in range(groups) if g in (0, groups - 1) or g % self.every == self.every - 1]
 
 
-@dataclass(frozen=True)
-class ClassJob:
-    """One contender on one stream."""
-
-    contender: str
-    data: str
-    seed: int
-    kind: str = "run"
-
-    @property
-    def key(self) -> str:
-        return f"{self.data} {self.contender} seed={self.seed}"
-
-
 def defaults() -> Classes:
     """The experiment's settings, tuned on `TUNING_SEED`."""
     return Classes(contenders=contenders())
 
 
-def follow(student: ClassLearner, stream: intents.ClassStream, stages: list[int], tell: Tell | None = None) -> list:
+def follow(
+    student: ClassLearner, stream: intents.ClassStream, stages: list[int], progress: Progress | None = None
+) -> list:
     """Learn group by group; for every stage the share answered rightly: {variant: [group]}."""
     found = []
     for g, group in enumerate(stream.groups):
@@ -99,8 +91,8 @@ def follow(student: ClassLearner, stream: intents.ClassStream, stages: list[int]
             sizes = [len(part) for part in stream.tests[: g + 1]]
             row[variant] = {"groups": shares, "all": sum(s * n for s, n in zip(shares, sizes)) / sum(sizes)}
         found.append(row)
-        if tell:
-            tell(g, row["calibrated"]["all"])
+        if progress:
+            progress(g, row["calibrated"]["all"])
     return found
 
 
@@ -133,7 +125,7 @@ class ClassesWork(ContinualWork):
             names.add(self.settings.sources[job.data])
         return str([(name, self.load(name).fingerprint) for name in sorted(names)])
 
-    def start(self, contender: Contender, data: str) -> tuple[Any, Any]:
+    def start(self, contender: LearnerContender, data: str) -> tuple[Any, Any]:
         """The model and tokenizer a contender begins with on a data set."""
         name = contender.options.get("model", self.settings.model)
         if name not in OURS:
@@ -141,7 +133,7 @@ class ClassesWork(ContinualWork):
         source = self.settings.sources[data]
         return ours(name, [(source, self.folder(source))], self.settings.small)
 
-    def run(self, job: ClassJob, tell: Tell | None) -> dict[str, Any]:
+    def run(self, job: ClassJob, progress: Progress | None) -> dict[str, Any]:
         settings, contender = self.settings, self.settings.contender(job.contender)
         texts = self.load(job.data)
         part = "val" if job.seed >= TUNING_SEED else "test"
@@ -149,8 +141,8 @@ class ClassesWork(ContinualWork):
         model, tokenizer = self.start(contender, job.data)
         torch.manual_seed(job.seed)
         window = min(settings.window, contender.options.get("window", settings.window))
-        student = METHODS[contender.method](Kit(model, Format(tokenizer, texts.labels), window, job.seed), contender)
-        stages = follow(student, stream, settings.stages(len(stream.groups)), tell)
+        student = METHODS[contender.method](Setup(model, Format(tokenizer, texts.labels), window, job.seed), contender)
+        stages = follow(student, stream, settings.stages(len(stream.groups)), progress)
         figures: dict[str, Any] = {"stages": stages, "forwards": student.forwards, "backwards": student.backwards}
         figures["parameters"] = student.parameters
         for variant in ("plain", "calibrated"):
@@ -164,7 +156,7 @@ class ClassesWork(ContinualWork):
     def result(self, row: dict[str, Any]) -> str:
         return f"accuracy {row['plain']['final']:.3f}, calibrated {row['calibrated']['final']:.3f}"
 
-    def check(self, contenders: list[Contender]) -> None:
+    def check(self, contenders: list[LearnerContender]) -> None:
         """A pre-trained model that contenders name must be there."""
         for name in {c.options.get("model", self.settings.model) for c in contenders} - {*OURS}:
             pretrained(name, self.settings.dtype)
@@ -173,10 +165,3 @@ class ClassesWork(ContinualWork):
 def work(settings: Classes, data: str | Path | None, smoke: bool) -> ClassesWork:
     """What does the jobs; `data` is the folder that holds the data sets' folders."""
     return ClassesWork(settings, data)
-
-
-def plan(settings: Classes, contenders: list[Contender], row: Callable) -> list[ClassJob]:
-    """Every contender on every stream, seed by seed; a small model only where it has a source."""
-    jobs = [ClassJob(c.name, d, s) for s in settings.seeds for d in settings.data for c in contenders]
-    small = {c.name for c in contenders if c.options.get("model") in OURS}
-    return [j for j in jobs if j.contender not in small or j.data in settings.sources]

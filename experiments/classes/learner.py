@@ -11,11 +11,11 @@ from torch import nn
 
 from experiments.classes.constrain import Format
 from experiments.classes.intents import Example
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
 
 
 @dataclass
-class Kit:
+class Setup:
     """What a learner of classes starts from; `window` is what attention reaches, in tokens."""
 
     model: nn.Module
@@ -33,10 +33,10 @@ class ClassLearner(ABC):
         parameters: numbers that learning changes.
     """
 
-    def __init__(self, kit: Kit, contender: Contender) -> None:
-        self.kit, self.contender, self.options = kit, contender, contender.options
+    def __init__(self, setup: Setup, contender: LearnerContender) -> None:
+        self.setup, self.contender, self.options = setup, contender, contender.options
         self.forwards, self.backwards, self.parameters = 0.0, 0.0, 0
-        self.draw = random.Random(kit.seed)
+        self.draw = random.Random(setup.seed)
 
     @abstractmethod
     def learn(self, group: Sequence[Example]) -> None:
@@ -48,4 +48,4 @@ class ClassLearner(ABC):
 
     def tokens(self, group: Sequence[Example]) -> list[int]:
         """A group as a stream."""
-        return [token for e in group for token in self.kit.form.example(e.text, e.label)]
+        return [token for e in group for token in self.setup.form.example(e.text, e.label)]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.classes.intents import Example
-from experiments.classes.learner import ClassLearner, Kit
+from experiments.classes.learner import ClassLearner, Setup
 from experiments.shared.continual.streams import left
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
 
 
 class Features(ClassLearner):
@@ -22,11 +22,13 @@ class Features(ClassLearner):
     def features(self, texts: Sequence[str]) -> Tensor:
         """[N, D], centred and scaled as the first texts."""
         found, order = torch.empty(0), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for at in range(0, len(order), self.kit.batch):
-            part = order[at : at + self.kit.batch]
-            ids, mask = left([self.kit.form.encode(texts[i]) for i in part])
+        for at in range(0, len(order), self.setup.batch):
+            part = order[at : at + self.setup.batch]
+            ids, mask = left([self.setup.form.encode(texts[i]) for i in part])
             where = (mask.cumsum(1) - 1).clamp_min(0)
-            hidden = self.kit.model.base_model(ids, attention_mask=mask, position_ids=where, use_cache=False)[0].float()
+            hidden = self.setup.model.base_model(ids, attention_mask=mask, position_ids=where, use_cache=False)[
+                0
+            ].float()
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             found = found if len(found) else pooled.new_empty(len(texts), pooled.shape[1])
             found[part] = pooled
@@ -53,7 +55,7 @@ class LinearProbe(Features):
     weight: Tensor | None = None
 
     def learn(self, group: Sequence[Example]) -> None:
-        x, count = self.features([e.text for e in group]), len(self.kit.form.names)
+        x, count = self.features([e.text for e in group]), len(self.setup.form.names)
         if self.weight is None:
             self.weight = torch.zeros(count, x.shape[1] + 1)
             self.parameters, self.met = self.weight.numel(), torch.zeros(count, dtype=torch.bool)
@@ -70,12 +72,12 @@ class LinearProbe(Features):
 class ClassMeans(Features):
     """The nearest of the classes' means."""
 
-    def __init__(self, kit: Kit, contender: Contender) -> None:
-        super().__init__(kit, contender)
+    def __init__(self, setup: Setup, contender: LearnerContender) -> None:
+        super().__init__(setup, contender)
         self.sums: Tensor | None = None
 
     def learn(self, group: Sequence[Example]) -> None:
-        x, count = self.features([e.text for e in group]), len(self.kit.form.names)
+        x, count = self.features([e.text for e in group]), len(self.setup.form.names)
         if self.sums is None:
             self.sums, self.counts = torch.zeros(count, x.shape[1]), torch.zeros(count, 1)
             self.parameters = self.sums.numel()

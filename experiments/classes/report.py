@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.classes.jobs import plan
 from experiments.classes.small_models import OURS
 from experiments.shared.report import COLOURS, band, figure, markdown, pm, spread
 
@@ -14,8 +15,6 @@ MEASURES = ("final", "mean", "forgetting")
 
 def summarize(settings: Any, contenders: list[Any], row: Callable) -> dict[str, Any]:
     """Means and spreads over seeds of every contender on every data set."""
-    from experiments.classes.experiment import plan
-
     jobs, groups = plan(settings, contenders, row), []
     for data in settings.data:
         for c in contenders:

@@ -5,20 +5,24 @@ Which settings lie within the default's seed spread, and how fast is each? The a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.config import Contender, Experiment, Job
+from experiments.shared.models.runs import TrainingWork
+from experiments.shared.models.speed import known_speeds
+from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
 from experiments.shared.report import COLOURS, count, figure, markdown, pm, spread
+from experiments.shared.work import Row
+
+GROUP = "Models"
+QUESTION = "What is each choice of the self-modifying layer worth, and what does it cost?"
+ENTRIES = "settings"  # of the summary
 
 # what a setting may change and still be the same learning rule, only cheaper or dearer
 SIZES = {"expansion", "gates", "chunk_size", "memory_chunk_size", "num_attention_heads"}
 
-Row = Callable[[Job], dict[str, Any] | None]
 
-
-def defaults() -> Experiment:
+def defaults() -> TrainingStudy:
     """The experiment's settings."""
     changes: dict[str, dict[str, Any]] = {
         "expansion 2": {"expansion": 2},
@@ -44,7 +48,7 @@ def defaults() -> Experiment:
     for name, options in changes.items():
         contenders.append({"name": name, "options": options} | ({"seeds": [0, 1, 2]} if name in weighed else {}))
     contenders += [{"name": f"heads {n}", "model": {"num_attention_heads": n}} for n in (1, 4)]
-    return Experiment.from_dict(
+    return TrainingStudy.from_dict(
         {
             "name": "cost",
             "steps": 400,
@@ -66,21 +70,30 @@ def defaults() -> Experiment:
     )
 
 
-def _jobs(experiment: Experiment, contender: Contender) -> list[Job]:
+def _jobs(experiment: TrainingStudy, contender: ModelContender) -> list[TrainingJob]:
     seeds = experiment.seeds if contender.seeds is None else contender.seeds
-    return [Job(contender.name, experiment.lrs[0], s, experiment.precisions[0]) for s in seeds]
+    return [TrainingJob(contender.name, experiment.lrs[0], s, experiment.precisions[0]) for s in seeds]
 
 
-def plan(experiment: Experiment, contenders: list[Contender], row: Row) -> list[Job]:
+def work(experiment: TrainingStudy, data: str | Path | None, smoke: bool) -> TrainingWork:
+    """What trains, on the text files of `data`."""
+    return TrainingWork(experiment, data, smoke)
+
+
+def plan(experiment: TrainingStudy, contenders: list[ModelContender], row: Row) -> list[TrainingJob]:
     """Every contender with its first seed, then with the second, ..."""
     jobs = [(i, job) for c in contenders for i, job in enumerate(_jobs(experiment, c))]
     return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 
 
 def summarize(
-    experiment: Experiment, contenders: list[Contender], row: Row, speeds: dict[str, dict[str, Any]]
+    experiment: TrainingStudy, contenders: list[ModelContender], row: Row, speeds: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Figures of each setting; `difference` is to the default, seed by seed where both were run."""
+    """Figures of each setting; `difference` is to the default, seed by seed where both were run.
+
+    `speeds` are by setting; None reads those in the folder.
+    """
+    speeds = known_speeds(experiment) if speeds is None else speeds
     first = experiment.contenders[0]
     own = {j.seed: r for j in _jobs(experiment, first) if (r := row(j))}
     base = spread(r["bits_per_byte"] for r in own.values())

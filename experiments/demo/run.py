@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.demo.config import HOPE, TRANSFORMER, DemoConfig
-from experiments.demo.contender import Contender
 from experiments.demo.pair import Pair
 from experiments.demo.text import Text, byte_entropy
 from experiments.demo.watch import Watch
+from experiments.demo.worker import ModelWorker
 from nestling.training.config import TrainConfig
 from nestling.utils.files import write_text
 from nestling.utils.machine import stop_requests
@@ -68,7 +68,7 @@ def run(config: DemoConfig, text: Text, watch: Watch | None = None) -> Outcome:
         "complete": False,
         "models": {},
     }
-    pair = Pair(Contender, {name: (runs[name], config.to_dict()) for name in runs}, config.threads)
+    pair = Pair(ModelWorker, {name: (runs[name], config.to_dict()) for name in runs}, config.threads)
     try:
         with stop_requests((signal.SIGINT,)) as stop:
             models = {name: {**about, "curve": [], "held_out": []} for name, about in pair.ask("describe").items()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.domains import report
-from experiments.shared.continual.streams import pretrained
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.rows import by_contender
 from experiments.shared.continual.student import FINE_TUNING, Student
-from experiments.shared.continual.study import Contender, ContinualStudy, ContinualWork, Job, find_data
-from experiments.shared.work import Tell
-from experiments.translation.report import by_contender
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
+from experiments.shared.work import Progress, Row
 
-Row = Callable[[Job], dict[str, Any] | None]
+GROUP = "Continual learning"
+QUESTION = "Books one after the other and back to the first: transfer, forgetting, which level holds what?"
+
 BASE = report.BASE
 BLOCKS = [1, 6, 11, 16, 21, 26]  # of 30; on tuning seeds better than the last six, at equal parameters
 RATES = {128: 5e-4, 512: 1e-3, 2048: 2e-3}  # by chunk size, chosen on tuning seeds
@@ -116,7 +117,7 @@ class DomainsWork(ContinualWork):
         super().__init__(settings, ",".join(f"{f.name} {f.stat().st_size}" for f in sorted(folder.glob("*.txt"))))
         self.folder = folder
 
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
+    def run(self, job: StreamJob, progress: Progress | None) -> dict[str, Any]:
         model, tokenizer = pretrained(self.settings.model, self.settings.dtype)
         contender = self.settings.contender(job.contender)
         books = draw(self.settings, self.folder, tokenizer, job.seed)
@@ -131,8 +132,8 @@ class DomainsWork(ContinualWork):
             windows.append([b / size(tokenizer, s) for b, s in zip(bits, spans, strict=True)])
             if learns:
                 known.append(self.ask(student, books, tokenizer))
-            if tell:
-                tell(place, windows[-1][-1])
+            if progress:
+                progress(place, windows[-1][-1])
         names = [b.name for b in books]
         return {"books": names, "windows": windows, "known": known, "held": held, "updates": student.updates}
 
@@ -160,14 +161,14 @@ def work(settings: Domains, data: str | Path | None, smoke: bool) -> DomainsWork
     return DomainsWork(settings, find_data(data, "books", [], SOURCE))
 
 
-def plan(settings: Domains, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Domains, contenders: list[LearnerContender], row: Row) -> list[StreamJob]:
     """Every contender on every seed."""
-    return [Job(c.name, seed) for seed in settings.seeds for c in contenders]
+    return [StreamJob(c.name, seed) for seed in settings.seeds for c in contenders]
 
 
-def summarize(settings: Domains, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Domains, contenders: list[LearnerContender], row: Row) -> dict[str, Any]:
     """Means and spreads over seeds."""
-    return report.summary(settings, by_contender(contenders, settings.seeds, lambda name, seed: row(Job(name, seed))))
+    return report.summary(settings, by_contender(contenders, settings.seeds, row))
 
 
 table, plot = report.table, report.plot
@@ -182,12 +183,12 @@ def defaults() -> Domains:
 
     fast = level(128, lr=RATES[512], surprise=0.25)
     contenders = [
-        Contender(BASE, "attention"),
-        Contender("1 level", "levels", [level(128)], place),
-        Contender("3 levels", "levels", [level(128), level(512), level(2048)], place),
-        Contender("fine-tuning", FINE_TUNING, [level(128)], place, {"lr": 1e-3}),
-        Contender("fixed, every 512", "levels", [level(512)], place),
-        Contender("adaptive, by gradient", "levels", [fast], place),
-        Contender("adaptive, by loss", "levels", [fast | {"signal": "loss"}], place),
+        LearnerContender(BASE, "attention"),
+        LearnerContender("1 level", "levels", [level(128)], place),
+        LearnerContender("3 levels", "levels", [level(128), level(512), level(2048)], place),
+        LearnerContender("fine-tuning", FINE_TUNING, [level(128)], place, {"lr": 1e-3}),
+        LearnerContender("fixed, every 512", "levels", [level(512)], place),
+        LearnerContender("adaptive, by gradient", "levels", [fast], place),
+        LearnerContender("adaptive, by loss", "levels", [fast | {"signal": "loss"}], place),
     ]
     return Domains(contenders=contenders)

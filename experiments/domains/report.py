@@ -6,8 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from experiments.shared.continual.rows import Rows
 from experiments.shared.report import COLOURS, band, figure, markdown, pm, spread
-from experiments.translation.report import Rows
 
 BASE = "no levels"
 BELOW = -0.02  # mean gain in bits per byte under which a line would flatten all others

@@ -12,7 +12,6 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,15 @@ from torch import nn
 from experiments.domains import experiment as domains
 from experiments.domains.experiment import BLOCKS
 from experiments.frequencies.needles import Answer, Haystack, ask, build, encoder, held
-from experiments.shared.continual.streams import adapted, learner, pretrained, read
-from experiments.shared.continual.study import Contender, ContinualStudy, ContinualWork, Job, find_data
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.streams import adapted, learner, read
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
-from experiments.shared.work import Tell
+from experiments.shared.work import Progress, Row
 
-Row = Callable[[Job], dict[str, Any] | None]
+GROUP = "Continual learning"
+QUESTION = "How many levels, and how slow the slowest (NL Fig. 7)?"
+
 BASE = "no levels"
 STACK = {"blocks": BLOCKS, "target_modules": ["down_proj"]}  # six blocks divide by 1, 2 and 3 levels
 RATES = domains.RATES | {8192: domains.RATES[2048]}  # by chunk size; nothing was searched for the slowest
@@ -69,12 +71,12 @@ class Frequencies(ContinualStudy):
 def defaults() -> Frequencies:
     """The experiment's settings."""
 
-    def levels(*sizes: int) -> Contender:
+    def levels(*sizes: int) -> LearnerContender:
         chosen = [{"chunk_size": size, "lr": RATES[size], "optimizer": "adamw"} for size in sizes]
-        return Contender(" + ".join(map(str, sizes)), "levels", chosen, STACK)
+        return LearnerContender(" + ".join(map(str, sizes)), "levels", chosen, STACK)
 
-    further = Contender("attention over 4,096", "attention", options={"context": 4096})
-    contenders = [Contender(BASE, "attention"), further]
+    further = LearnerContender("attention over 4,096", "attention", options={"context": 4096})
+    contenders = [LearnerContender(BASE, "attention"), further]
     contenders += [levels(*c) for c in ((128,), (512,), (2048,), (8192,), (128, 512), (128, 2048),
                                         (128, 512, 2048))]  # fmt: skip
     return Frequencies(contenders=contenders)
@@ -113,7 +115,9 @@ def haystack(settings: Frequencies, folder: Path, seed: int) -> Haystack:
     return build(text, settings.length, [max(0, int(s)) for s in spots], encoder(tokenizer), ends, seed)
 
 
-def study(model: nn.Module, settings: Frequencies, contender: Contender, stack: Haystack, tokenizer: Any) -> dict:
+def study(
+    model: nn.Module, settings: Frequencies, contender: LearnerContender, stack: Haystack, tokenizer: Any
+) -> dict:
     """Read a document and answer: bits per byte by position (of the book's own tokens), needles, seconds of reading."""
     context = contender.options.get("context", settings.context)
     if contender.levels:
@@ -148,7 +152,7 @@ class FrequenciesWork(ContinualWork):
         super().__init__(settings, ", ".join(f"{f.name} {f.stat().st_size}" for f in sorted(folder.glob("*.txt"))))
         self.folder = folder
 
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
+    def run(self, job: StreamJob, progress: Progress | None) -> dict[str, Any]:
         model, tokenizer = pretrained(self.settings.model, self.settings.dtype)
         stack = haystack(self.settings, self.folder, job.seed)
         return study(model, self.settings, self.settings.contender(job.contender), stack, tokenizer)
@@ -163,9 +167,9 @@ def work(settings: Frequencies, data: str | Path | None, smoke: bool) -> Frequen
     return FrequenciesWork(settings, find_data(data, "books", [settings.tuning_text], source))
 
 
-def plan(settings: Frequencies, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Frequencies, contenders: list[LearnerContender], row: Row) -> list[StreamJob]:
     """Every contender on every seed."""
-    return [Job(c.name, seed) for seed in settings.seeds for c in contenders]
+    return [StreamJob(c.name, seed) for seed in settings.seeds for c in contenders]
 
 
 def per_byte(bins: list[dict[str, Any]]) -> float:
@@ -173,11 +177,11 @@ def per_byte(bins: list[dict[str, Any]]) -> float:
     return sum(b["bits"] for b in bins) / sum(b["bytes"] for b in bins)
 
 
-def summarize(settings: Frequencies, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Frequencies, contenders: list[LearnerContender], row: Row) -> dict[str, Any]:
     """Means and spreads over seeds; gains are taken against the model without levels on the same document."""
-    found, base = [], {seed: row(Job(BASE, seed)) for seed in settings.seeds}
+    found, base = [], {seed: row(StreamJob(BASE, seed)) for seed in settings.seeds}
     for contender in contenders:
-        rows = {seed: r for seed in settings.seeds if (r := row(Job(contender.name, seed)))}
+        rows = {seed: r for seed in settings.seeds if (r := row(StreamJob(contender.name, seed)))}
         if not rows:
             continue
         pairs = [(r, base[seed]) for seed, r in rows.items() if base[seed]]

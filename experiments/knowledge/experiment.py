@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from experiments.knowledge import biographies
 from experiments.knowledge.biographies import Question, World
 from experiments.shared.continual.choice import weigh
+from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import (
     adapted,
     finetune,
@@ -29,14 +30,15 @@ from experiments.shared.continual.streams import (
     owned,
     pieces,
     prefilled,
-    pretrained,
     read,
 )  # fmt: skip
-from experiments.shared.continual.study import Contender, ContinualStudy, ContinualWork, Job, find_data
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
-from experiments.shared.work import Tell
+from experiments.shared.work import Progress, Row
 
-Row = Callable[[Job], dict[str, Any] | None]
+GROUP = "Continual learning"
+QUESTION = "Documents read once: can it answer when they are gone?"
+
 BASE = "closed book"
 PROMPT = "Question: {question}\nAnswer: {opening}"
 BETWEEN = "\n\n"  # of two documents
@@ -71,25 +73,25 @@ def defaults() -> Knowledge:
 
     one = levels(2e-4, 64)  # this and all other rates were chosen on seed 100
     return Knowledge(contenders=[
-        Contender(BASE, "none"),
-        Contender("in context", "context"),
-        Contender("1 level", "levels", one),
-        Contender("2 levels", "levels", levels(2e-4, 64, 256)),
-        Contender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
-        Contender("1 level, width", "levels", levels(5e-4, 64), WIDTH),
-        Contender("2 levels, width", "levels", levels(5e-4, 64, 256), WIDTH),
-        Contender("2 levels, width, high rate", "levels", levels(4e-3, 64, 256), WIDTH),
-        Contender("fine-tuning, same weights", "finetune", one, options={"lr": 1e-4, "size": 64}),
-        Contender("fine-tuning, all weights", "finetune", options={"lr": 1e-4, "size": 64}),
+        LearnerContender(BASE, "none"),
+        LearnerContender("in context", "context"),
+        LearnerContender("1 level", "levels", one),
+        LearnerContender("2 levels", "levels", levels(2e-4, 64, 256)),
+        LearnerContender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
+        LearnerContender("1 level, width", "levels", levels(5e-4, 64), WIDTH),
+        LearnerContender("2 levels, width", "levels", levels(5e-4, 64, 256), WIDTH),
+        LearnerContender("2 levels, width, high rate", "levels", levels(4e-3, 64, 256), WIDTH),
+        LearnerContender("fine-tuning, same weights", "finetune", one, options={"lr": 1e-4, "size": 64}),
+        LearnerContender("fine-tuning, all weights", "finetune", options={"lr": 1e-4, "size": 64}),
     ])  # fmt: skip
 
 
 def taught(
-    model: nn.Module, settings: Knowledge, contender: Contender, ids: Tensor
+    model: nn.Module, settings: Knowledge, contender: LearnerContender, ids: Tensor
 ) -> tuple[nn.Module, Any, list[int]]:
     """Let a contender learn from the documents [1, T]: the model, its cache without context (levels), and updates."""
     if contender.method == "levels":
-        model = learner(model, Contender(contender.name, "levels", contender.levels,
+        model = learner(model, LearnerContender(contender.name, "levels", contender.levels,
                                          {"context": settings.context} | contender.stack))  # fmt: skip
         _, cache = read(model, ids)
         updates = [level.updates if level else 0 for level in cache.levels.levels]
@@ -161,7 +163,7 @@ class KnowledgeWork(ContinualWork):
         super().__init__(settings, f"{file.name} {file.stat().st_size}")
         self.file = file
 
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
+    def run(self, job: StreamJob, progress: Progress | None) -> dict[str, Any]:
         settings, contender = self.settings, self.settings.contender(job.contender)
         plain, tokenizer = pretrained(settings.model, settings.dtype)
 
@@ -210,17 +212,17 @@ def work(settings: Knowledge, data: str | Path | None, smoke: bool) -> Knowledge
     return KnowledgeWork(settings, find_data(data, "books", [settings.other_text], source))
 
 
-def plan(settings: Knowledge, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Knowledge, contenders: list[LearnerContender], row: Row) -> list[StreamJob]:
     """Every contender on every seed."""
-    return [Job(c.name, seed) for seed in settings.seeds for c in contenders]
+    return [StreamJob(c.name, seed) for seed in settings.seeds for c in contenders]
 
 
-def summarize(settings: Knowledge, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Knowledge, contenders: list[LearnerContender], row: Row) -> dict[str, Any]:
     """Means and spreads over seeds; gains and harm are taken against the closed book on the same seed."""
-    found, base = [], {seed: row(Job(BASE, seed)) for seed in settings.seeds}
+    found, base = [], {seed: row(StreamJob(BASE, seed)) for seed in settings.seeds}
     tokens = chance_ = None
     for contender in contenders:
-        rows = {seed: r for seed in settings.seeds if (r := row(Job(contender.name, seed)))}
+        rows = {seed: r for seed in settings.seeds if (r := row(StreamJob(contender.name, seed)))}
         if not rows:
             continue
         pairs = [(r, base[seed]) for seed, r in rows.items() if base[seed]]

@@ -14,10 +14,13 @@ from experiments.shared.corpus import Texts, find_files, load_texts
 from experiments.shared.optimizers import comparison
 from experiments.shared.optimizers.comparison import Comparison, ComparisonWork, Model
 from experiments.shared.optimizers.comparison_report import plot, summarize, table
-from experiments.vision.experiment import optimizers
+from experiments.shared.optimizers.contenders import five
 from nestling.training.batches import Batches
 from nestling.training.config import DataConfig
 from nestling.training.evaluation import evaluate, token_losses
+
+GROUP = "Optimisers (on data)"
+QUESTION = "And on language, with a Transformer and with Hope?"
 
 __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 
@@ -52,7 +55,7 @@ def defaults() -> Language:
         Model("transformer", {"mixer": "attention"}, trials=4, steps=200),
         Model("hope", {"mixer": "selfmod"}, some, trials=5, steps=100, equal_time=False),
     ]
-    return Language(contenders=optimizers(), models=models)
+    return Language(contenders=five(), models=models)
 
 
 class TextTask:

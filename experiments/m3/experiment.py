@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 from experiments.shared.optimizers import comparison
 from experiments.shared.optimizers.comparison import Model
 from experiments.shared.optimizers.comparison_report import summarize
-from experiments.shared.optimizers.study import Contender
+from experiments.shared.optimizers.contenders import M3, OptimizerContender
 from experiments.shared.report import COLOURS, count, figure, markdown, pm
 from experiments.vision import experiment as vision
 from experiments.vision.experiment import Vision
+
+GROUP = "Optimisers (on data)"
+QUESTION = "Which of M3's choices matter?"
 
 __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 
@@ -52,7 +55,7 @@ SEARCHED = ["default", "sum", "no second moment", "Muon (one scale, no second mo
 def defaults() -> Choices:
     """The experiment's settings."""
     return Choices(
-        contenders=[Contender(name, "m3", vision.M3 | options) for name, options in CHANGES.items()],
+        contenders=[OptimizerContender(name, "m3", M3 | options) for name, options in CHANGES.items()],
         searched=SEARCHED,
         models=[Model("vit", {"width": 64, "layers": 3, "heads": 4}, trials=3, steps=200, equal_time=False)],
     )

@@ -11,7 +11,6 @@ of one task do move the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.shared.optimizers.contenders import make
-from experiments.shared.optimizers.study import Contender, Study, StudyWork
+from experiments.shared.optimizers.contenders import M3, OptimizerContender, make
+from experiments.shared.optimizers.study import OptimizerStudy, OptimizerWork
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
-from experiments.shared.work import Tell
-from experiments.vision.experiment import M3
+from experiments.shared.work import Job, Progress, Row
 
-Row = Callable[["Job"], dict[str, Any] | None]
+GROUP = "Optimisers (no data)"
+QUESTION = "What does an optimiser's memory forget between tasks (NL Eq. 45)?"
+ENTRIES = "groups"  # of the summary
 
 
 @dataclass
-class Orthogonal(Study):
+class Orthogonal(OptimizerStudy):
     """Sizes of the tasks, how much they overlap (the cosine between their directions), and the learning rates."""
 
     name: str = "orthogonal"
@@ -50,14 +50,14 @@ class Orthogonal(Study):
         return self.changed(overlaps=[0.0, 0.1], tasks=2, steps=6, lrs=self.lrs[3::5], search_seeds=[100], seeds=[0, 1],
                             probes=[2, 4])  # fmt: skip
 
-    def decisive(self, job: Job) -> dict[str, Any]:
+    def decisive(self, job: OrthogonalJob) -> dict[str, Any]:
         values = super().decisive(job)
         values.pop("overlaps")
         return values | {"seeds": self.seeds}
 
 
 @dataclass(frozen=True)
-class Job:
+class OrthogonalJob(Job):
     """One optimiser on sequences of one overlap, its state kept or dropped between tasks: the search and the runs."""
 
     contender: str
@@ -73,15 +73,15 @@ class Job:
 def defaults() -> Orthogonal:
     """The experiment's settings."""
     contenders = [
-        Contender("SGD", "sgd"),
-        Contender("momentum", "momentum"),
-        Contender("momentum 0.99", "momentum", {"momentum": 0.99}),
-        Contender("Adam", "adam"),
-        Contender("Muon", "muon"),
-        Contender("Delta Momentum", "delta momentum"),
-        Contender("Delta Momentum 0.99", "delta momentum", {"momentum": 0.99, "erase": 1.0}),
-        Contender("DMGD", "deep momentum"),
-        Contender("M3", "m3", dict(M3)),
+        OptimizerContender("SGD", "sgd"),
+        OptimizerContender("momentum", "momentum"),
+        OptimizerContender("momentum 0.99", "momentum", {"momentum": 0.99}),
+        OptimizerContender("Adam", "adam"),
+        OptimizerContender("Muon", "muon"),
+        OptimizerContender("Delta Momentum", "delta momentum"),
+        OptimizerContender("Delta Momentum 0.99", "delta momentum", {"momentum": 0.99, "erase": 1.0}),
+        OptimizerContender("DMGD", "deep momentum"),
+        OptimizerContender("M3", "m3", dict(M3)),
     ]
     return Orthogonal(contenders=contenders, seeds=[*range(8)])
 
@@ -123,7 +123,9 @@ class Sequence:
         return 0.5 * off.square().sum((1, 2))
 
 
-def learn(settings: Orthogonal, contender: Contender, job: Job, lr: float, seed: int) -> dict[str, Any] | None:
+def learn(
+    settings: Orthogonal, contender: OptimizerContender, job: OrthogonalJob, lr: float, seed: int
+) -> dict[str, Any] | None:
     """Go through a sequence; None if it diverges.
 
     Returns `losses` [after task, of task], and `backward`: by steps into a task, the share of the squared update that
@@ -175,16 +177,16 @@ def measures(losses: list[list[float]]) -> dict[str, float]:
     }
 
 
-class OrthogonalWork(StudyWork):
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
+class OrthogonalWork(OptimizerWork):
+    def run(self, job: OrthogonalJob, progress: Progress | None) -> dict[str, Any]:
         settings, contender = self.settings, self.settings.contender(job.contender)
         search = {}
         for place, lr in enumerate(settings.lrs):
             found = [learn(settings, contender, job, lr, seed) for seed in settings.search_seeds]
             usable = [measures(f["losses"])["final"] for f in found if f]
             search[lr] = sum(usable) / len(usable) if len(usable) == len(found) else None
-            if tell:
-                tell(place, search[lr] or float("nan"))
+            if progress:
+                progress(place, search[lr] or float("nan"))
         tried = [(loss, lr) for lr, loss in search.items() if loss is not None]
         if not tried:
             return {"search": {f"{lr:g}": loss for lr, loss in search.items()}, "lr": None, "runs": []}
@@ -202,18 +204,18 @@ def work(settings: Orthogonal, data: str | Path | None, smoke: bool) -> Orthogon
     return OrthogonalWork(settings)
 
 
-def plan(settings: Orthogonal, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Orthogonal, contenders: list[OptimizerContender], row: Row) -> list[OrthogonalJob]:
     """Every optimiser at every overlap, with its state kept and dropped."""
-    return [Job(c.name, o, kept) for o in settings.overlaps for kept in (True, False) for c in contenders]
+    return [OrthogonalJob(c.name, o, kept) for o in settings.overlaps for kept in (True, False) for c in contenders]
 
 
-def summarize(settings: Orthogonal, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Orthogonal, contenders: list[OptimizerContender], row: Row) -> dict[str, Any]:
     """Means and spreads over seeds of every optimiser, overlap and treatment of the state."""
     groups = []
     for overlap in settings.overlaps:
         for contender in contenders:
             for kept in (True, False):
-                found = row(Job(contender.name, overlap, kept))
+                found = row(OrthogonalJob(contender.name, overlap, kept))
                 if not found:
                     continue
                 runs, edge = found["runs"], found["lr"] in (settings.lrs[0], settings.lrs[-1])

@@ -6,19 +6,21 @@ only those final runs ever see the book that is held out whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.config import Contender, Experiment, Job
+from experiments.shared.models.runs import TrainingWork
+from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
 from experiments.shared.report import COLOURS, band, count, figure, markdown, mean_bins, mean_curve, pm, spread
+from experiments.shared.work import Row
 
-Row = Callable[[Job], dict[str, Any] | None]
+GROUP = "Models"
+QUESTION = "How good is Hope beside other sequence layers, at equal parameters, tokens and tuned learning rate?"
 
 
-def defaults() -> Experiment:
+def defaults() -> TrainingStudy:
     """The experiment's settings."""
-    return Experiment.from_dict(
+    return TrainingStudy.from_dict(
         {
             "name": "quality",
             "steps": 800,
@@ -44,32 +46,35 @@ def _model(width: int, layers: int, heads: int) -> dict[str, int]:
     return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 
-def plan(experiment: Experiment, contenders: list[Contender], row: Row) -> list[Job]:
+def work(experiment: TrainingStudy, data: str | Path | None, smoke: bool) -> TrainingWork:
+    """What trains, on the text files of `data`."""
+    return TrainingWork(experiment, data, smoke)
+
+
+def plan(experiment: TrainingStudy, contenders: list[ModelContender], row: Row) -> list[TrainingJob]:
     """Search runs, then the other seeds at each contender's best learning rate, then their tests."""
     search = [_search(experiment, c, lr) for c in contenders for lr in experiment.lrs]
     finals = [final_jobs(experiment, c, row) for c in contenders]
     by_seed = [job for jobs in zip(*(f for f in finals if f)) for job in jobs]
-    tests = [Job(j.contender, j.lr, j.seed, j.precision, "test") for j in by_seed if row(j)]
+    tests = [TrainingJob(j.contender, j.lr, j.seed, j.precision, "test") for j in by_seed if row(j)]
     return tests + search + [job for job in by_seed if job not in search]
 
 
-def final_jobs(experiment: Experiment, contender: Contender, row: Row) -> list[Job]:
+def final_jobs(experiment: TrainingStudy, contender: ModelContender, row: Row) -> list[TrainingJob]:
     """The runs that count: every seed at the learning rate that was best on the tails; none before the search ends."""
     found = [(job, row(job)) for job in (_search(experiment, contender, lr) for lr in experiment.lrs)]
     usable = [(r["bits_per_byte"], j.lr) for j, r in found if r and not r["diverged"] and r["bits_per_byte"]]
     if not usable or any(r is None for _, r in found):
         return []
     lr = min(usable)[1]
-    return [Job(contender.name, lr, seed, experiment.precisions[0]) for seed in experiment.seeds]
+    return [TrainingJob(contender.name, lr, seed, experiment.precisions[0]) for seed in experiment.seeds]
 
 
-def _search(experiment: Experiment, contender: Contender, lr: float) -> Job:
-    return Job(contender.name, lr, experiment.seeds[0], experiment.precisions[0])
+def _search(experiment: TrainingStudy, contender: ModelContender, lr: float) -> TrainingJob:
+    return TrainingJob(contender.name, lr, experiment.seeds[0], experiment.precisions[0])
 
 
-def summarize(
-    experiment: Experiment, contenders: list[Contender], row: Row, speeds: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def summarize(experiment: TrainingStudy, contenders: list[ModelContender], row: Row) -> dict[str, Any]:
     """Figures of each contender, best on the held-out book first."""
     found = [s for s in (_summary(experiment, c, row) for c in contenders) if s]
     found.sort(key=lambda s: ((s["book"] or s["tails"] or {"mean": 99})["mean"], s["contender"]))
@@ -85,13 +90,13 @@ def summarize(
     }
 
 
-def _summary(experiment: Experiment, contender: Contender, row: Row) -> dict[str, Any] | None:
+def _summary(experiment: TrainingStudy, contender: ModelContender, row: Row) -> dict[str, Any] | None:
     search = {lr: row(_search(experiment, contender, lr)) for lr in experiment.lrs}
     jobs = final_jobs(experiment, contender, row)
     rows = [r for r in map(row, jobs) if r]
     if not any(search.values()):
         return None
-    tests = [(j.seed, r) for j in jobs if (r := row(Job(j.contender, j.lr, j.seed, j.precision, "test")))]
+    tests = [(j.seed, r) for j in jobs if (r := row(TrainingJob(j.contender, j.lr, j.seed, j.precision, "test")))]
     lr, lrs = (jobs[0].lr if jobs else None), sorted(experiment.lrs)
     return {
         "contender": contender.name,

@@ -1,23 +1,15 @@
-"""Runs an experiment from its folder: configuration, missing runs, then summary, table and figure.
-
-An experiment is a module with `defaults()` (its settings, which know `stored` and `smoke`), `plan`, `summarize`,
-`table` and `plot`; one of `experiments.shared.optimizers` also has `work(settings, data, smoke)`, which does its jobs.
-"""
+"""Runs an experiment from its folder: configuration, missing runs, then summary, table and figure."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-from experiments.shared import EXPERIMENTS
-from experiments.shared.config import Experiment
+from experiments.shared.interface import Experiment, entries, find, folder_of
 from experiments.shared.results import Results, finite
-from experiments.shared.runs import TextWork
 from experiments.shared.scheduler import run_jobs
-from experiments.shared.speed import layer_speeds
 from nestling.training.config import unknown
 from nestling.utils.files import write_text
 
@@ -38,8 +30,9 @@ def run_experiment(
     """Run what an experiment still lacks and write `summary.json`, `table.md` and `plot.png` into its folder.
 
     Args:
-        name: one of `experiments.shared.EXPERIMENTS`.
-        out: the folder, `experiments/NAME` if None; its `config.json` is used, or written with the defaults.
+        name: one of `experiments.catalog.names()`.
+        out: the folder of settings and results; its `config.json` is used, or written with the defaults. None: the
+            experiment's own, for a smoke run `runs/NAME-smoke` here.
         data: the data's folder; None: the one of the experiment in the folder that NESTLING_DATA names.
         workers: processes of one thread each; 0 runs in this process.
         only: names of contenders; the others keep what results they have and are not run.
@@ -55,16 +48,16 @@ def run_experiment(
     Raises:
         ValueError: an unknown experiment, contender or option, no data, nothing to report on.
     """
-    module = _module(name)
+    experiment = find(name)
     if workers < 0:
         raise ValueError(f"workers must not be negative, not {workers}")
-    folder = Path(out) if out else Path("runs" if smoke else "experiments") / (f"{name}-smoke" if smoke else name)
+    folder = Path(out) if out else Path("runs", f"{name}-smoke") if smoke else folder_of(name)
     settings = load(name, folder, options or {}, smoke)
     known = [c.name for c in settings.contenders]
     for wanted in only or ():
         if wanted not in known:
             raise ValueError(unknown("contender", wanted, known))
-    work = TextWork(settings, data, smoke) if isinstance(settings, Experiment) else module.work(settings, data, smoke)
+    work = experiment.work(settings, data, smoke)
     results = Results(folder / "results.jsonl")
     chosen = [c for c in settings.contenders if not only or c.name in only]
     fingerprint = functools.cache(work.fingerprint)
@@ -73,7 +66,7 @@ def run_experiment(
         return results.get(job, fingerprint(job))
 
     def plan() -> list[Any]:
-        return module.plan(settings, chosen, row)
+        return experiment.plan(settings, chosen, row)
 
     failed: dict[str, str] = {}
     if not report_only:
@@ -85,22 +78,20 @@ def run_experiment(
             name, work, results, plan, lambda job: row(job) is not None,
             workers=workers, time_limit=time_limit, show=show,
         )  # fmt: skip
-    missing = [j.key + (" (test)" if j.kind == "test" else "") for j in plan() if not row(j)]
-    extra = []
-    if isinstance(settings, Experiment):
-        timed = [] if report_only or missing else chosen  # alone on the machine, after the last run
-        extra = [layer_speeds(settings, timed, folder / "speed.json")]
-    summary = module.summarize(settings, settings.contenders, row, *extra)
-    if not summary[next(k for k in ("contenders", "settings", "groups") if k in summary)]:
+    missing = [job.label for job in plan() if not row(job)]
+    if not missing and not report_only:
+        work.finish(chosen)
+    summary = experiment.summarize(settings, settings.contenders, row)
+    if not entries(experiment, summary):
         raise ValueError(f"{folder} holds no results of these settings yet; " + (_listed(failed) or "run it first"))
-    write_report(module, summary, folder)
+    write_report(experiment, summary, folder)
     return finite(summary) | {"missing": missing, "failed": failed, "folder": str(folder)}
 
 
 def load(name: str, folder: Path, options: dict[str, Any], smoke: bool = False) -> Any:
     """The experiment's settings: the folder's `config.json` over the defaults, changed by `options`."""
     path = folder / "config.json"
-    settings = _module(name).defaults()
+    settings = find(name).defaults()
     if path.exists() and not smoke:
         settings = type(settings).load(path)
     if settings.name != name:
@@ -115,17 +106,11 @@ def save(settings: Any, path: Path) -> None:
     write_text(path, json.dumps(settings.stored(), indent=2) + "\n")
 
 
-def write_report(module: Any, summary: dict[str, Any], folder: Path) -> None:
+def write_report(experiment: Experiment, summary: dict[str, Any], folder: Path) -> None:
     """`summary.json`, `table.md` and `plot.png` from a summary."""
     write_text(folder / "summary.json", json.dumps(finite(summary), indent=1) + "\n")
-    write_text(folder / "table.md", module.table(summary))
-    module.plot(summary, folder / "plot.png")
-
-
-def _module(name: str) -> Any:
-    if name not in EXPERIMENTS:
-        raise ValueError(unknown("experiment", name, EXPERIMENTS))
-    return importlib.import_module(f"experiments.{name}.experiment")
+    write_text(folder / "table.md", experiment.table(summary))
+    experiment.plot(summary, folder / "plot.png")
 
 
 def _listed(failed: dict[str, str]) -> str:

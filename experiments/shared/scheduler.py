@@ -62,7 +62,7 @@ def run_jobs(
                 return failed
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             while queue is not None and not queue.empty():
-                display.tell(*queue.get())
+                display.progress(*queue.get())
             for future in finished:
                 job = running.pop(future)
                 try:
@@ -106,7 +106,7 @@ def _pool(workers: int):
 def _run_here(work: Work, job: Job, display: _Display) -> Future:
     future: Future = Future()
     try:
-        future.set_result(work(job, lambda step, loss: display.tell(job.key, step, loss)))
+        future.set_result(work(job, lambda step, loss: display.progress(job.key, step, loss)))
     except Exception as error:
         future.set_exception(error)
     return future
@@ -123,13 +123,13 @@ def _start(queue: Any) -> None:
 def _work(work: Work, job: Job) -> dict[str, Any]:
     last = 0.0
 
-    def tell(step: int, loss: float) -> None:
+    def progress(step: int, loss: float) -> None:
         nonlocal last
         if time.monotonic() - last > 1:
             last = time.monotonic()
             _queue.put((job.key, step, loss))
 
-    return work(job, tell)
+    return work(job, progress)
 
 
 class _Display:
@@ -156,7 +156,7 @@ class _Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def tell(self, key: str, step: int, loss: float) -> None:
+    def progress(self, key: str, step: int, loss: float) -> None:
         self._steps[key] = f" step {step} loss {loss:.2f}"
 
     def update(self, jobs: list[Job], done: int, running) -> None:
@@ -166,7 +166,7 @@ class _Display:
             self._bar.update(self._task, completed=done, total=len(jobs), now=now)
 
     def finished(self, job: Job, row: dict[str, Any]) -> None:
-        self.say(self._work.told(job, row), "")
+        self.say(self._work.describe(job, row), "")
 
     def say(self, text: str, style: str = "yellow") -> None:
         if self._bar is not None:

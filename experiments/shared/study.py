@@ -6,11 +6,27 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from experiments.shared.work import Tell, one_thread, versions
+from experiments.shared.work import Progress, Work, one_thread, versions
 from nestling.training.config import Settings
+
+
+@dataclass
+class Contender:
+    """What is compared with others in an experiment; each family of experiments has a kind with fields of its own."""
+
+    name: str
+
+
+def check_names(contenders: Iterable[Contender]) -> None:
+    """ValueError if two contenders share a name."""
+    names = [c.name for c in contenders]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"contenders must have names of their own; {', '.join(twice)} occurs twice")
 
 
 @dataclass
@@ -19,14 +35,11 @@ class Study(Settings, ABC):
 
     name: str = ""
     out: str = "."
-    contenders: list[Any] = field(default_factory=list)  # each has a `name`
+    contenders: list[Any] = field(default_factory=list)  # each a `Contender`
     seeds: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
-        names = [c.name for c in self.contenders]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"contenders must have names of their own; {', '.join(twice)} occurs twice")
+        check_names(self.contenders)
         if not self.seeds:
             raise ValueError("seeds must hold at least one value")
 
@@ -52,28 +65,24 @@ class Study(Settings, ABC):
         return values
 
 
-class StudyWork(ABC):
-    """Does the jobs of a study (`experiments.shared.work.Work`); its kinds say how in `run`."""
+class StudyWork(Work):
+    """Does the jobs of a study; its kinds say how in `run`."""
 
     def __init__(self, settings: Study, data: str = "") -> None:
         self.settings, self.data = settings, data  # data: a fingerprint of what is read
 
     @abstractmethod
-    def run(self, job: Any, tell: Tell | None) -> dict[str, Any]:
+    def run(self, job: Any, progress: Progress | None) -> dict[str, Any]:
         """The figures of a job."""
 
     @abstractmethod
     def result(self, row: dict[str, Any]) -> str:
         """The one figure shown when a job ends."""
 
-    @abstractmethod
-    def check(self, contenders: list[Any]) -> None:
-        """A wrong option of a contender is an error before the first run."""
-
-    def __call__(self, job: Any, tell: Tell | None = None) -> dict[str, Any]:
+    def __call__(self, job: Any, progress: Progress | None = None) -> dict[str, Any]:
         started = time.thread_time()
         with one_thread():
-            row = self.run(job, tell)
+            row = self.run(job, progress)
         head = {"kind": job.kind, "key": job.key, "fingerprint": self.fingerprint(job)}
         return head | asdict(job) | row | {"seconds": time.thread_time() - started} | versions()
 
@@ -86,5 +95,5 @@ class StudyWork(ABC):
         text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def told(self, job: Any, row: dict[str, Any]) -> str:
+    def describe(self, job: Any, row: dict[str, Any]) -> str:
         return f"{job.key}: {self.result(row)}, {row['seconds']:.0f} s"

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from nestling.version import __version__
 
-Tell = Callable[[int, float], None]  # step, loss
+Progress = Callable[[int, float], None]  # step, loss
 
 
-class Job(Protocol):
-    """One run of a grid; hashable."""
+class Job:
+    """One run of a grid. Kinds are frozen dataclasses: hashable, and their fields go into the row."""
 
     kind: str
 
     @property
     def key(self) -> str:
         """A readable name, one per job of a kind."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """The key, and the kind where jobs of several kinds share one."""
+        return self.key
 
 
-class Work(Protocol):
+Row = Callable[[Any], dict[str, Any] | None]  # the row of a job, None if there is none yet
+
+
+class Work(ABC):
     """Does jobs: a function of settings and job alone, on one thread. It travels to worker processes by pickle."""
 
-    def __call__(self, job: Job, tell: Tell | None = None) -> dict[str, Any]:
+    @abstractmethod
+    def __call__(self, job: Any, progress: Progress | None = None) -> dict[str, Any]:
         """The job's row of JSON types, with `kind`, `key` and `fingerprint`."""
 
-    def fingerprint(self, job: Job) -> str:
+    @abstractmethod
+    def fingerprint(self, job: Any) -> str:
         """A digest of everything that decides the row."""
 
-    def told(self, job: Job, row: dict[str, Any]) -> str:
+    @abstractmethod
+    def describe(self, job: Any, row: dict[str, Any]) -> str:
         """One line about a finished job."""
+
+    def check(self, contenders: list[Any]) -> None:  # noqa: B027
+        """A wrong option of a contender is an error before the first run. By default nothing is checked."""
+
+    def finish(self, contenders: list[Any]) -> None:  # noqa: B027
+        """What is measured alone on the machine when no run is missing. By default nothing."""
 
 
 @contextmanager
@@ -50,3 +70,12 @@ def one_thread() -> Iterator[None]:
 def versions() -> dict[str, str]:
     """What a row was made with."""
     return {"torch": torch.__version__, "nestling": __version__}
+
+
+def curve(losses: list[float], points: int) -> list[list[float]]:
+    """[step, mean loss up to it] in up to `points` stretches of equal length."""
+    length = -(-len(losses) // points)
+    return [
+        [min(start + length, len(losses)), statistics.fmean(losses[start : start + length])]
+        for start in range(0, len(losses), length)
+    ]

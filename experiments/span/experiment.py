@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.shared.optimizers.contenders import make
-from experiments.shared.optimizers.study import Contender, Study, StudyWork
+from experiments.shared.optimizers.contenders import OptimizerContender, make
+from experiments.shared.optimizers.study import OptimizerStudy, OptimizerWork
 from experiments.shared.report import COLOURS, figure, markdown
-from experiments.shared.work import Tell
+from experiments.shared.work import Job, Progress, Row
 
-Row = Callable[["Job"], dict[str, Any] | None]
+GROUP = "Optimisers (no data)"
+QUESTION = "How many gradients does a momentum remember (NL Sec. 4.3)?"
+ENTRIES = "groups"  # of the summary
+
 SHARES = (0.5, 0.99)
 SIZE = 4  # of the weight matrix
 
 
 @dataclass
-class Span(Study):
+class Span(OptimizerStudy):
     """The decays, and the period of M3's slow scale."""
 
     name: str = "span"
@@ -38,12 +41,12 @@ class Span(Study):
     def smoke(self) -> Span:
         return self.changed(betas=[0.7, 0.8], slow_betas=[0.7], period=4)
 
-    def decisive(self, job: Job) -> dict[str, Any]:
+    def decisive(self, job: SpanJob) -> dict[str, Any]:
         return {"period": self.period}
 
 
 @dataclass(frozen=True)
-class Job:
+class SpanJob(Job):
     """One memory with one decay; `followers`: the later gradients' direction, "same" or "orthogonal"."""
 
     contender: str
@@ -70,8 +73,8 @@ CHANGING = "Delta Momentum"  # whose decay depends on what follows
 def defaults() -> Span:
     """The experiment's settings."""
     names = {"SGD momentum": "momentum", "Adam, first moment": "adam", "M3, fast": "m3", "M3, slow": "m3"}
-    contenders = [Contender(name, optimizer) for name, optimizer in names.items()]
-    return Span(contenders=[*contenders, Contender("Delta Momentum", "delta momentum")])
+    contenders = [OptimizerContender(name, optimizer) for name, optimizer in names.items()]
+    return Span(contenders=[*contenders, OptimizerContender("Delta Momentum", "delta momentum")])
 
 
 def formula(beta: float, share: float) -> float:
@@ -79,7 +82,7 @@ def formula(beta: float, share: float) -> float:
     return math.log(1 - share) / math.log(beta)
 
 
-def response(settings: Span, job: Job, steps: int, phase: int = 0) -> list[float]:
+def response(settings: Span, job: SpanJob, steps: int, phase: int = 0) -> list[float]:
     """The weight in the memory of the gradient of step `phase` (from 0) after each step from then on."""
     contender = settings.contender(job.contender)
     set_decay, name = MEMORIES[job.contender]
@@ -92,7 +95,7 @@ def response(settings: Span, job: Job, steps: int, phase: int = 0) -> list[float
 
     def memories(size: float) -> list[Tensor]:
         layer = nn.Linear(SIZE, SIZE, bias=False).double()
-        optimizer = make(Contender(contender.name, contender.optimizer, options), layer, 1e-3, steps=steps)
+        optimizer = make(OptimizerContender(contender.name, contender.optimizer, options), layer, 1e-3, steps=steps)
         held = []
         for step in range(steps):
             layer.weight.grad = (size * impulse if step == phase else other).double()
@@ -104,7 +107,7 @@ def response(settings: Span, job: Job, steps: int, phase: int = 0) -> list[float
     return [abs(large - small) for large, small in zip(memories(2.0), memories(1.0))]
 
 
-def by_age(settings: Span, job: Job, steps: int) -> list[float]:
+def by_age(settings: Span, job: SpanJob, steps: int) -> list[float]:
     """The weight of the last gradient, the one before, ... in a memory that has just been updated, normalised to 1.
 
     A memory that moves every step answers with its impulse response; one that moves once per period holds, at the end
@@ -133,8 +136,8 @@ def span(weights: list[float], share: float) -> int:
     return len(weights)
 
 
-class SpanWork(StudyWork):
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
+class SpanWork(OptimizerWork):
+    def run(self, job: SpanJob, progress: Progress | None) -> dict[str, Any]:
         period = self.settings.period if job.contender == "M3, slow" else 1
         steps = period * math.ceil(formula(job.beta, 1 - 1e-6))  # all but a millionth of the mass
         weights = by_age(self.settings, job, steps)
@@ -149,14 +152,14 @@ def work(settings: Span, data: str | Path | None, smoke: bool) -> SpanWork:
     return SpanWork(settings)
 
 
-def plan(settings: Span, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Span, contenders: list[OptimizerContender], row: Row) -> list[SpanJob]:
     """Every memory with every decay; the one that looks at what follows also with orthogonal followers."""
     slow = {"M3, slow": settings.slow_betas}
-    jobs = [Job(c.name, beta) for c in contenders for beta in slow.get(c.name, settings.betas)]
-    return jobs + [Job(c.name, b, "orthogonal") for b in settings.betas for c in contenders if c.name == CHANGING]
+    jobs = [SpanJob(c.name, beta) for c in contenders for beta in slow.get(c.name, settings.betas)]
+    return jobs + [SpanJob(c.name, b, "orthogonal") for b in settings.betas for c in contenders if c.name == CHANGING]
 
 
-def summarize(settings: Span, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Span, contenders: list[OptimizerContender], row: Row) -> dict[str, Any]:
     """Spans of every memory, decay and kind of followers, beside the formula's."""
     groups = []
     for job in plan(settings, contenders, row):

@@ -6,19 +6,22 @@ Transformer does not show as well is the memory's fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.config import Contender, Experiment, Job
+from experiments.shared.models.runs import TrainingWork
+from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
 from experiments.shared.report import COLOURS, figure, markdown, mean_curve, pm, spread
+from experiments.shared.work import Row
 
-Row = Callable[[Job], dict[str, Any] | None]
+GROUP = "Models"
+QUESTION = "Does training at a high learning rate stay stable, in float32 and bf16?"
+ENTRIES = "groups"  # of the summary
 
 
-def defaults() -> Experiment:
+def defaults() -> TrainingStudy:
     """The experiment's settings."""
-    return Experiment.from_dict(
+    return TrainingStudy.from_dict(
         {
             "name": "stability",
             "steps": 2000,
@@ -46,25 +49,28 @@ def defaults() -> Experiment:
     )
 
 
-def _jobs(experiment: Experiment, contender: Contender) -> list[Job]:
+def _jobs(experiment: TrainingStudy, contender: ModelContender) -> list[TrainingJob]:
     seeds = experiment.seeds if contender.seeds is None else contender.seeds
     grid = [(lr, p) for lr in experiment.lrs for p in experiment.precisions]
-    return [Job(contender.name, lr, seed, precision) for lr, precision in grid for seed in seeds]
+    return [TrainingJob(contender.name, lr, seed, precision) for lr, precision in grid for seed in seeds]
 
 
-def plan(experiment: Experiment, contenders: list[Contender], row: Row) -> list[Job]:
+def work(experiment: TrainingStudy, data: str | Path | None, smoke: bool) -> TrainingWork:
+    """What trains, on the text files of `data`."""
+    return TrainingWork(experiment, data, smoke)
+
+
+def plan(experiment: TrainingStudy, contenders: list[ModelContender], row: Row) -> list[TrainingJob]:
     """All runs of every contender but the last, then the last contender where one of them diverged."""
     *tried, control = experiment.contenders
     jobs = [job for c in tried if c in contenders for job in _jobs(experiment, c)]
     if control in contenders:
         diverged = [job for job in jobs if (r := row(job)) and r["diverged"]]
-        jobs += [Job(control.name, j.lr, j.seed, j.precision) for j in diverged]
+        jobs += [TrainingJob(control.name, j.lr, j.seed, j.precision) for j in diverged]
     return list(dict.fromkeys(jobs))
 
 
-def summarize(
-    experiment: Experiment, contenders: list[Contender], row: Row, speeds: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def summarize(experiment: TrainingStudy, contenders: list[ModelContender], row: Row) -> dict[str, Any]:
     """Counts for each contender, learning rate and precision."""
     control, groups = experiment.contenders[-1], []
     for contender in contenders:
@@ -87,10 +93,10 @@ def summarize(
     }
 
 
-def _group(found: list[tuple[Job, dict[str, Any]]], control: Contender, row: Row) -> dict[str, Any]:
+def _group(found: list[tuple[TrainingJob, dict[str, Any]]], control: ModelContender, row: Row) -> dict[str, Any]:
     rows = [r for _, r in found]
     diverged = [j for j, r in found if r["diverged"]]
-    same = {j.seed: row(Job(control.name, j.lr, j.seed, j.precision)) for j in diverged}
+    same = {j.seed: row(TrainingJob(control.name, j.lr, j.seed, j.precision)) for j in diverged}
     far = [r.get("long_context") for r in rows]
     return {
         "precision": found[0][0].precision,

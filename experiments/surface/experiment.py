@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.shared.optimizers.contenders import make
-from experiments.shared.optimizers.study import Contender, Study, StudyWork
+from experiments.shared.optimizers.contenders import OptimizerContender, make
+from experiments.shared.optimizers.study import OptimizerStudy, OptimizerWork
 from experiments.shared.report import COLOURS, figure, markdown
-from experiments.shared.work import Tell
+from experiments.shared.work import Job, Progress, Row
 
-Row = Callable[["Job"], dict[str, Any] | None]
+GROUP = "Optimisers (no data)"
+QUESTION = "Does Delta Momentum come down a curved valley sooner than momentum (NL Fig. 4)?"
+
 FAR = 1e6  # a place this far from the valley has left it
 
 
 @dataclass
-class Surface(Study):
+class Surface(OptimizerStudy):
     """The surface psi(r, th) = r^2 + k (r - th + a sin(w r))^2, a family of (k, a, w), and the learning rates."""
 
     name: str = "surface"
@@ -46,13 +47,13 @@ class Surface(Study):
         return self.changed(stiffness=[4.0], height=[1.0], waves=[1.0, 2.0], lrs=self.lrs[2::6], starts=self.starts[:1],
                             steps=60, patience=5, tolerance=1.0)  # fmt: skip
 
-    def decisive(self, job: Job) -> dict[str, Any]:
+    def decisive(self, job: SurfaceJob) -> dict[str, Any]:
         values = super().decisive(job)
         return {name: values[name] for name in ("starts", "lrs", "tolerance", "steps", "patience")}
 
 
 @dataclass(frozen=True)
-class Job:
+class SurfaceJob(Job):
     """One optimiser on one surface, at every learning rate."""
 
     contender: str
@@ -69,8 +70,8 @@ class Job:
 def defaults() -> Surface:
     """The experiment's settings."""
     names = {"SGD": "sgd", "momentum": "momentum", "Adam": "adam", "Delta Momentum": "delta momentum"}
-    contenders = [Contender(name, optimizer) for name, optimizer in names.items()]
-    contenders.append(Contender("Delta Momentum, erase 1", "delta momentum", {"erase": 1.0}))
+    contenders = [OptimizerContender(name, optimizer) for name, optimizer in names.items()]
+    contenders.append(OptimizerContender("Delta Momentum, erase 1", "delta momentum", {"erase": 1.0}))
     return Surface(contenders=contenders)
 
 
@@ -94,7 +95,7 @@ class Point(nn.Module):
 
 
 def descend(
-    settings: Surface, job: Job, lr: float, start: list[float], keep: bool = False
+    settings: Surface, job: SurfaceJob, lr: float, start: list[float], keep: bool = False
 ) -> tuple[int | None, list[list[float]]]:
     """(steps until psi stays below the tolerance, None if it never does; the way there if `keep`)."""
     point = Point(start)
@@ -114,14 +115,14 @@ def descend(
     return (outside + 1 if step - outside >= settings.patience else None), way
 
 
-class SurfaceWork(StudyWork):
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
+class SurfaceWork(OptimizerWork):
+    def run(self, job: SurfaceJob, progress: Progress | None) -> dict[str, Any]:
         taken = {lr: self._median(job, lr) for lr in self.settings.lrs}
         reached = [(steps, lr) for lr, steps in taken.items() if steps is not None]
         best, lr = min(reached, default=(None, None))
         return {"steps_by_lr": {f"{lr:g}": n for lr, n in taken.items()}, "best": best, "lr": lr}
 
-    def _median(self, job: Job, lr: float) -> int | None:
+    def _median(self, job: SurfaceJob, lr: float) -> int | None:
         """Steps from the middle one of the starts; None if half of them never arrive."""
         taken = [descend(self.settings, job, lr, start)[0] for start in self.settings.starts]
         middle = sorted(math.inf if n is None else n for n in taken)[len(taken) // 2]
@@ -136,20 +137,20 @@ def work(settings: Surface, data: str | Path | None, smoke: bool) -> SurfaceWork
     return SurfaceWork(settings)
 
 
-def plan(settings: Surface, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Surface, contenders: list[OptimizerContender], row: Row) -> list[SurfaceJob]:
     """Every optimiser on the shown surface, then on the family."""
-    return [Job(c.name, *surface) for surface in settings.surfaces() for c in contenders]
+    return [SurfaceJob(c.name, *surface) for surface in settings.surfaces() for c in contenders]
 
 
-def summarize(settings: Surface, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Surface, contenders: list[OptimizerContender], row: Row) -> dict[str, Any]:
     """Steps on the shown surface; over the family, how often each optimiser arrives, is first, and beats momentum."""
-    found = {c.name: {s: r for s in settings.surfaces() if (r := row(Job(c.name, *s)))} for c in contenders}
+    found = {c.name: {s: r for s in settings.surfaces() if (r := row(SurfaceJob(c.name, *s)))} for c in contenders}
     complete = [s for s in settings.surfaces() if all(s in rows for rows in found.values())]
     reference = next((c.name for c in contenders if c.optimizer == "momentum"), contenders[0].name)
     least = {s: min((r[s]["best"] for r in found.values() if r[s]["best"]), default=None) for s in complete}
 
     def way(name: str, lr: float | None) -> list[list[float]]:
-        shown = Job(name, *settings.shown)
+        shown = SurfaceJob(name, *settings.shown)
         return [] if lr is None else descend(settings, shown, lr, settings.starts[0], keep=True)[1]
 
     def figures(name: str) -> dict[str, Any]:

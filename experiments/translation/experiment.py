@@ -8,20 +8,23 @@ weights are one level, or shared out over two or three, or fine-tuned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.continual.streams import generate, prefilled, pretrained, score
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.rows import by_contender
+from experiments.shared.continual.streams import generate, prefilled, score
 from experiments.shared.continual.student import FINE_TUNING, Student
-from experiments.shared.continual.study import Contender, ContinualStudy, ContinualWork, Job, find_data
-from experiments.shared.work import Tell
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
+from experiments.shared.work import Progress, Row
 from experiments.translation import bible, report
 from experiments.translation.bible import Pair
-from experiments.translation.report import by_contender
 
-Row = Callable[[Job], dict[str, Any] | None]
+GROUP = "Continual learning"
+QUESTION = "Two unknown languages, one after the other: what is left of the first (NL Fig. 8)?"
+
 TUNING_SEED = 100  # seeds from here on are tested on the tuning book
 BLOCKS = [1, 6, 11, 16, 21, 26]  # of 30; on the tuning book far better than the last six, at equal parameters
 RATES = {128: 1e-3, 512: 1e-3, 2048: 2e-3}  # by chunk size, chosen on the tuning book
@@ -79,7 +82,7 @@ class TranslationWork(ContinualWork):
             found[name] = Lesson(bible.stream(pairs, encode), tests)
         return found
 
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
+    def run(self, job: StreamJob, progress: Progress | None) -> dict[str, Any]:
         model, tokenizer = pretrained(self.settings.model, self.settings.dtype)
         contender = self.settings.contender(job.contender)
         lessons = self.lessons(job.seed, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -93,8 +96,8 @@ class TranslationWork(ContinualWork):
             curve += self.read(student, lesson)
             if name == first:
                 figures[name]["alone"] = self.test(student, lesson.tests, tokenizer)
-            if tell and curve:
-                tell(len(curve), curve[-1])
+            if progress and curve:
+                progress(len(curve), curve[-1])
         for name, lesson in lessons.items():
             figures[name]["after both"] = self.test(student, lesson.tests, tokenizer)
         for name in others:
@@ -147,17 +150,17 @@ def defaults() -> Translation:
     """The experiment's settings."""
     place = {"blocks": BLOCKS, "target_modules": ["down_proj"]}
 
-    def levels(*sizes: int) -> Contender:
+    def levels(*sizes: int) -> LearnerContender:
         chosen = [{"chunk_size": size, "lr": RATES[size], "optimizer": "adamw"} for size in sizes]
-        return Contender(f"{len(sizes)} level" + "s" * (len(sizes) > 1), "levels", chosen, place)
+        return LearnerContender(f"{len(sizes)} level" + "s" * (len(sizes) > 1), "levels", chosen, place)
 
     weights = [{"chunk_size": 128}]
     contenders = [
-        Contender("no levels", "nothing"),
-        Contender("in-context learning", "context"),
+        LearnerContender("no levels", "nothing"),
+        LearnerContender("in-context learning", "context"),
         *(levels(*sizes) for sizes in ((128,), (128, 512), (128, 512, 2048))),
-        Contender("fine-tuning", FINE_TUNING, weights, place, {"lr": 1e-3, "step": 128}),
-        Contender("fine-tuning, all weights", FINE_TUNING, options={"lr": 1e-4, "step": 128}),
+        LearnerContender("fine-tuning", FINE_TUNING, weights, place, {"lr": 1e-3, "step": 128}),
+        LearnerContender("fine-tuning, all weights", FINE_TUNING, options={"lr": 1e-4, "step": 128}),
     ]
     return Translation(contenders=contenders)
 
@@ -168,14 +171,14 @@ def work(settings: Translation, data: str | Path | None, smoke: bool) -> Transla
     return TranslationWork(settings, find_data(data, "bible", files, bible.SOURCE))
 
 
-def plan(settings: Translation, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Translation, contenders: list[LearnerContender], row: Row) -> list[StreamJob]:
     """Every contender on every seed."""
-    return [Job(c.name, seed) for seed in settings.seeds for c in contenders]
+    return [StreamJob(c.name, seed) for seed in settings.seeds for c in contenders]
 
 
-def summarize(settings: Translation, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Translation, contenders: list[LearnerContender], row: Row) -> dict[str, Any]:
     """Means and spreads over seeds."""
-    return report.summary(settings, by_contender(contenders, settings.seeds, lambda name, seed: row(Job(name, seed))))
+    return report.summary(settings, by_contender(contenders, settings.seeds, row))
 
 
 table, plot = report.table, report.plot

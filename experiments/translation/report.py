@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.shared.continual.rows import Rows
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
 
-Rows = dict[str, list[dict[str, Any]]]
 BASE, REFERENCES = "no levels", ("fine-tuning", "fine-tuning, all weights")
 MEASURES = ("chrf", "bits")
 
@@ -106,9 +105,3 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def smooth(values: list[float], over: int = 5) -> list[float]:
     """A running mean of the last few values."""
     return [sum(values[max(0, i - over + 1) : i + 1]) / min(i + 1, over) for i in range(len(values))]
-
-
-def by_contender(contenders: list[Any], seeds: list[int], row: Callable[[str, int], dict[str, Any] | None]) -> Rows:
-    """The rows of every contender that has any."""
-    found = {c.name: [r for seed in seeds if (r := row(c.name, seed))] for c in contenders}
-    return {name: rows for name, rows in found.items() if rows}

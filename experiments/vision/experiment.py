@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from experiments.shared.optimizers import comparison
 from experiments.shared.optimizers.comparison import Comparison, ComparisonWork, Model
 from experiments.shared.optimizers.comparison_report import plot, summarize, table
+from experiments.shared.optimizers.contenders import M3, OptimizerContender, five
 from experiments.shared.optimizers.images import Images, find_folder, load_images, synthetic
-from experiments.shared.optimizers.study import Contender
 from experiments.shared.optimizers.vit import ViT
+
+GROUP = "Optimisers (on data)"
+QUESTION = "Is M3 better than AdamW and Muon on images (NL Fig. 11)?"
 
 __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 
 plan = comparison.plan
-
-# M3's defaults, written out: results belong to these settings, whatever the defaults become
-M3 = {"betas": [0.95, 0.999, 0.9], "alpha": 0.25, "periods": [1, 16], "ns_steps": 5, "nesterov": True}
 
 
 @dataclass
@@ -42,15 +42,9 @@ class Vision(Comparison):
                             evaluations=2)  # fmt: skip
 
 
-def optimizers() -> list[Contender]:
-    """The five optimisers of the comparisons."""
-    names = {"AdamW": "adamw", "Muon": "muon", "AdEMAMix": "ademamix", "AdaMuon": "adamuon"}
-    return [*(Contender(name, optimizer) for name, optimizer in names.items()), Contender("M3", "m3", dict(M3))]
-
-
 def defaults() -> Vision:
     """The experiment's settings."""
-    contenders = [*optimizers(), Contender("M3 without Nesterov", "m3", M3 | {"nesterov": False})]
+    contenders = [*five(), OptimizerContender("M3 without Nesterov", "m3", M3 | {"nesterov": False})]
     return Vision(contenders=contenders, models=[Model("vit", {"width": 64, "layers": 3, "heads": 4})])
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.shared.config import Experiment
 from experiments.shared.corpus import load_texts
+from experiments.shared.models.study import TrainingStudy
 
 SENTENCES = "the cat sat on the mat. the dog ran to the log! a bird sang in the tree; one two three four five.\n"
 
@@ -51,7 +51,7 @@ def tiny(tmp_path):
                 {"name": "transformer", "mixer": "attention"},
             ],
         }
-        return Experiment.from_dict(values | options)
+        return TrainingStudy.from_dict(values | options)
 
     return make
 

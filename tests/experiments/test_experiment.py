@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from experiments.shared import run_experiment, runs
-from experiments.shared.run import save
+from experiments.shared.models import runs
+from experiments.shared.run import run_experiment, save
 
 
 def _figures(path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from experiments.orthogonal import experiment as orthogonal
-from experiments.shared import run_experiment
-from experiments.shared.optimizers.study import Contender
+from experiments.shared.optimizers.contenders import OptimizerContender
+from experiments.shared.run import run_experiment
 from experiments.span import experiment as span
 from experiments.surface import experiment as surface
 
@@ -24,7 +24,7 @@ def test_the_slope_is_the_surfaces_gradient(k, a, w):
 
 def test_steps_are_counted_until_it_stays():
     settings = surface.defaults()
-    job = surface.Job("SGD", 1.0, 0.0, 1.0)  # a quadratic
+    job = surface.SurfaceJob("SGD", 1.0, 0.0, 1.0)  # a quadratic
     taken, way = surface.descend(settings, job, 0.1, [0.1, 0.1], keep=True)
     heights = [surface.slope(*place, 1.0, 0.0, 1.0)[0] for place in way]
     assert heights[taken] < settings.tolerance <= heights[taken - 1]
@@ -50,7 +50,7 @@ def test_gradient_descent_forgets_nothing_of_orthogonal_tasks():
     settings = orthogonal.defaults().changed(tasks=3, steps=30, probes=[5])
     for name, forgets in [("SGD", False), ("Adam", True)]:
         contender = settings.contender(name)
-        job = orthogonal.Job(name, 0.0, False)
+        job = orthogonal.OrthogonalJob(name, 0.0, False)
         found = orthogonal.learn(settings, contender, job, 0.1 if name == "SGD" else 0.01, 0)
         forgotten = orthogonal.measures(found["losses"])["forgotten"]
         assert (forgotten > 1e-3) is forgets
@@ -65,13 +65,18 @@ def test_measures():
 
 def test_a_diverging_run_is_no_result():
     settings = orthogonal.defaults().changed(tasks=2, steps=100)
-    assert orthogonal.learn(settings, Contender("SGD", "sgd"), orthogonal.Job("SGD", 0.0, True), 50.0, 0) is None
+    assert (
+        orthogonal.learn(
+            settings, OptimizerContender("SGD", "sgd"), orthogonal.OrthogonalJob("SGD", 0.0, True), 50.0, 0
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("name", ["SGD momentum", "Adam, first moment", "M3, fast", "Delta Momentum"])
 def test_the_measured_span_is_the_formulas(name):
     settings = span.defaults()
-    weights = span.by_age(settings, span.Job(name, 0.9, "orthogonal"), 140)
+    weights = span.by_age(settings, span.SpanJob(name, 0.9, "orthogonal"), 140)
     assert weights[:30] == pytest.approx([0.1 * 0.9**j for j in range(30)], rel=1e-4)
     assert [span.span(weights, share) for share in span.SHARES] == [7, 44]
     assert [math.ceil(span.formula(0.9, share)) for share in span.SHARES] == [7, 44]
@@ -79,13 +84,13 @@ def test_the_measured_span_is_the_formulas(name):
 
 def test_the_slow_scale_holds_whole_periods():
     settings = span.defaults().changed(period=4)
-    weights = span.by_age(settings, span.Job("M3, slow", 0.5), 40)
+    weights = span.by_age(settings, span.SpanJob("M3, slow", 0.5), 40)
     assert weights == pytest.approx([0.5 ** (1 + j // 4) / 4 for j in range(40)], rel=2e-3)
 
 
 def test_delta_momentum_forgets_what_is_shown_again():
     settings = span.defaults()
-    same, other = (span.by_age(settings, span.Job("Delta Momentum", 0.9, f), 100) for f in ("same", "orthogonal"))
+    same, other = (span.by_age(settings, span.SpanJob("Delta Momentum", 0.9, f), 100) for f in ("same", "orthogonal"))
     assert span.span(same, 0.99) < span.span(other, 0.99)
 
 

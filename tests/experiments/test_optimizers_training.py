@@ -10,13 +10,12 @@ from typer.testing import CliRunner
 
 from experiments.language import experiment as language
 from experiments.m3 import experiment as m3
-from experiments.shared import run_experiment
 from experiments.shared.optimizers import comparison, images
-from experiments.shared.optimizers.comparison import Job
-from experiments.shared.optimizers.contenders import Together, check, make, split
+from experiments.shared.optimizers.comparison import ComparisonJob
+from experiments.shared.optimizers.contenders import OptimizerContender, Together, check, five, make, split
 from experiments.shared.optimizers.search import propose
-from experiments.shared.optimizers.study import Contender
 from experiments.shared.optimizers.vit import ViT
+from experiments.shared.run import run_experiment
 from experiments.vision import experiment as vision
 
 
@@ -30,7 +29,7 @@ class Rows(dict):
 
 @pytest.fixture
 def settings():
-    chosen = [c for c in vision.optimizers() if c.name in ("AdamW", "Muon")]
+    chosen = [c for c in five() if c.name in ("AdamW", "Muon")]
     return vision.Vision(contenders=chosen, seeds=[0, 1], models=[comparison.Model("vit", trials=2, steps=100)])
 
 
@@ -66,7 +65,7 @@ def test_a_longer_search_that_finds_a_better_rate_is_run_again(settings):
         rows.done(next(j for j in _plan(settings, rows) if j.contender == "AdamW"), loss)
         after = comparison.final(settings, settings.models[0], contender, 0, rows.get)
         assert before is None
-    first = comparison.Job("AdamW", "vit", "final", 0, next(iter(rows.values()))["lr"], 100)
+    first = comparison.ComparisonJob("AdamW", "vit", "final", 0, next(iter(rows.values()))["lr"], 100)
     assert after.lr != first.lr
     assert after.key != first.key  # results are kept by key
 
@@ -117,12 +116,12 @@ def test_the_split_leaves_out_head_and_vectors():
     assert len(matrices) + len(rest) == len(names)
 
 
-@pytest.mark.parametrize("contender", vision.optimizers(), ids=lambda c: c.name)
+@pytest.mark.parametrize("contender", five(), ids=lambda c: c.name)
 def test_every_optimiser_learns(contender):
     settings = vision.defaults().smoke().changed(batch_size=32, models=[
         {"name": "vit", "options": {"width": 16, "layers": 1, "heads": 2}, "steps": 25}])  # fmt: skip
     task = vision.ImageTask(settings, images.synthetic())
-    job = Job(contender.name, "vit", "final", 0, 0.01, 25)
+    job = ComparisonJob(contender.name, "vit", "final", 0, 0.01, 25)
     row = comparison.train(task, settings, job)
     assert not row["failed"]
     assert row["end"]["loss"] < row["curve"][0][1] - 0.3
@@ -134,7 +133,7 @@ def test_runs_of_one_seed_differ_in_the_optimiser_alone():
     settings = vision.defaults().smoke()
     task = vision.ImageTask(settings, images.synthetic())
     first = {
-        name: comparison.train(task, settings, Job(name, "vit", "final", seed, 1e-3, 1))["curve"][0]
+        name: comparison.train(task, settings, ComparisonJob(name, "vit", "final", seed, 1e-3, 1))["curve"][0]
         for name, seed in (("AdamW", 0), ("M3", 0), ("Muon", 1))
     }
     assert first["AdamW"] == first["M3"] != first["Muon"]
@@ -143,7 +142,7 @@ def test_runs_of_one_seed_differ_in_the_optimiser_alone():
 def test_a_run_that_explodes_is_a_failure():
     settings = vision.defaults().smoke().changed(clip=0.0)
     task = vision.ImageTask(settings, images.synthetic())
-    row = comparison.train(task, settings, Job("AdamW", "vit", "final", 0, 1e30, 6))
+    row = comparison.train(task, settings, ComparisonJob("AdamW", "vit", "final", 0, 1e30, 6))
     assert row["failed"]
     assert row["train"] is None
 
@@ -183,16 +182,16 @@ def test_images_are_read_and_normalised(tmp_path):
 
 def test_a_wrong_option_is_an_error_before_the_first_run():
     with pytest.raises(ValueError, match="contender 'x'.*peri0ds"):
-        check(Contender("x", "m3", {"peri0ds": [1]}))
+        check(OptimizerContender("x", "m3", {"peri0ds": [1]}))
     with pytest.raises(ValueError, match="did you mean 'muon'"):
-        vision.Vision(contenders=[Contender("x", "moun")])
+        vision.Vision(contenders=[OptimizerContender("x", "moun")])
     with pytest.raises(ValueError, match="unknown contender 'M4'"):
         vision.defaults().changed(searched=["M4"])
 
 
 def test_optimisers_of_two_rules_step_as_one():
     model = _tiny()
-    optimizer = make(Contender("Muon", "muon"), model, 1e-2)
+    optimizer = make(OptimizerContender("Muon", "muon"), model, 1e-2)
     assert isinstance(optimizer, Together)
     before = [p.detach().clone() for p in model.parameters()]
     model(torch.randn(4, 28, 28)).square().sum().backward()
@@ -217,7 +216,7 @@ def test_vision_smoke(tmp_path):
 def test_language_trains_on_text(folder):
     settings = language.defaults().smoke().changed(test_text="book1.txt", val_fraction=0.2, seq_len=16)
     task = language.work(settings, folder, False).task()
-    row = comparison.train(task, settings, Job("AdamW", "transformer", "search", 0, 1e-2, 4))
+    row = comparison.train(task, settings, ComparisonJob("AdamW", "transformer", "search", 0, 1e-2, 4))
     assert not row["failed"]
     assert 0 < row["end"]["loss"] < task.worst + 0.5
     assert task.evaluate(task.model("hope"), "test", True)["loss"] > 0

@@ -8,14 +8,14 @@ import pytest
 
 from experiments.cost import experiment as cost
 from experiments.quality import experiment as quality
-from experiments.shared import MODELS
-from experiments.shared.config import Experiment, Job
+from experiments.shared.models.runs import curve, judge, model_config
+from experiments.shared.models.study import TrainingJob, TrainingStudy
 from experiments.shared.report import pm, spread
 from experiments.shared.run import load, save
-from experiments.shared.runs import curve, judge, model_config
 from experiments.stability import experiment as stability
 from nestling.models.sizes import parameters
 
+MODELS = ("quality", "cost", "stability")
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,8 +45,8 @@ def test_a_configuration_is_written_and_read_back(name, tmp_path):
     assert again.steps == 7
     assert again.seeds == [3]
     assert [c.name for c in again.contenders] == [c.name for c in experiment.contenders]
-    assert again.fingerprint(Job(again.contenders[0].name, 1e-3, 3), "x") == experiment.fingerprint(
-        Job(again.contenders[0].name, 1e-3, 3), "x"
+    assert again.fingerprint(TrainingJob(again.contenders[0].name, 1e-3, 3), "x") == experiment.fingerprint(
+        TrainingJob(again.contenders[0].name, 1e-3, 3), "x"
     )
     assert str(tmp_path) not in (tmp_path / "config.json").read_text()
 
@@ -64,23 +64,23 @@ def test_only_final_runs_at_the_best_rate_are_tested(tiny):
     assert {(j.contender, j.lr) for j in first} == {(c.name, lr) for c in contenders for lr in experiment.lrs}
     assert {(j.seed, j.kind) for j in first} == {(0, "train")}
 
-    rows.train(2.5, Job("deltanet", 1e-3, 0))
+    rows.train(2.5, TrainingJob("deltanet", 1e-3, 0))
     assert quality.plan(experiment, contenders, rows.get) == first  # half of a search chooses nothing
 
-    rows.train(2.0, Job("deltanet", 1e-2, 0))
+    rows.train(2.0, TrainingJob("deltanet", 1e-2, 0))
     later = quality.plan(experiment, contenders, rows.get)
-    assert Job("deltanet", 1e-2, 1) in later
-    assert [j for j in later if j.kind == "test"] == [Job("deltanet", 1e-2, 0, kind="test")]
-    assert Job("deltanet", 1e-3, 1) not in later
+    assert TrainingJob("deltanet", 1e-2, 1) in later
+    assert [j for j in later if j.kind == "test"] == [TrainingJob("deltanet", 1e-2, 0, kind="test")]
+    assert TrainingJob("deltanet", 1e-3, 1) not in later
 
 
 def test_a_diverged_search_run_is_never_chosen(tiny):
     experiment, rows = tiny(), Rows()
-    rows.train(1.0, Job("deltanet", 1e-3, 0), diverged=True)
-    rows.train(2.0, Job("deltanet", 1e-2, 0))
+    rows.train(1.0, TrainingJob("deltanet", 1e-3, 0), diverged=True)
+    rows.train(2.0, TrainingJob("deltanet", 1e-2, 0))
     found = quality.final_jobs(experiment, experiment.contenders[0], rows.get)
     assert [j.lr for j in found] == [1e-2, 1e-2]
-    rows.train(None, Job("deltanet", 1e-2, 0), diverged=True)
+    rows.train(None, TrainingJob("deltanet", 1e-2, 0), diverged=True)
     assert quality.final_jobs(experiment, experiment.contenders[0], rows.get) == []
 
 
@@ -90,10 +90,10 @@ def test_a_diverged_run_is_repeated_with_the_transformer(tiny):
     jobs = stability.plan(experiment, experiment.contenders, rows.get)
     assert {j.contender for j in jobs} == {"deltanet"}
     assert len(jobs) == 4
-    rows.train(None, Job("deltanet", 1e-2, 1, "bf16"), diverged=True)
+    rows.train(None, TrainingJob("deltanet", 1e-2, 1, "bf16"), diverged=True)
     assert stability.plan(experiment, experiment.contenders, rows.get) == [
         *jobs,
-        Job("transformer", 1e-2, 1, "bf16"),
+        TrainingJob("transformer", 1e-2, 1, "bf16"),
     ]
 
 
@@ -113,7 +113,7 @@ def test_the_cheapest_setting_is_within_the_spread_and_keeps_the_rule(tiny):
     bits = {"default": (2.0, 2.1), "small": (2.05, 2.12), "tiny": (2.2, 2.3), "other rule": (1.9, 1.9)}
     for name, values in bits.items():
         for seed, value in enumerate(values):
-            rows[Job(name, 1e-3, seed)] = {
+            rows[TrainingJob(name, 1e-3, seed)] = {
                 "bits_per_byte": value, "diverged": False, "parameters": 1, "tokens_per_second": 1.0,
             }  # fmt: skip
         speeds[name] = {"tokens_per_second": 10.0, "ratio": {"default": 1.0, "small": 1.5}.get(name, 3.0)}
@@ -125,14 +125,14 @@ def test_the_cheapest_setting_is_within_the_spread_and_keeps_the_rule(tiny):
 
 
 def test_what_decides_a_result_is_in_its_fingerprint(tiny):
-    job = Job("deltanet", 1e-3, 0)
+    job = TrainingJob("deltanet", 1e-3, 0)
     base = tiny().fingerprint(job, "text")
     assert tiny(out="elsewhere", device="cpu").fingerprint(job, "text") == base
     others = [
         tiny(steps=4).fingerprint(job, "text"),
         tiny(optim={"weight_decay": 0.0}).fingerprint(job, "text"),
         tiny(contenders=[{"name": "deltanet", "mixer": "retnet"}]).fingerprint(job, "text"),
-        tiny().fingerprint(Job("deltanet", 1e-3, 1), "text"),
+        tiny().fingerprint(TrainingJob("deltanet", 1e-3, 1), "text"),
         tiny().fingerprint(job, "other text"),
     ]
     assert len({base, *others}) == 6
@@ -168,8 +168,8 @@ def test_spread():
 
 def test_bad_configurations_are_named():
     with pytest.raises(ValueError, match="'a' occurs twice|a occurs twice"):
-        Experiment(contenders=Experiment.from_dict({"contenders": [{"name": "a"}]}).contenders * 2)
+        TrainingStudy(contenders=TrainingStudy.from_dict({"contenders": [{"name": "a"}]}).contenders * 2)
     with pytest.raises(ValueError, match="lrs"):
-        Experiment(lrs=[])
+        TrainingStudy(lrs=[])
     with pytest.raises(ValueError, match=r"did you mean"):
-        Experiment.from_dict({"contender": []})
+        TrainingStudy.from_dict({"contender": []})

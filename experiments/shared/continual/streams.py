@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,22 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
 from nestling.cms import stack_levels
 
 Ids = Sequence[int]
 
 
-@functools.lru_cache(maxsize=2)
-def pretrained(name: str, dtype: str = "bfloat16") -> tuple[nn.Module, Any]:
-    """The pre-trained model of that name (or folder, or file) and its tokenizer, loaded once per process."""
-    from nestling.cms.pretrained import find_pretrained, load_pretrained
-
-    model, tokenizer = load_pretrained(find_pretrained(name))
-    return model.to(getattr(torch, dtype)).requires_grad_(False), tokenizer
-
-
-def learner(model: nn.Module, contender: Contender) -> nn.Module:
+def learner(model: nn.Module, contender: LearnerContender) -> nn.Module:
     """A copy of the model with the contender's levels (without any, a plain copy)."""
     fresh = copy.deepcopy(model)
     return stack_levels(fresh, contender.levels, **contender.stack) if contender.levels else fresh

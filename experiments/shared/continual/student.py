@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from experiments.shared.continual.streams import adapted, finetune, learner, owned, pieces, read
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
 
 FINE_TUNING = "fine-tuning"  # of the weights that the contender's levels own; of all weights if it has no levels
 
@@ -24,7 +24,7 @@ class Student:
             options have a `step`), and tokens of a window, whose mean losses `read` returns.
     """
 
-    def __init__(self, model: nn.Module, contender: Contender, context: int) -> None:
+    def __init__(self, model: nn.Module, contender: LearnerContender, context: int) -> None:
         self.contender, self.context, self.model = contender, context, model
         if contender.method == FINE_TUNING or contender.levels:
             stack = contender.stack | ({"context": context} if contender.levels else {})

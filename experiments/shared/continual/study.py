@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.shared import study
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.study import Contender, Study, StudyWork
+from experiments.shared.work import Job
 from nestling.schedule import check_order
 from nestling.training.config import unknown
 
 
 @dataclass
-class Contender:
+class LearnerContender(Contender):
     """One way to learn from a stream.
 
     Attributes:
@@ -24,7 +26,6 @@ class Contender:
         options: of the method, e.g. the learning rate of fine-tuning.
     """
 
-    name: str
     method: str
     levels: list[dict[str, Any]] = field(default_factory=list)
     stack: dict[str, Any] = field(default_factory=dict)
@@ -32,10 +33,10 @@ class Contender:
 
 
 @dataclass
-class ContinualStudy(study.Study, ABC):
+class ContinualStudy(Study, ABC):
     """An experiment with continual learners: `model` is what they start from, in `dtype`."""
 
-    contenders: list[Contender] = field(default_factory=list)
+    contenders: list[LearnerContender] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     model: str = "smollm2-135m"
     dtype: str = "bfloat16"
@@ -54,7 +55,7 @@ class ContinualStudy(study.Study, ABC):
 
 
 @dataclass(frozen=True)
-class Job:
+class StreamJob(Job):
     """One contender on one seed; experiments with more parts subclass it and put them in front of the key."""
 
     contender: str
@@ -66,13 +67,11 @@ class Job:
         return f"{self.contender} seed={self.seed}"
 
 
-class ContinualWork(study.StudyWork, ABC):
+class ContinualWork(StudyWork, ABC):
     """Does the jobs of an experiment with continual learners."""
 
-    def check(self, contenders: list[Contender]) -> None:
+    def check(self, contenders: list[LearnerContender]) -> None:
         """Settings checked themselves when they were made; a pre-trained model must be there."""
-        from experiments.shared.continual.streams import pretrained
-
         if self.settings.model:
             pretrained(self.settings.model, self.settings.dtype)
 

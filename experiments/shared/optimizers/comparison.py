@@ -10,22 +10,18 @@ import math
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from experiments.shared.optimizers.contenders import make
+from experiments.shared.optimizers.contenders import OptimizerContender, make
 from experiments.shared.optimizers.search import propose
-from experiments.shared.optimizers.study import Contender, Study, StudyWork
-from experiments.shared.runs import curve
-from experiments.shared.work import Tell
+from experiments.shared.optimizers.study import OptimizerStudy, OptimizerWork
+from experiments.shared.work import Job, Progress, Row, curve
 from nestling.training.config import ScheduleConfig, unknown
 from nestling.training.schedules import lr_factor
-
-Row = Callable[["Job"], dict[str, Any] | None]
 
 
 @dataclass
@@ -44,7 +40,7 @@ class Model:
 
 
 @dataclass
-class Comparison(Study):
+class Comparison(OptimizerStudy):
     """Numbers of the training and of the search. The first contender is the one others are compared with."""
 
     models: list[Model] = field(default_factory=list)
@@ -72,7 +68,7 @@ class Comparison(Study):
         """The model of that name."""
         return next(m for m in self.models if m.name == name)
 
-    def decisive(self, job: Job) -> dict[str, Any]:
+    def decisive(self, job: ComparisonJob) -> dict[str, Any]:
         values = super().decisive(job)
         for name in ("models", "searched", "search_seed"):
             values.pop(name)
@@ -84,7 +80,7 @@ class Comparison(Study):
 
 
 @dataclass(frozen=True)
-class Job:
+class ComparisonJob(Job):
     """One training run: a trial of the search ("search"), a run that counts ("final"), one cut to equal time ("time").
 
     What follows from other results alone (`lr` of a trial, `steps` of a cut run) is no part of a job's name; the rate
@@ -120,7 +116,7 @@ class Task(Protocol):
         """`loss` and what else is measured, on "train", "validation" or "test"; `quick`: on a part of it."""
 
 
-def train(task: Task, settings: Comparison, job: Job, tell: Tell | None = None) -> dict[str, Any]:
+def train(task: Task, settings: Comparison, job: ComparisonJob, progress: Progress | None = None) -> dict[str, Any]:
     """Train and evaluate; stops at a loss that is not finite. Seconds are of this thread's CPU time, per step."""
     torch.manual_seed(job.seed)
     model = task.model(job.model)
@@ -148,8 +144,8 @@ def train(task: Task, settings: Comparison, job: Job, tell: Tell | None = None) 
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        if tell:
-            tell(step + 1, losses[-1])
+        if progress:
+            progress(step + 1, losses[-1])
         if job.kind != "search" and (step + 1) % every == 0 and step + 1 < job.steps:
             evaluated.append([step + 1, task.evaluate(model, part, True)])
     end = task.evaluate(model, part, False)
@@ -169,30 +165,32 @@ def train(task: Task, settings: Comparison, job: Job, tell: Tell | None = None) 
     }
 
 
-class ComparisonWork(StudyWork):
+class ComparisonWork(OptimizerWork):
     """Trains; its kinds say on what (`task`)."""
 
     @abstractmethod
     def task(self) -> Task:
         """What is learned; made again in a worker process."""
 
-    def run(self, job: Job, tell: Tell | None) -> dict[str, Any]:
-        return train(self.task(), self.settings, job, tell)
+    def run(self, job: ComparisonJob, progress: Progress | None) -> dict[str, Any]:
+        return train(self.task(), self.settings, job, progress)
 
     def result(self, row: dict[str, Any]) -> str:
         return f"lr {row['lr']:g}, {'failed' if row['failed'] else format(row['end']['loss'], '.4f')}"
 
 
-def trials(settings: Comparison, model: Model, contender: Contender, row: Row) -> tuple[list[dict[str, Any]], Job]:
+def trials(
+    settings: Comparison, model: Model, contender: OptimizerContender, row: Row
+) -> tuple[list[dict[str, Any]], ComparisonJob]:
     """The rows of the search so far, and the job of the trial after them."""
     found: list[dict[str, Any]] = []
     while True:
-        job = Job(contender.name, model.name, "search", settings.search_seed, 0.0, model.steps, len(found))
+        job = ComparisonJob(contender.name, model.name, "search", settings.search_seed, 0.0, model.steps, len(found))
         known = row(job)
         if known is None or len(found) == model.trials:
             tried = tuple((r["lr"], _objective(r)) for r in found)
             lr = propose(tried, settings.lr_low, settings.lr_high) if len(found) < model.trials else 0.0
-            return found, Job(job.contender, job.model, "search", job.seed, lr, model.steps, job.trial)
+            return found, ComparisonJob(job.contender, job.model, "search", job.seed, lr, model.steps, job.trial)
         found.append(known)
 
 
@@ -201,13 +199,13 @@ def _objective(row: dict[str, Any]) -> float:
     return row["worst"] if row["failed"] else min(row["end"]["loss"], row["worst"])
 
 
-def searcher(settings: Comparison, contender: Contender) -> Contender:
+def searcher(settings: Comparison, contender: OptimizerContender) -> OptimizerContender:
     """Whose search decides a contender's learning rate: its own or the first's."""
     own = not settings.searched or contender.name in settings.searched
     return contender if own else settings.contenders[0]
 
 
-def best_lr(settings: Comparison, model: Model, contender: Contender, row: Row) -> float | None:
+def best_lr(settings: Comparison, model: Model, contender: OptimizerContender, row: Row) -> float | None:
     """The best rate of a finished search, the contender's own or the one it takes over."""
     found, _ = trials(settings, model, searcher(settings, contender), row)
     if len(found) < model.trials:
@@ -215,12 +213,12 @@ def best_lr(settings: Comparison, model: Model, contender: Contender, row: Row) 
     return min((_objective(r), r["lr"]) for r in found)[1]
 
 
-def of_model(settings: Comparison, model: Model, contenders: list[Contender]) -> list[Contender]:
+def of_model(settings: Comparison, model: Model, contenders: list[OptimizerContender]) -> list[OptimizerContender]:
     """The contenders that train a model."""
     return [c for c in contenders if not model.contenders or c.name in model.contenders]
 
 
-def plan(settings: Comparison, contenders: list[Contender], row: Row) -> list[Job]:
+def plan(settings: Comparison, contenders: list[OptimizerContender], row: Row) -> list[ComparisonJob]:
     """What the results so far call for: searches first, then final runs seed by seed, then runs of equal time."""
     search, finals, timed = [], [], []
     for model in settings.models:
@@ -234,13 +232,15 @@ def plan(settings: Comparison, contenders: list[Contender], row: Row) -> list[Jo
     return search + finals + timed
 
 
-def final(settings: Comparison, model: Model, contender: Contender, seed: int, row: Row) -> Job | None:
+def final(
+    settings: Comparison, model: Model, contender: OptimizerContender, seed: int, row: Row
+) -> ComparisonJob | None:
     """A run that counts; None before its search has ended."""
     lr = best_lr(settings, model, contender, row)
-    return None if lr is None else Job(contender.name, model.name, "final", seed, lr, model.steps)
+    return None if lr is None else ComparisonJob(contender.name, model.name, "final", seed, lr, model.steps)
 
 
-def cut(settings: Comparison, model: Model, contender: Contender, seed: int, row: Row) -> Job | None:
+def cut(settings: Comparison, model: Model, contender: OptimizerContender, seed: int, row: Row) -> ComparisonJob | None:
     """The run with the steps that fit into the first contender's time; None while a final run is missing, and for the
     first contender itself."""
     seconds = step_seconds(settings, model, row)
@@ -249,7 +249,7 @@ def cut(settings: Comparison, model: Model, contender: Contender, seed: int, row
         return None
     steps = max(1, int(model.steps * sum(seconds[first]) / sum(seconds[contender.name])))
     job = final(settings, model, contender, seed, row)
-    return Job(contender.name, model.name, "time", seed, job.lr, steps)
+    return ComparisonJob(contender.name, model.name, "time", seed, job.lr, steps)
 
 
 def step_seconds(settings: Comparison, model: Model, row: Row) -> dict[str, tuple[float, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.shared.optimizers.comparison import (
     Comparison,
-    Job,
+    ComparisonJob,
     Model,
     Row,
     cut,
@@ -16,11 +16,11 @@ from experiments.shared.optimizers.comparison import (
     searcher,
     step_seconds,
 )
-from experiments.shared.optimizers.study import Contender
+from experiments.shared.optimizers.contenders import OptimizerContender
 from experiments.shared.report import COLOURS, band, count, figure, markdown, pm, spread
 
 
-def summarize(settings: Comparison, contenders: list[Contender], row: Row) -> dict[str, Any]:
+def summarize(settings: Comparison, contenders: list[OptimizerContender], row: Row) -> dict[str, Any]:
     """Figures of every optimiser on every model; `difference` is to the first contender, seed by seed."""
     found = []
     for model in settings.models:
@@ -45,19 +45,19 @@ def summarize(settings: Comparison, contenders: list[Contender], row: Row) -> di
     }
 
 
-def _searched(settings: Comparison, model: Model, contender: Contender) -> list[Job]:
+def _searched(settings: Comparison, model: Model, contender: OptimizerContender) -> list[ComparisonJob]:
     who = searcher(settings, contender).name
-    return [Job(who, model.name, "search", settings.search_seed, 0.0, 0, i) for i in range(model.trials)]
+    return [ComparisonJob(who, model.name, "search", settings.search_seed, 0.0, 0, i) for i in range(model.trials)]
 
 
-def _by_seed(jobs: list[Job | None], row: Row) -> dict[int, dict[str, Any]]:
+def _by_seed(jobs: list[ComparisonJob | None], row: Row) -> dict[int, dict[str, Any]]:
     return {j.seed: r for j in jobs if j and (r := row(j))}
 
 
 def _figures(
     settings: Comparison,
     model: Model,
-    contender: Contender,
+    contender: OptimizerContender,
     rows: dict[str, dict[str, dict[int, dict[str, Any]]]],
     first: str,
     seconds: dict[str, tuple[float, float]],

@@ -8,15 +8,34 @@ matrix updates are scaled to the root mean square of AdamW's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from experiments.shared.optimizers.study import Contender
+from experiments.shared.study import Contender
 
 ADAM = {"betas": (0.9, 0.95)}  # of AdamW and of every AdamW rule beside a matrix rule
+# M3's defaults, written out: results belong to these settings, whatever the defaults become
+M3 = {"betas": [0.95, 0.999, 0.9], "alpha": 0.25, "periods": [1, 16], "ns_steps": 5, "nesterov": True}
+
+
+@dataclass
+class OptimizerContender(Contender):
+    """One optimiser of a comparison: its name in `BUILDERS`, and options of its own."""
+
+    optimizer: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def five() -> list[OptimizerContender]:
+    """AdamW, Muon, AdEMAMix, AdaMuon and M3."""
+    names = {"AdamW": "adamw", "Muon": "muon", "AdEMAMix": "ademamix", "AdaMuon": "adamuon"}
+    return [
+        *(OptimizerContender(name, optimizer) for name, optimizer in names.items()),
+        OptimizerContender("M3", "m3", dict(M3)),
+    ]
 
 
 class Together:
@@ -39,13 +58,13 @@ class Together:
 
 
 def make(
-    contender: Contender, model: nn.Module, lr: float, *, weight_decay: float = 0.0, steps: int = 0
+    contender: OptimizerContender, model: nn.Module, lr: float, *, weight_decay: float = 0.0, steps: int = 0
 ) -> torch.optim.Optimizer | Together:
     """The contender's optimiser for a model; `steps` is the length of the run, for schedules inside an optimiser."""
     return BUILDERS[contender.optimizer](model, lr, weight_decay, steps, dict(contender.options))
 
 
-def check(contender: Contender) -> None:
+def check(contender: OptimizerContender) -> None:
     """Build the contender for a small model and take a step; ValueError with its name if it refuses."""
     model = nn.Linear(4, 4, bias=False)
     model(torch.ones(1, 4)).sum().backward()
@@ -125,12 +144,12 @@ def _adamuon(model: nn.Module, lr: float, weight_decay: float, steps: int, optio
 
 
 def _m3(model: nn.Module, lr: float, weight_decay: float, steps: int, options: dict[str, Any]):
-    from nestling.optim import M3
+    from nestling import optim
 
     matrices, rest = split(model)
     groups = [{"params": matrices, "rule": "matrix", "weight_decay": weight_decay}] if matrices else []
     groups += [g | {"rule": "adamw"} for g in _decayed(rest, weight_decay)]
-    return M3(groups, lr=lr, **({"adam_betas": ADAM["betas"]} | options))
+    return optim.M3(groups, lr=lr, **({"adam_betas": ADAM["betas"]} | options))
 
 
 def _dgd(model: nn.Module, lr: float, weight_decay: float, steps: int, options: dict[str, Any]):

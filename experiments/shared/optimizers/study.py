@@ -1,45 +1,32 @@
-"""What the experiments with optimisers share: which contenders there are."""
+"""What the experiments with optimisers share: settings, and the check of contenders."""
 
 from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass, field
-from typing import Any
 
-from experiments.shared import study
+from experiments.shared.optimizers.contenders import BUILDERS, OptimizerContender, check
+from experiments.shared.study import Study, StudyWork
 from nestling.training.config import unknown
 
 
 @dataclass
-class Contender:
-    """One optimiser of a comparison: its name in `experiments.shared.optimizers.contenders`, and options of its own."""
-
-    name: str
-    optimizer: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Study(study.Study, ABC):
+class OptimizerStudy(Study, ABC):
     """An experiment with optimisers."""
 
-    contenders: list[Contender] = field(default_factory=list)
+    contenders: list[OptimizerContender] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from experiments.shared.optimizers.contenders import BUILDERS
-
         super().__post_init__()
         for contender in self.contenders:
             if contender.optimizer not in BUILDERS:
                 raise ValueError(unknown("optimizer", contender.optimizer, BUILDERS))
 
 
-class StudyWork(study.StudyWork, ABC):
+class OptimizerWork(StudyWork, ABC):
     """Does the jobs of an experiment with optimisers."""
 
-    def check(self, contenders: list[Contender]) -> None:
+    def check(self, contenders: list[OptimizerContender]) -> None:
         """Every contender is built once, so that a wrong option is an error before the first run."""
-        from experiments.shared.optimizers.contenders import check
-
         for contender in contenders:
             check(contender)

@@ -10,11 +10,11 @@ from experiments.classes import experiment, intents
 from experiments.classes.baselines import METHODS
 from experiments.classes.constrain import Format, classify, prior
 from experiments.classes.experiment import Classes, defaults, follow, forgetting
-from experiments.classes.learner import Kit
+from experiments.classes.learner import Setup
 from experiments.classes.small_models import Bytes
-from experiments.shared import run_experiment
 from experiments.shared.continual.streams import prefilled
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
+from experiments.shared.run import run_experiment
 
 LEVELS = [{"chunk_size": 16, "lr": 3e-3, "optimizer": "adamw"}]
 
@@ -40,7 +40,7 @@ def form(texts):
 
 
 def student(model, form, method, levels=(), **options):
-    return METHODS[method](Kit(model, form, 256, batch=4), Contender("c", method, list(levels), {}, options))
+    return METHODS[method](Setup(model, form, 256, batch=4), LearnerContender("c", method, list(levels), {}, options))
 
 
 def test_a_stream_brings_every_class_once_and_keeps_its_parts_apart(texts):
@@ -208,9 +208,9 @@ def test_settings_are_checked_and_stages_end_with_the_last_group():
     assert settings.stages(10)[-1] == 9
     assert settings.stages(7)[0] == 0
     with pytest.raises(ValueError, match="unknown method 'levles': did you mean 'levels'"):
-        Classes(contenders=[Contender("a", "levles")])
+        Classes(contenders=[LearnerContender("a", "levles")])
     with pytest.raises(ValueError, match="not a multiple"):
-        Classes(contenders=[Contender("a", "levels", [{"chunk_size": 8}, {"chunk_size": 12}])])
+        Classes(contenders=[LearnerContender("a", "levels", [{"chunk_size": 8}, {"chunk_size": 12}])])
 
 
 def test_the_experiment_runs_by_itself_without_data(tmp_path, monkeypatch):

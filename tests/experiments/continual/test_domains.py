@@ -7,8 +7,8 @@ import pytest
 
 from experiments.domains.experiment import TUNING_SEED, Domains, draw
 from experiments.domains.report import summary, table
-from experiments.shared import run_experiment
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
+from experiments.shared.run import run_experiment
 from nestling.training.tokenizers import byte_tokenizer
 
 STACK = {"blocks": [-2, -1], "target_modules": ["down_proj"]}
@@ -30,11 +30,11 @@ def settings(model):
     slow = {**FAST, "chunk_size": 32}
     return Domains(
         model=model, dtype="float32", books=2, length=128, context=64, probes=1, seeds=[0, 1], contenders=[
-            Contender("no levels", "attention"),
-            Contender("2 levels", "levels", [FAST, slow], STACK),
-            Contender("fine-tuning", "fine-tuning", [FAST], STACK, {"lr": 1e-2}),
-            Contender("fixed, every 32", "levels", [slow], STACK),
-            Contender("adaptive, by loss", "levels", [FAST | {"surprise": 0.5, "signal": "loss"}], STACK),
+            LearnerContender("no levels", "attention"),
+            LearnerContender("2 levels", "levels", [FAST, slow], STACK),
+            LearnerContender("fine-tuning", "fine-tuning", [FAST], STACK, {"lr": 1e-2}),
+            LearnerContender("fixed, every 32", "levels", [slow], STACK),
+            LearnerContender("adaptive, by loss", "levels", [FAST | {"surprise": 0.5, "signal": "loss"}], STACK),
         ],
     )  # fmt: skip
 

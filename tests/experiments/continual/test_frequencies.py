@@ -8,11 +8,12 @@ import torch
 from experiments.frequencies import needles as module
 from experiments.frequencies.experiment import TUNING_SEED, Frequencies, haystack, per_byte, study
 from experiments.frequencies.needles import Needle, build
-from experiments.shared import run_experiment
-from experiments.shared.continual.streams import learner, pretrained, read
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.streams import learner, read
+from experiments.shared.continual.study import LearnerContender
+from experiments.shared.run import run_experiment
 
-SLOW = Contender("32", "levels", [{"chunk_size": 32, "lr": 0.1}], {"blocks": [-2, -1], "context": 16})
+SLOW = LearnerContender("32", "levels", [{"chunk_size": 32, "lr": 0.1}], {"blocks": [-2, -1], "context": 16})
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def books(tmp_path):
 def settings(model):
     return Frequencies(
         model=model, dtype="float32", length=712, context=256, edges=[0, 256], beyond=2, inside=2, seeds=[0, 1],
-        tuning_text="c.txt", contenders=[Contender("no levels", "attention"), SLOW],
+        tuning_text="c.txt", contenders=[LearnerContender("no levels", "attention"), SLOW],
     )  # fmt: skip
 
 

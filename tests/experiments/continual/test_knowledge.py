@@ -8,9 +8,10 @@ import torch
 
 from experiments.knowledge.biographies import ATTRIBUTES, Question, build
 from experiments.knowledge.experiment import PROMPT, Knowledge, answers, chance, measures, taught
-from experiments.shared import run_experiment
-from experiments.shared.continual.streams import adapted, prefilled, pretrained
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.streams import adapted, prefilled
+from experiments.shared.continual.study import LearnerContender
+from experiments.shared.run import run_experiment
 
 STACK = {"blocks": [-2, -1]}
 LEVELS = [{"chunk_size": 32, "lr": 0.01, "optimizer": "adamw"}]
@@ -21,12 +22,12 @@ def settings(model):
     return Knowledge(
         model=model, dtype="float32", people=3, paraphrases=1, context=64, other_text="a.txt", other_length=40,
         other_parts=2, seeds=[0, 1], contenders=[
-            Contender("closed book", "none"),
-            Contender("in context", "context"),
-            Contender("1 level", "levels", LEVELS, STACK),
-            Contender("width", "levels", LEVELS, {"placement": "width", "width": 4}),
-            Contender("same weights", "finetune", LEVELS, STACK, {"lr": 1e-2, "size": 32}),
-            Contender("all weights", "finetune", options={"lr": 1e-2, "size": 32}),
+            LearnerContender("closed book", "none"),
+            LearnerContender("in context", "context"),
+            LearnerContender("1 level", "levels", LEVELS, STACK),
+            LearnerContender("width", "levels", LEVELS, {"placement": "width", "width": 4}),
+            LearnerContender("same weights", "finetune", LEVELS, STACK, {"lr": 1e-2, "size": 32}),
+            LearnerContender("all weights", "finetune", options={"lr": 1e-2, "size": 32}),
         ],
     )  # fmt: skip
 

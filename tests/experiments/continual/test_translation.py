@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from experiments.shared import run_experiment
-from experiments.shared.continual.streams import pretrained
+from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.student import Student
-from experiments.shared.continual.study import Contender
+from experiments.shared.continual.study import LearnerContender
+from experiments.shared.run import run_experiment
 from experiments.translation import bible
 from experiments.translation.bible import Pair, Verse
 from experiments.translation.experiment import TUNING_SEED, Translation, chrf, defaults, work
@@ -36,11 +36,11 @@ def settings(model):
     return Translation(
         model=model, dtype="float32", languages=["aa", "bb"], verses=6, longest=60, context=32, shown=40, test_book=41,
         tuning_book=42, tests=3, length=4, batch=2, seeds=[0, 1], contenders=[
-            Contender("no levels", "nothing"),
-            Contender("in-context learning", "context"),
-            Contender("2 levels", "levels", LEVELS, STACK),
-            Contender("fine-tuning", "fine-tuning", LEVELS[:1], STACK, {"lr": 1e-2, "step": 16}),
-            Contender("fine-tuning, all weights", "fine-tuning", options={"lr": 1e-3}),
+            LearnerContender("no levels", "nothing"),
+            LearnerContender("in-context learning", "context"),
+            LearnerContender("2 levels", "levels", LEVELS, STACK),
+            LearnerContender("fine-tuning", "fine-tuning", LEVELS[:1], STACK, {"lr": 1e-2, "step": 16}),
+            LearnerContender("fine-tuning, all weights", "fine-tuning", options={"lr": 1e-3}),
         ],
     )  # fmt: skip
 
@@ -97,10 +97,10 @@ def test_a_student_reads_in_windows_and_counts_updates(model):
     plain, _ = pretrained(model, "float32")
     before = {n: p.clone() for n, p in plain.named_parameters()}
     ids = list(range(3, 67))
-    student = Student(plain, Contender("x", "levels", LEVELS, STACK), 32)
+    student = Student(plain, LearnerContender("x", "levels", LEVELS, STACK), 32)
     assert len(student.read(ids)) == 2 and student.updates == [3.0, 1.0]  # the last target is not there yet
     assert len(student.read(ids)) == 2 and student.updates == [7.0, 3.0]
-    tuned = Student(plain, Contender("x", "fine-tuning", LEVELS, STACK, {"lr": 1e-2, "step": 16}), 32)
+    tuned = Student(plain, LearnerContender("x", "fine-tuning", LEVELS, STACK, {"lr": 1e-2, "step": 16}), 32)
     assert len(tuned.read(ids)) == 2 and tuned.updates == []
     assert all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
     changed = [n for n, p in tuned.model.named_parameters() if not torch.equal(p, before[n])]

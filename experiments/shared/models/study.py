@@ -1,4 +1,4 @@
-"""What an experiment is: a training run, and the grid of contenders, learning rates and seeds around it."""
+"""A training run, and the grid of models, learning rates and seeds around it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.shared.study import Contender, check_names
+from experiments.shared.work import Job
 from nestling.training.config import TrainConfig
 
 # options of a training run that decide no result
@@ -30,14 +32,13 @@ _SMOKE_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads"
 
 
 @dataclass
-class Contender:
-    """One model of the comparison: a sequence layer with its options.
+class ModelContender(Contender):
+    """A sequence layer with its options.
 
     `model` changes other fields of the model's configuration; `seeds` replaces the experiment's. The MLPs' width is
     set so that every contender has the parameters of the experiment's own model.
     """
 
-    name: str
     mixer: str = "selfmod"
     options: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +46,7 @@ class Contender:
 
 
 @dataclass
-class Experiment(TrainConfig):
+class TrainingStudy(TrainConfig):
     """A training run (what all contenders share) and the grid around it; `out` is the experiment's folder.
 
     `test_text` names the file of the data folder that is held out whole; the tails of the others (`data.val_fraction`)
@@ -53,7 +54,7 @@ class Experiment(TrainConfig):
     """
 
     name: str = "quality"
-    contenders: list[Contender] = field(default_factory=list)
+    contenders: list[ModelContender] = field(default_factory=list)
     lrs: list[float] = field(default_factory=lambda: [3e-3])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     precisions: list[str] = field(default_factory=lambda: ["float32"])
@@ -71,17 +72,14 @@ class Experiment(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [c.name for c in self.contenders]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"contenders must have names of their own; {', '.join(twice)} occurs twice")
+        check_names(self.contenders)
         for name in ("lrs", "seeds", "precisions"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one value")
         if len(self.speed_shape) != 4:
             raise ValueError(f"speed_shape must be [batch, tokens, width, heads], not {self.speed_shape}")
 
-    def contender(self, name: str) -> Contender:
+    def contender(self, name: str) -> ModelContender:
         """The contender of that name."""
         return next(c for c in self.contenders if c.name == name)
 
@@ -98,20 +96,20 @@ class Experiment(TrainConfig):
                     contender.pop(name)
         return values
 
-    def smoke(self) -> Experiment:
+    def smoke(self) -> TrainingStudy:
         """A version that takes seconds; it has every contender, so that none is found broken after an hour."""
         contenders = [dataclasses.asdict(c) | {"seeds": None} for c in self.contenders]
         changes = {"model.options": self.model.options | _SMOKE_MODEL, "contenders": contenders, "lrs": self.lrs[:2]}
         changes |= {"speed_rounds": min(1, self.speed_rounds), "long_context": min(2, self.long_context)}
         return self.changed(**(_SMOKE | changes))
 
-    def run_config(self, job: Job) -> TrainConfig:
+    def run_config(self, job: TrainingJob) -> TrainConfig:
         """The training run of a job."""
         values = self.to_dict()
         run = TrainConfig.from_dict({f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
         return run.changed(**{"seed": job.seed, "precision": job.precision, "optim.lr": job.lr})
 
-    def fingerprint(self, job: Job, corpus: str) -> str:
+    def fingerprint(self, job: TrainingJob, corpus: str) -> str:
         """A digest of everything that decides the result of a job: a result of other settings does not count."""
         run = self.run_config(job).to_dict()
         for name in (*MACHINE, "trained"):  # every contender trains all its weights
@@ -126,7 +124,7 @@ class Experiment(TrainConfig):
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob(Job):
     """One training run of the grid ("train"), or the test of its weights on the held-out text ("test")."""
 
     contender: str
@@ -139,3 +137,7 @@ class Job:
     def key(self) -> str:
         """A readable name, the same for training and test."""
         return f"{self.contender} lr={self.lr:g} seed={self.seed} {self.precision}"
+
+    @property
+    def label(self) -> str:
+        return self.key + (" (test)" if self.kind == "test" else "")

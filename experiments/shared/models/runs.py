@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from experiments.shared.config import Contender, Experiment, Job
 from experiments.shared.corpus import Texts, find_files, load_texts
-from experiments.shared.work import Tell, one_thread, versions
+from experiments.shared.models.speed import measure_speeds
+from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
+from experiments.shared.work import Progress, Work, curve, one_thread, versions
 from nestling.models import HopeForCausalLM, sizes
 from nestling.models.hope import HopeConfig
 from nestling.training.data import Tokens
@@ -19,26 +20,28 @@ from nestling.training.evaluation import evaluate
 from nestling.training.loop import Trainer
 
 
-def model_config(experiment: Experiment, contender_name: str, vocab_size: int) -> HopeConfig:
+def model_config(experiment: TrainingStudy, contender_name: str, vocab_size: int) -> HopeConfig:
     """The configuration of a contender with the parameters of the experiment's own model, within 2%."""
     reference = sizes.config(experiment.model.name, vocab_size=vocab_size, **experiment.model.options)
     contender = experiment.contender(contender_name)
     return sizes.matched_config(reference, contender.mixer, contender.options, **contender.model)
 
 
-def execute(experiment: Experiment, job: Job, texts: Texts, tell: Tell | None = None) -> dict[str, Any]:
+def execute(
+    experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None = None
+) -> dict[str, Any]:
     """The result of a job as a row of JSON types; a function of the job and the settings alone (on one thread)."""
     with one_thread():
-        row = (_test if job.kind == "test" else _train)(experiment, job, texts, tell)
+        row = (_test if job.kind == "test" else _train)(experiment, job, texts, progress)
     head = {"kind": job.kind, "key": job.key, "fingerprint": experiment.fingerprint(job, texts.fingerprint)}
     head |= {"contender": job.contender, "lr": job.lr, "seed": job.seed, "precision": job.precision}
     return head | row | versions()
 
 
-class TextWork:
-    """The runs of a grid of language models (`experiments.shared.work.Work`); a worker process loads the text anew."""
+class TrainingWork(Work):
+    """The runs of a grid of language models; a worker process loads the text anew."""
 
-    def __init__(self, experiment: Experiment, data: str | Path | None, smoke: bool = False) -> None:
+    def __init__(self, experiment: TrainingStudy, data: str | Path | None, smoke: bool = False) -> None:
         self.experiment, self.files = experiment, find_files(data, smoke)
         self.corpus = self.texts.fingerprint
 
@@ -46,18 +49,18 @@ class TextWork:
     def texts(self) -> Texts:
         return load_texts(self.files, self.experiment.test_text, self.experiment.data)
 
-    def __call__(self, job: Job, tell: Tell | None = None) -> dict[str, Any]:
-        return execute(self.experiment, job, self.texts, tell)
+    def __call__(self, job: TrainingJob, progress: Progress | None = None) -> dict[str, Any]:
+        return execute(self.experiment, job, self.texts, progress)
 
-    def fingerprint(self, job: Job) -> str:
+    def fingerprint(self, job: TrainingJob) -> str:
         return self.experiment.fingerprint(job, self.corpus)
 
-    def told(self, job: Job, row: dict[str, Any]) -> str:
+    def describe(self, job: TrainingJob, row: dict[str, Any]) -> str:
         bits = row.get("bits_per_byte")
         figure = "diverged" if row.get("diverged") else "-" if bits is None else f"{bits:.3f} bits per byte"
         return f"{'tested' if job.kind == 'test' else 'trained'} {job.key}: {figure}, {row['seconds']:.0f} s"
 
-    def check(self, contenders: list[Contender]) -> None:
+    def check(self, contenders: list[ModelContender]) -> None:
         """Every contender's configuration is built once, so that a wrong option is an error before the first run."""
         for contender in contenders:
             try:
@@ -65,20 +68,24 @@ class TextWork:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"contender {contender.name!r}: {error}") from error
 
+    def finish(self, contenders: list[ModelContender]) -> None:
+        """Time the layers alone."""
+        measure_speeds(self.experiment, contenders)
 
-def weights_path(experiment: Experiment, job: Job, fingerprint: str) -> Path:
+
+def weights_path(experiment: TrainingStudy, job: TrainingJob, fingerprint: str) -> Path:
     """Where the weights of a run are kept until they are tested."""
     name = f"{job.key} {fingerprint}".replace(" ", "_").replace("/", "_")
     return Path(experiment.out) / "weights" / f"{name}.pt"
 
 
-def _model(experiment: Experiment, job: Job, texts: Texts) -> HopeForCausalLM:
+def _model(experiment: TrainingStudy, job: TrainingJob, texts: Texts) -> HopeForCausalLM:
     config = model_config(experiment, job.contender, len(texts.corpus.tokenizer))
     torch.manual_seed(job.seed)
     return HopeForCausalLM(config)
 
 
-def _train(experiment: Experiment, job: Job, texts: Texts, tell: Tell | None) -> dict[str, Any]:
+def _train(experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None) -> dict[str, Any]:
     model = _model(experiment, job, texts)
     config = experiment.run_config(job).changed(device="cpu", out=str(Path(experiment.out) / "unused"))
     trainer = Trainer(config, model=model, corpus=texts.corpus)
@@ -90,8 +97,8 @@ def _train(experiment: Experiment, job: Job, texts: Texts, tell: Tell | None) ->
         losses.append(report.loss)
         row_of_skips = row_of_skips + 1 if report.skipped else 0
         longest = max(longest, row_of_skips)
-        if tell:
-            tell(trainer.step, report.loss)
+        if progress:
+            progress(trainer.step, report.loss)
     judged = judge(losses, config.steps, experiment.divergence_margin)
     if experiment.test:
         _save(model, weights_path(experiment, job, experiment.fingerprint(job, texts.fingerprint)))
@@ -115,11 +122,11 @@ def _train(experiment: Experiment, job: Job, texts: Texts, tell: Tell | None) ->
     return row | {"seconds": time.monotonic() - started}
 
 
-def _test(experiment: Experiment, job: Job, texts: Texts, tell: Tell | None) -> dict[str, Any]:
+def _test(experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None) -> dict[str, Any]:
     started = time.monotonic()
     path = weights_path(experiment, job, experiment.fingerprint(job, texts.fingerprint))
     if not path.exists():  # someone tidied up: the same run gives the same weights
-        _train(experiment, job, texts, tell)
+        _train(experiment, job, texts, progress)
     model = _model(experiment, job, texts)
     model.load_state_dict(torch.load(path, weights_only=True))
     row = _held_out(experiment, model, texts.test, job.precision)
@@ -127,7 +134,7 @@ def _test(experiment: Experiment, job: Job, texts: Texts, tell: Tell | None) -> 
     return row | {"seconds": time.monotonic() - started}
 
 
-def _held_out(experiment: Experiment, model: HopeForCausalLM, tokens: Tokens, precision: str) -> dict[str, Any]:
+def _held_out(experiment: TrainingStudy, model: HopeForCausalLM, tokens: Tokens, precision: str) -> dict[str, Any]:
     size = experiment.eval_batch_size
     batches = -(-experiment.eval_windows // size)
     found = evaluate(
@@ -161,12 +168,3 @@ def judge(losses: list[float], steps: int, margin: float) -> dict[str, Any]:
         "last_loss": last,
         "diverged": len(losses) < steps or not last <= best + margin,
     }
-
-
-def curve(losses: list[float], points: int) -> list[list[float]]:
-    """[step, mean loss up to it] in up to `points` stretches of equal length."""
-    length = -(-len(losses) // points)
-    return [
-        [min(start + length, len(losses)), statistics.fmean(losses[start : start + length])]
-        for start in range(0, len(losses), length)
-    ]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nestling.training.loop import Trainer
 
 
-class Contender:
+class ModelWorker:
     """A model in training. Every method takes and returns plain values, so that it can be asked from afar.
 
     Args:

@@ -10,22 +10,28 @@ from typing import Any
 
 import torch
 
-from experiments.shared.config import Contender, Experiment
+from experiments.shared.models.study import ModelContender, TrainingStudy
 from nestling.layers.mixers import build_mixer
 from nestling.utils.files import write_text
 
 
-def layer_speeds(experiment: Experiment, contenders: list[Contender], path: Path) -> dict[str, dict[str, Any]]:
-    """Forward + backward of each contender's layer at `experiment.speed_shape`, in float32; kept in a file.
+def known_speeds(experiment: TrainingStudy) -> dict[str, dict[str, Any]]:
+    """What `measure_speeds` left in the experiment's folder, by contender."""
+    path = _path(experiment)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def measure_speeds(experiment: TrainingStudy, contenders: list[ModelContender]) -> None:
+    """Forward + backward of each contender's layer at `experiment.speed_shape`, in float32; kept in `speed.json`.
 
     The first contender of the experiment is timed in every round, so that each figure is also a ratio to it from the
     same minutes. Only what the file lacks is measured.
     """
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = known_speeds(experiment)
     first = experiment.contenders[0]
     missing = [c for c in contenders if known.get(c.name, {}).get("settings") != _settings(experiment, c)]
     if not missing or not experiment.speed_rounds:
-        return known
+        return
     timed = [first, *(c for c in missing if c is not first)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -41,18 +47,21 @@ def layer_speeds(experiment: Experiment, contenders: list[Contender], path: Path
             "tokens_per_second": tokens / statistics.median(r[i] for r in rounds),
             "ratio": statistics.median(r[0] / r[i] for r in rounds),
         }
-    write_text(path, json.dumps(known, indent=1) + "\n")
-    return known
+    write_text(_path(experiment), json.dumps(known, indent=1) + "\n")
 
 
-def _settings(experiment: Experiment, contender: Contender) -> dict[str, Any]:
+def _path(experiment: TrainingStudy) -> Path:
+    return Path(experiment.out) / "speed.json"
+
+
+def _settings(experiment: TrainingStudy, contender: ModelContender) -> dict[str, Any]:
     shape, rounds = experiment.speed_shape, experiment.speed_rounds
     return {"mixer": contender.mixer, "options": contender.options, "model": contender.model, "shape": shape} | {
         "rounds": rounds
     }
 
 
-def _step(experiment: Experiment, contender: Contender):
+def _step(experiment: TrainingStudy, contender: ModelContender):
     """A function that runs the layer forward and backward once and returns the seconds."""
     batch, tokens, width, heads = experiment.speed_shape
     own = contender.model.get("num_attention_heads")
