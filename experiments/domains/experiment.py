@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Domains(ContinualStudy):
 
     def smoke(self) -> Domains:
         chosen = [c for c in self.contenders if c.name in (BASE, "3 levels", "fine-tuning")]
-        return self.changed(contenders=chosen, books=2, length=256, context=128, probes=1, seeds=[0, 1])
+        return replace(self, contenders=chosen, books=2, length=256, context=128, probes=1, seeds=[0, 1])
 
 
 @dataclass(frozen=True)
