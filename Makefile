@@ -16,7 +16,7 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint docs check bench clean
+.PHONY: help demo test lint types docs check bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -53,10 +53,13 @@ lint: $(VENV)/.test  ## ruff: faults and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(VENV)/.test  ## mypy: attributes, arguments, names
+	$(BIN)/mypy
+
 docs: $(VENV)/.docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-check: lint docs test  ## what holds on every commit, as .ci/run asks it
+check: lint types docs test  ## what holds on every commit, as .ci/run asks it
 
 bench: $(VENV)/.base  ## measure speed on this machine, correctness first
 	$(BIN)/nestling bench $(ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
@@ -47,7 +47,7 @@ class OptimizerSpec:
     products: Callable[[int, int], float] = lambda rows, columns: 0.0
     period: int = 0
     to_slow_step: Callable[[torch.optim.Optimizer], None] | None = None
-    around: Callable[[], object] = field(default=lambda: mock.patch.dict({}))
+    around: Callable[[], AbstractContextManager] = field(default=lambda: mock.patch.dict({}))
 
 
 def optimizers(device: str) -> tuple[dict[str, OptimizerSpec], list[str]]:

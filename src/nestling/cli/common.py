@@ -38,7 +38,7 @@ def friendly(function: Callable) -> Callable:
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None
 
-    command.__signature__ = inspect.signature(function, eval_str=True)
+    command.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     return command
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class LearningMixin:
 
     learner: Learner
     learning: bool = True
+    if TYPE_CHECKING:  # what the model brings that this is mixed into
+        model: Any
+        config: Any
+        training: bool
+        loss_function: Any
 
     @property
     def reads(self) -> bool:

@@ -7,6 +7,7 @@ with other settings is linear attention, RetNet, DeltaNet, Gated DeltaNet, TTT a
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class SelfModifyingTitans(nn.Module):
         """The learned initial weights of every group for each sequence, [n, B, H, o, i]."""
         return [
             tuple(state_dtype(w).unsqueeze(1).expand(-1, batch_size, -1, -1, -1).contiguous() for w in weights)
-            for weights in self.initial
+            for weights in cast("list[nn.ParameterList]", self.initial)
         ]
 
     def _anchors(self, batch_size: int) -> list[tuple[Tensor, ...]]:

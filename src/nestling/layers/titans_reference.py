@@ -23,10 +23,10 @@ Shapes: B sequences, T tokens, D channels; H heads of width p; each memory is on
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from nestling.layers.titans import SelfModifyingTitans
@@ -165,7 +165,7 @@ def initial_memories(layer: SelfModifyingTitans, batch: int) -> dict[str, Memory
     found = {}
     for group, weights in zip(layer.groups, layer.initial, strict=True):
         for j, name in enumerate(group.names):
-            own = [w[j].expand(batch, *w.shape[1:]) for w in weights]
+            own = [w[j].expand(batch, *w.shape[1:]) for w in cast(nn.ParameterList, weights)]
             found[name] = Memory(own, name not in ("eta", "alpha"), group.chunk_size, layer.config.retain)
     return found
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def orthogonalize(
     x = (matrix.mT if tall else matrix).reshape(-1, *sorted(matrix.shape[-2:]))
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     batch = max(1, CACHE // x[0].numel()) if x.device.type == "cpu" else x.shape[0]
-    cut = segments(triples, *x.shape[-2:], dtype, form)
+    cut = segments(triples, x.shape[-2], x.shape[-1], dtype, form)
     work = _Workspace(out[:batch])
     for part, place in zip(x.split(batch), out.split(batch)):
         now, then = (place, work.wide[: len(part)])[:: 1 if len(cut) % 2 == 0 else -1]  # the last step ends in `place`
@@ -204,7 +205,7 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _sharded(matrix: Tensor, steps: int, **options) -> Tensor:
+def _sharded(matrix: Any, steps: int, **options) -> Tensor:
     """A DTensor: every rank orthogonalises the whole matrix and keeps its part."""
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -39,8 +39,8 @@ class Sums:
         def both(a, b):
             return b if a is None else a if b is None else a + b
 
-        names = ("products", "outputs", "norms", "gram")
-        return Sums(*(both(getattr(self, n), getattr(other, n)) for n in names), self.count + other.count)
+        found = {n: both(getattr(self, n), getattr(other, n)) for n in ("products", "outputs", "norms", "gram")}
+        return Sums(**found, count=self.count + other.count)
 
 
 class LayerInputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestling.sessions.session import Session
@@ -20,7 +20,8 @@ class ReadingProgress:
         from rich.console import Console
 
         self._console, self._shown = Console(stderr=True), shown
-        self._bar = self._task = None
+        self._bar: Any = None
+        self._task: Any = None
         self._began = self._said = time.monotonic()
         self._tokens: int | None = None
 

@@ -128,6 +128,7 @@ class Session:
         notes = self.notes
         if text.path is None:
             path = self.path.with_name(self.path.name + ".journal")
+            source: Any
             source, piece = Journal(path, notes.session, self._pipe, notes.offset, stop), PIPE_PIECE
         else:
             source, piece = text.path.open("rb"), PIECE

@@ -150,7 +150,7 @@ def random_state() -> dict[str, Any]:
     state = {
         "torch": torch.get_rng_state(),
         "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

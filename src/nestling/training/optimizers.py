@@ -10,6 +10,7 @@ import importlib
 import inspect
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,9 @@ def make_optimizers(
         from nestling.optim import M3
 
         hidden = [p for p in params if p in matrices]
-        groups = [{"params": hidden, "rule": "matrix", "weight_decay": config.weight_decay}] if hidden else []
+        groups: list[dict[str, Any]] = []
+        if hidden:
+            groups += [{"params": hidden, "rule": "matrix", "weight_decay": config.weight_decay}]
         rest = _decay_groups([p for p in params if p not in matrices], config)
         groups += [group | {"rule": "adamw"} for group in rest]
         groups = [group | {"params": [(names[p], p) for p in group["params"]]} for group in groups]

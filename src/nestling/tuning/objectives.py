@@ -147,7 +147,7 @@ class TrainingRun:
 
     def __init__(self, config: TrainConfig, reports: int = 5) -> None:
         self.config, self.reports = config, max(1, reports)
-        self._corpus = None
+        self._corpus: Any = None
 
     def space(self, given: Space, defaults: Space) -> Space:
         """The given ranges; without any the defaults."""

@@ -21,6 +21,7 @@ class HopeBackbone(Backbone):
 
     def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
         tokens, signature = hidden.shape[1], self.model.model.signature
+        cached: HopeCacheLayer
         for block, cached in zip(self.model.model.layers[start:stop], layers[start:stop]):
             hidden, state = block(hidden, cached.state, None)
             cached.store(state, tokens, signature)

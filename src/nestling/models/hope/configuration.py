@@ -179,7 +179,7 @@ def _raise_type_errors(config: type) -> None:
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         try:
-            assign(self, name, value)
+            assign(self, name, value)  # type: ignore[call-arg]
         except StrictDataclassFieldValidationError as error:
             raise TypeError(str(error.__cause__ or error)) from error
 

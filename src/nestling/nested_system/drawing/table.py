@@ -107,6 +107,7 @@ def _of(pair: tuple[int, int]) -> str:
 
 def text(system: NestedSystem) -> str:
     """The table as plain text, without trailing blanks."""
-    console = Console(width=WIDTH, file=io.StringIO(), color_system=None)
+    written = io.StringIO()
+    console = Console(width=WIDTH, file=written, color_system=None)
     console.print(table(system))
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())

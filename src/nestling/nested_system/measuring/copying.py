@@ -52,7 +52,7 @@ def copies(model: nn.Module, optimizers: list[Any], schedulers: list[Any], avera
 
 def _optimizer(optimizer: Any, twin: nn.Module, memo: dict[int, Any]) -> Any:
     if not isinstance(optimizer, torch.optim.Optimizer):  # a run's LevelOptimizers
-        made = copy.copy(optimizer)
+        made: Any = copy.copy(optimizer)
         made.groups = [_group(group, twin, memo) for group in optimizer.groups]
         return made
     made = object.__new__(type(optimizer))
@@ -62,7 +62,7 @@ def _optimizer(optimizer: Any, twin: nn.Module, memo: dict[int, Any]) -> Any:
     made.__dict__.update({n: copy.deepcopy(v, memo) for n, v in optimizer.__dict__.items() if n not in left_out})
     made.__dict__.update({n: OrderedDict() for n in optimizer.__dict__ if n.endswith("_hooks")})
     if "_inputs" in optimizer.__dict__:  # nestling's layer-wise optimisers watch the layers of their model
-        watched = optimizer._inputs
+        watched = optimizer.__dict__["_inputs"]
         ours = {p for group in made.param_groups for p in group["params"]}
         made._inputs = type(watched)(twin, ours, gram=watched.gram)
         made._weights = {bias: weight for weight, bias in made._inputs.biases.items() if bias is not None}

@@ -83,7 +83,7 @@ def learning(model: LearningMixin, ids: Tensor) -> dict[str, Measured]:
     learner, counts, cache = model.learner, {}, None
     if not model.reads:
         return {}
-    found = fast_weights(learner, dict(model.named_modules()))
+    found = fast_weights(learner, dict(model.named_modules()))  # type: ignore[attr-defined]
     members = enumerate(zip(learner.levels, learner.modules))
     size, fast = learner.chunk_size, learner.fast
     fresh = [begin_level(level, parts, 1, size) if i in fast else None for i, (level, parts) in members]

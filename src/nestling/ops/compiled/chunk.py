@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nestling.ops.compiled import run
 
+if TYPE_CHECKING:
+    from nestling.ops.chunk import Chunk
 
-def forward(c: NamedTuple, after: bool) -> tuple[Tensor | None, ...]:
+
+def forward(c: Chunk, after: bool) -> tuple[Tensor | None, ...]:
     """Weight, velocity and reads after the chunk, then d and x x^T for `backward`; `c` is a contiguous `Chunk`."""
     total, tokens, _ = c.writes.shape
     velocity = None if c.velocity is None else torch.empty_like(c.velocity)
@@ -21,7 +24,7 @@ def forward(c: NamedTuple, after: bool) -> tuple[Tensor | None, ...]:
     return outputs
 
 
-def backward(c: NamedTuple, after: bool, d: Tensor, gram: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
+def backward(c: Chunk, after: bool, d: Tensor, gram: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
     """Gradients of every field of the chunk, from those of the weight, the velocity and the reads."""
     up = [*(None if g is None else g.contiguous() for g in grads), d, gram]
     found = [None if t is None else torch.zeros_like(t) for t in c]
@@ -29,6 +32,6 @@ def backward(c: NamedTuple, after: bool, d: Tensor, gram: Tensor, *grads: Tensor
     return found
 
 
-def _sizes(c: NamedTuple, after: bool) -> tuple[int, ...]:
+def _sizes(c: Chunk, after: bool) -> tuple[int, ...]:
     total, tokens, out = c.writes.shape
     return total, 0 if c.queries is None else c.queries.shape[0], tokens, out, c.keys.shape[-1], int(after)

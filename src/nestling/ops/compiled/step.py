@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nestling.ops.compiled import run
+
+if TYPE_CHECKING:
+    from nestling.memory.fused import MLPStep
 
 
 class CompiledSaved(NamedTuple):
@@ -25,7 +28,7 @@ class CompiledSaved(NamedTuple):
     read: Tensor | None  # [G, C, h]
 
 
-def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor | None, ...], CompiledSaved]:
+def forward(step: MLPStep, after: bool) -> tuple[tuple[Tensor | None, ...], CompiledSaved]:
     """Weights and velocities after the chunk and the reads; `step` is a contiguous `fused.MLPStep`."""
     total, hidden, inner = step.w2.shape
     groups, tokens, _ = step.keys.shape
@@ -41,7 +44,7 @@ def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor | None, ...], C
     return outputs, saved
 
 
-def backward(step: NamedTuple, after: bool, saved: CompiledSaved, *grads: Tensor | None) -> list[Tensor | None]:
+def backward(step: MLPStep, after: bool, saved: CompiledSaved, *grads: Tensor | None) -> list[Tensor | None]:
     """Gradients of every field of the step, from those of weights, velocities and reads."""
     grads = [None if g is None else g.contiguous() for g in grads]
     found = [  # those of weights and velocities are written, the others added to
@@ -52,7 +55,7 @@ def backward(step: NamedTuple, after: bool, saved: CompiledSaved, *grads: Tensor
     return found
 
 
-def _sizes(step: NamedTuple, after: bool) -> tuple[int, ...]:
+def _sizes(step: MLPStep, after: bool) -> tuple[int, ...]:
     groups, tokens, inner = step.keys.shape
     return step.w2.shape[0] // groups, groups, tokens, inner, step.w2.shape[1], int(after)
 
