@@ -86,7 +86,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     device = next(model.parameters()).device
     # clones: views of the file may be aligned otherwise, and products may round by alignment
     ordered = [tensors[f"t{i}"].to(device).clone() for i in range(len(tensors))]
-    cache = _make_cache(model, json.loads(metadata["layers"]), ordered)
+    cache: Any = _make_cache(model, json.loads(metadata["layers"]), ordered)
     learned = _rebuilt(json.loads(metadata["learned"]), ordered)
     if learned is not None:
         from nestling.cms.cache import LevelsCache
