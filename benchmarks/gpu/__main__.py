@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ class Part:
     """A module's `run`, in a process of its own: what breaks the device for one does not for the next.
 
     seconds: of its turn, if the whole has five minutes.  early: it begins right after the first part, beside the
-    others, and waits for its turn before it measures times.
+    others, and waits for its turn before it measures times; what it cannot prepare by then it does in its turn.
     """
 
     name: str
@@ -35,18 +36,20 @@ class Part:
 
 
 PARTS = (
-    Part("facts", 20),
+    Part("facts", 15),
     Part("check_layers", 45),
     Part("check_models", 25, early=True),
-    Part("speed", 80),
-    Part("graphs", 30),
-    Part("profiling", 25),
-    Part("optimizers", 20),
-    Part("peers", 15, early=True),
-    Part("compiling", 15, early=True),
-    Part("decode", 25),
-    Part("training", 160, early=True),
+    Part("speed", 70),
+    Part("training", 90, early=True),
+    Part("graphs", 25),
+    Part("profiling", 18),
+    Part("decode", 20),
+    Part("optimizers", 15),
+    Part("peers", 12, early=True),
+    Part("compiling", 12, early=True),
 )
+PREPARE = 30  # seconds that the first part that measures times waits at most for those that compile
+CHECKS = ("facts", "check_layers", "check_models")
 QUICK = 120.0  # seconds of a part in the quick form
 
 
@@ -56,31 +59,37 @@ class Running:
     def __init__(self, part: Part, options: dict[str, Any], folder: Path, log: Path) -> None:
         context = multiprocessing.get_context("fork")  # what was imported once is there for all
         self.path = folder / f"{part.name}.json"
-        self.event, self.seconds = context.Event(), context.Value("d", 0.0)
-        arguments = (part, options, self.path, log, self.event, self.seconds)
+        self.ready, self.event, self.seconds = context.Event(), context.Event(), context.Value("d", 0.0)
+        arguments = (part, options, self.path, log, self.ready, self.event, self.seconds)
         self.process = context.Process(target=_child, args=arguments)
         self.process.start()
 
     def take_turn(self, seconds: float) -> None:
         self.seconds.value = seconds
         self.event.set()
+        self._signal(signal.SIGCONT)
+
+    def pause(self) -> None:
+        """Hold it until its turn: what it compiles and tries would show in the times of others."""
+        self._signal(signal.SIGSTOP)
 
     def stop(self) -> None:
         """End it and whatever it started."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if not self.process.is_alive():
-                return
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                self.process.kill()
-            self.process.join(3)
+            if self.process.is_alive():
+                self._signal(number)
+                self._signal(signal.SIGCONT)
+                self.process.join(3)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def found(self) -> dict[str, Any]:
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
-def _child(part: Part, options: dict[str, Any], path: Path, log: Path, event: Any, seconds: Any) -> None:
+def _child(part: Part, options: dict[str, Any], path: Path, log: Path, ready: Any, event: Any, seconds: Any) -> None:
     import importlib
 
     import torch
@@ -99,6 +108,7 @@ def _child(part: Part, options: dict[str, Any], path: Path, log: Path, event: An
     record = Record(path, 0.0)
 
     def turn() -> None:
+        ready.set()
         event.wait()
         record.seconds = seconds.value
         record.start()
@@ -191,10 +201,22 @@ def _run(
                 for other in parts:
                     if other.early and not given.quick:
                         start(other)
+            if part.name == CHECKS[-1]:
+                _prepare(running, PREPARE * given.minutes / 5)
     finally:
         for one in running.values():
             one.stop()
         write_json(given.out / "results.json", results)
+
+
+def _prepare(running: dict[str, Running], seconds: float) -> None:
+    """Wait for the parts that compile; hold what is not ready after so many seconds."""
+    stop = time.monotonic() + seconds
+    for one in running.values():
+        while one.process.is_alive() and not one.ready.wait(0.2) and time.monotonic() < stop:
+            pass
+        if one.process.is_alive() and not one.ready.is_set():
+            one.pause()
 
 
 def _wait(one: Running, stop: float, save: Callable[[], None]) -> None:

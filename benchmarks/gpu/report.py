@@ -129,7 +129,7 @@ def _show(value: Any) -> str:
         return "; ".join(_show(v) for v in value)[:400]
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return "" if value is None else str(value)
+    return "" if value is None else " ".join(str(value).split())
 
 
 def _name(results: dict[str, Any]) -> str:
