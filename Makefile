@@ -16,7 +16,7 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint docs bench gpu clean
+.PHONY: help demo test lint docs check bench gpu clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -45,14 +45,18 @@ $(VENV)/.docs: $(VENV)/.base
 demo: $(VENV)/.base  ## train a small Hope and a Transformer side by side, write an HTML report
 	$(BIN)/nestling demo $(ARGS)
 
-test: $(VENV)/.test  ## run the tests (ARGS="-k name" chooses)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+# one process a core, one thread each; a process that has nothing left takes tests from the other's end
+test: $(VENV)/.test  ## run the tests on every core (ARGS="-k name" chooses; ARGS="-n 0" keeps to one process)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-lint: $(VENV)/.test  ## ruff
+lint: $(VENV)/.test  ## ruff: faults and format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 docs: $(VENV)/.docs  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: lint docs test  ## what holds on every commit, as .ci/run asks it
 
 bench: $(VENV)/.base  ## measure speed on this machine, correctness first
 	$(BIN)/nestling bench $(ARGS)
@@ -62,5 +66,5 @@ gpu:  ## on a machine with a GPU: check and measure everything there, into runs/
 	PYTHONPATH=src:. $$(test -x $(BIN)/python && echo $(BIN)/python || echo python3) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

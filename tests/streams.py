@@ -5,7 +5,7 @@ import torch
 
 @torch.no_grad()
 def read(model, ids, cuts=(), ahead=False):
-    """Logits of a stream fed in pieces, and the cache behind it.
+    """Logits of a stream fed in pieces, and the cache after it.
 
     ahead: each piece comes with the token that follows it.
     """
@@ -13,7 +13,7 @@ def read(model, ids, cuts=(), ahead=False):
     for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
         piece, known = ids[:, begin:end], ids[:, end : end + 1]
         known = known if ahead and known.numel() else None
-        out = model(piece, past_key_values=cache, use_cache=True, following=known)
+        out = model(piece, past_key_values=cache, use_cache=True, next_tokens=known)
         cache = out.past_key_values
         logits.append(out.logits)
     return torch.cat(logits, 1), cache

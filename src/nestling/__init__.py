@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING
 from nestling.version import __version__
 
 if TYPE_CHECKING:
-    from nestling.continuum import stack_levels
-    from nestling.levels.schedule import Level, Schedule
+    from nestling.cms import stack_levels
     from nestling.models.hope import HopeConfig, HopeForCausalLM, HopeModel
+    from nestling.nested_system import levels
+    from nestling.schedule import Level, Schedule
 
-__all__ = ["HopeConfig", "HopeForCausalLM", "HopeModel", "Level", "Schedule", "__version__", "stack_levels"]
+__all__ = [
+    "HopeConfig", "HopeForCausalLM", "HopeModel", "Level", "Schedule", "__version__", "levels", "stack_levels",
+]  # fmt: skip
 
 _HOMES = {
-    "nestling.continuum": ("stack_levels",),
-    "nestling.levels.schedule": ("Level", "Schedule"),
+    "nestling.cms": ("stack_levels",),
     "nestling.models.hope": ("HopeConfig", "HopeForCausalLM", "HopeModel"),
+    "nestling.nested_system": ("levels",),
+    "nestling.schedule": ("Level", "Schedule"),
 }
 
 
@@ -33,5 +37,5 @@ def __getattr__(name: str):
 
 
 # The command line answers --help at once: its commands import what they need, when they need it.
-if PurePath(sys.argv[0] if sys.argv else "").stem != "nestling":
+if PurePath(sys.argv[0] if sys.argv else "").stem != "nestling" and sys.orig_argv[1:3] != ["-m", "nestling"]:
     importlib.import_module("nestling.models")

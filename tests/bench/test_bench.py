@@ -8,11 +8,15 @@ import torch
 from typer.testing import CliRunner
 
 from nestling import bench
-from nestling.bench import correctness, measure, parts, show
-from nestling.bench.block import AttentionBlock
+from nestling.bench import correctness, layers, measure, memory, peers, show
+from nestling.bench.decode import state_bytes
+from nestling.bench.flops import count_flops
+from nestling.bench.modules import AttentionBlock
 from nestling.cli.main import app
 
-SMALL = bench.Settings(**(bench.QUICK | dict(repeats=1, memory_lengths=(16, 32), lengths=(16, 32), loop_tokens=16)))
+SMALL = bench.BenchSettings(
+    **(bench.QUICK | dict(repeats=1, memory_lengths=(16, 32), lengths=(16, 32), loop_tokens=16))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +60,10 @@ def test_red_means_no_figures(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [name for name in parts.PARTS if name != "model"])
+@pytest.mark.parametrize("name", bench.GROUPS["layers"])
 def test_every_part_gives_rows_of_one_shape(name, monkeypatch):
-    monkeypatch.setattr(parts, "_peak_growth", lambda settings, tokens, segment_size: tokens * 1000)
-    table = parts.PARTS[name](SMALL)
+    monkeypatch.setattr(memory, "peak_growth", lambda settings, tokens, segment_size: tokens * 1000)
+    table = bench.PARTS[name](SMALL)
     assert table.rows
     for row in table.rows:
         assert list(row) == list(table.rows[0])
@@ -73,15 +77,15 @@ def test_every_part_gives_rows_of_one_shape(name, monkeypatch):
 
 def test_memory_is_measured_in_a_process_of_its_own():
     """A step over 4,096 tokens that keeps everything needs more than one that keeps boundary states."""
-    settings = bench.Settings(**(bench.QUICK | dict(dim=16, memory_lengths=(16, 4096))))
-    assert parts._peak_growth(settings, 4096, 0) > parts._peak_growth(settings, 4096, 512) > 0
+    settings = bench.BenchSettings(**(bench.QUICK | dict(dim=16, memory_lengths=(16, 4096))))
+    assert memory.peak_growth(settings, 4096, 0) > memory.peak_growth(settings, 4096, 512) > 0
 
 
 def test_a_model_is_measured(monkeypatch):
     from nestling.models import sizes
 
     monkeypatch.setitem(sizes._SIZES, "tiny", (16, 8, 1, 2, None))
-    settings = bench.Settings(**(bench.QUICK | dict(model="tiny", model_tokens=16, repeats=1)))
+    settings = bench.BenchSettings(**(bench.QUICK | dict(model="tiny", model_tokens=16, repeats=1)))
     result = bench.run(settings)
     assert list(result["parts"]) == ["model"]
     rows = result["parts"]["model"]["rows"]
@@ -125,8 +129,8 @@ def test_absent_peers_are_named(monkeypatch):
     def absent(settings, x):
         raise ModuleNotFoundError("No module named 'elsewhere'", name="elsewhere")
 
-    monkeypatch.setattr(parts, "PEERS", {"elsewhere 1.0": absent})
-    table = parts.peers(SMALL)
+    monkeypatch.setattr(peers, "PEERS", {"elsewhere 1.0": absent})
+    table = peers.peers(SMALL)
     assert [row["layer"] for row in table.rows] == ["selfmod"]
     assert table.notes == ["elsewhere 1.0: skipped, elsewhere is not installed."]
 
@@ -145,24 +149,24 @@ def test_operations_are_counted_as_on_paper():
     dim, tokens = 32, 24
     block, x = AttentionBlock(dim, 2), torch.randn(1, tokens, dim)
     projections = 2 * 12 * dim * dim * tokens
-    assert measure.count_flops(lambda: block(x)) == projections + 2 * tokens * tokens * dim
+    assert count_flops(lambda: block(x)) == projections + 2 * tokens * tokens * dim
     a, b = torch.randn(3, 5, 4), torch.randn(3, 4, 6)
-    assert measure.count_flops(lambda: torch.zeros(3, 5, 6).baddbmm_(a, b)) == 2 * 3 * 5 * 4 * 6
+    assert count_flops(lambda: torch.zeros(3, 5, 6).baddbmm_(a, b)) == 2 * 3 * 5 * 4 * 6
     system = torch.eye(4).expand(3, 4, 4)
-    solve = measure.count_flops(lambda: torch.linalg.solve_triangular(system, b, upper=False, unitriangular=True))
+    solve = count_flops(lambda: torch.linalg.solve_triangular(system, b, upper=False, unitriangular=True))
     assert solve == 3 * 4 * 4 * 6
 
 
 def test_where_the_lines_cross():
     rows = [{"tokens": 512, "ratio": 0.25}, {"tokens": 1024, "ratio": 0.5}, {"tokens": 4096, "ratio": 2.0}]
-    assert parts.crossing(rows) == pytest.approx(2048)
-    assert parts.crossing(rows[:2]) is None
-    assert parts.crossing(rows[2:]) == 4096
+    assert layers.crossing(rows) == pytest.approx(2048)
+    assert layers.crossing(rows[:2]) is None
+    assert layers.crossing(rows[2:]) == 4096
 
 
 def test_state_bytes_count_storage_once():
     state = torch.zeros(2, 3)
-    assert parts.state_bytes((state, state.view(3, 2), torch.zeros(4, dtype=torch.int64))) == 24 + 32
+    assert state_bytes((state, state.view(3, 2), torch.zeros(4, dtype=torch.int64))) == 24 + 32
 
 
 def test_numbers_and_tables():

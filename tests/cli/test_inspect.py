@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from nestling.levels import NestedSystem
+from nestling.nested_system import NestedSystem
 
 MODULE = """
 import torch

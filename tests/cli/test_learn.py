@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nestling import Level
-from nestling.continuum import stack_levels
-from nestling.continuum.files import save_stacked
+from nestling.cms import stack_levels
+from nestling.cms.files import save_stacked
 from nestling.training.tokenizers import byte_tokenizer
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from nestling.generation import Sampling, Session, load_notes, load_state, save_state
+from nestling.generation import Sampling, TextGenerator, load_notes, load_state, save_state
 
 GREEDY = Sampling(temperature=0)
 
@@ -18,7 +18,7 @@ def after(session, prompt, count=12):
 @pytest.mark.parametrize("length", [1, 9, 70])  # inside the first chunk, and past a chunk
 def test_a_state_from_disk_goes_on_as_if_never_written(make_model, tokenizer, tmp_path, mixer, length):
     model, file = make_model(mixer), tmp_path / "a.state"
-    session = Session(model, tokenizer)
+    session = TextGenerator(model, tokenizer)
     after(session, "x" * length, 0)
     save_state(file, session.state, model)
     loaded = load_state(file, model)
@@ -35,10 +35,10 @@ def test_other_models_caches_work_too(tokenizer, tmp_path):
         vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
     model = LlamaForCausalLM(config).eval()
-    session = Session(model, tokenizer)
+    session = TextGenerator(model, tokenizer)
     after(session, "Once upon", 0)
     save_state(tmp_path / "a.state", session.state, model)
-    loaded = Session(model, tokenizer, load_state(tmp_path / "a.state", model))
+    loaded = TextGenerator(model, tokenizer, load_state(tmp_path / "a.state", model))
     assert after(loaded, " a") == after(session, " a")
 
 
@@ -46,7 +46,7 @@ def test_other_models_caches_work_too(tokenizer, tmp_path):
 def written(make_model, tokenizer, tmp_path):
     """A model and its state file."""
     model, file = make_model(), tmp_path / "a.state"
-    session = Session(model, tokenizer)
+    session = TextGenerator(model, tokenizer)
     after(session, "Once upon a time", 0)
     save_state(file, session.state, model)
     return model, file, session.state

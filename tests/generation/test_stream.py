@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nestling.generation import Sampling, Session
+from nestling.generation import Sampling, TextGenerator
 
 GREEDY = Sampling(temperature=0)
 
@@ -15,7 +15,7 @@ def test_greedy_streaming_is_generate(make_model, tokenizer, mixer):
     model = make_model(mixer)
     ids = torch.tensor([list(b"Once upon")])
     wanted = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=257, pad_token_id=258)[0, 9:]
-    assert text(Session(model, tokenizer), "Once upon", 20) == tokenizer.decode(wanted, skip_special_tokens=True)
+    assert text(TextGenerator(model, tokenizer), "Once upon", 20) == tokenizer.decode(wanted, skip_special_tokens=True)
 
 
 class Records:
@@ -32,12 +32,12 @@ class Records:
 def test_a_carried_state_is_as_if_read_in_one_piece(make_model, tokenizer):
     model = make_model().double()
     whole, carried, fresh = Records(), Records(), Records()
-    text(Session(model, tokenizer), "Once upon a time, there", 5, whole)
-    session = Session(model, tokenizer)
+    text(TextGenerator(model, tokenizer), "Once upon a time, there", 5, whole)
+    session = TextGenerator(model, tokenizer)
     text(session, "Once upon", 0)
     text(session, " a time", 0)
     text(session, ", there", 5, carried)
-    text(Session(model, tokenizer), ", there", 5, fresh)
+    text(TextGenerator(model, tokenizer), ", there", 5, fresh)
     assert torch.allclose(torch.stack(carried.seen), torch.stack(whole.seen), atol=1e-9)
     assert not torch.allclose(fresh.seen[0], whole.seen[0], atol=1e-3)
 
@@ -45,7 +45,7 @@ def test_a_carried_state_is_as_if_read_in_one_piece(make_model, tokenizer):
 def test_what_was_written_is_part_of_the_state(make_model, tokenizer):
     model = make_model()
     ids = list(b"Once upon")
-    session = Session(model, tokenizer)
+    session = TextGenerator(model, tokenizer)
     text(session, "Once upon", 5)
     assert session.state.get_seq_length() == len(ids) + 5
 
@@ -53,7 +53,7 @@ def test_what_was_written_is_part_of_the_state(make_model, tokenizer):
 def test_a_seed_repeats_and_temperature_varies(make_model, tokenizer):
     model = make_model()
     hot = Sampling(temperature=3.0)
-    one, two, three = (text(Session(model, tokenizer, seed=s), "Hello", 20, hot) for s in (1, 1, 2))
+    one, two, three = (text(TextGenerator(model, tokenizer, seed=s), "Hello", 20, hot) for s in (1, 1, 2))
     assert one == two
     assert one != three
 
@@ -70,9 +70,9 @@ def test_pieces_end_with_whole_characters(make_model, tokenizer):
             return self.content[self.place - 1]
 
     said = "aé世🙂b"
-    pieces = list(Session(make_model(), tokenizer).stream("x", len(said.encode()), Speaks(said.encode())))
+    pieces = list(TextGenerator(make_model(), tokenizer).stream("x", len(said.encode()), Speaks(said.encode())))
     assert pieces == list(said)
-    cut = list(Session(make_model(), tokenizer).stream("x", 3, Speaks("a世".encode())))
+    cut = list(TextGenerator(make_model(), tokenizer).stream("x", 3, Speaks("a世".encode())))
     assert cut == ["a", "\N{REPLACEMENT CHARACTER}"]
 
 
@@ -81,11 +81,11 @@ def test_the_end_of_text_token_ends_the_stream(make_model, tokenizer):
         def choose(self, logits, generator=None):
             return 257
 
-    assert list(Session(make_model(), tokenizer).stream("x", 9, Ends())) == []
+    assert list(TextGenerator(make_model(), tokenizer).stream("x", 9, Ends())) == []
 
 
 def test_an_empty_prompt_starts_a_text_but_cannot_continue_one(make_model, tokenizer):
-    session = Session(make_model(), tokenizer)
+    session = TextGenerator(make_model(), tokenizer)
     text(session, "", 3)
     with pytest.raises(ValueError, match="prompt is empty"):
         text(session, "", 3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
-from nestling.layers.settings import MIXERS, build_mixer
+from nestling.layers.mixers import MIXERS, build_mixer
 
 DIM, HEADS, TOKENS = 12, 3, 19
 
@@ -148,7 +148,7 @@ def test_baselines_have_static_projections():
         if name in ("selfmod", "attention"):
             continue
         layer = build_mixer(name, DIM, HEADS)
-        assert layer.adaptive == ()
+        assert layer.config.adaptive == ()
         assert [g.names for g in layer.groups] == [("memory",)]
 
 

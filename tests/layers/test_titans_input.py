@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nestling.layers.self_modifying_titans import SelfModifyingTitans
-from nestling.layers.settings import MIXERS, build_mixer
+from nestling.layers.mixers import MIXERS, build_mixer
+from nestling.layers.titans import SelfModifyingTitans
 
 DIM = 8
 

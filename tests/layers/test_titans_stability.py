@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nestling.layers import SelfModifyingTitans
-from nestling.layers.settings import MIXERS, build_mixer
+from nestling.layers.mixers import MIXERS, build_mixer
 
 DIM, HEADS = 8, 2
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nestling.layers.self_modifying_titans import SelfModifyingTitans
-from nestling.layers.settings import MIXERS, build_mixer
+from nestling.layers.mixers import MIXERS, build_mixer
+from nestling.layers.titans import SelfModifyingTitans
 
 DIM = 8
 OPTIONS = {
@@ -100,7 +100,7 @@ def masked(batch, columns, lengths, seed):
 @settings(max_examples=6)
 @given(lengths=st.lists(st.integers(0, 19), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_padding_anywhere_counts_for_nothing(name, lengths, seed):
-    """Padding between, before and behind the real tokens, with any content: every row as if alone without it."""
+    """Padding between, before and after the real tokens, with any content: every row as if alone without it."""
     layer = build(seed, **OPTIONS[name])
     mask = masked(3, 19, lengths, seed)
     x = torch.where(mask[..., None], tokens(3, 19), 1e6)

@@ -58,7 +58,7 @@ def test_error_is_the_gradient_of_the_loss(name):
 
 def test_a_new_architecture_needs_only_its_own_class():
     """A three-layer memory, written here, learns by the same rule; its update is the gradient's step."""
-    from nestling.memory.rule import Context, FastWeights, Rule, advance
+    from nestling.memory.rule import Context, FastWeights, UpdateRule, advance
     from nestling.ops.chunk import decay_table
 
     class Deep(MLPMemory):
@@ -77,7 +77,7 @@ def test_a_new_architecture_needs_only_its_own_class():
     k, v = torch.randn(2, 1, 1, tokens, 3, dtype=torch.float64)
     eta, alpha = torch.rand(1, 1, tokens, dtype=torch.float64), torch.ones(1, 1, tokens, dtype=torch.float64)
     fast = FastWeights(tuple(w), tuple(w), ())
-    rule = Rule(dgd=False, step="plain", self_targets=False)
+    rule = UpdateRule(dgd=False, step="plain", self_targets=False)
     new, _, _ = advance(deep, rule, fast, Context(k, v, eta, alpha, None, decay_table(alpha, None)), fresh=True)
     losses = 0.5 * (forward(deep, tuple(w), k.unsqueeze(0)) - v).square().sum(-1)
     grads = torch.autograd.grad((losses * eta).sum(), w)

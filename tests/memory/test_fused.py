@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nestling.layers import self_modifying_titans
-from nestling.layers.self_modifying_titans import SelfModifyingTitans
-from nestling.memory import LinearMemory, MLPMemory, Rule
+from nestling.layers import titans_scan
+from nestling.layers.titans import SelfModifyingTitans
+from nestling.memory import LinearMemory, MLPMemory, UpdateRule
 from nestling.memory.fused import is_fused
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -39,14 +39,14 @@ def run(options, fused, tokens=17, dim=6, dtype=torch.float64):
         return used[-1] and fused
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_modifying_titans, "is_fused", chosen)
+        patch.setattr(titans_scan, "is_fused", chosen)
         y, state = layer(x)
     assert any(used), "the step by hand was never considered"
     return layer, x, y, state
 
 
 def gradients(layer, x, y, state, create_graph=False):
-    """Of the outputs and the state behind the last token."""
+    """Of the outputs and the state after the last token."""
     leaves = [w for fast in state.memories for w in (*fast.now, *fast.velocity)]
     loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() + sum(w.sin().sum() for w in leaves)
     return torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=create_graph, allow_unused=True)
@@ -88,7 +88,7 @@ def test_second_derivative_equals_finite_differences(fused):
         return (gradients(layer, at, *layer(at), create_graph)[0] * way).sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_modifying_titans, "is_fused", lambda a, r: fused and is_fused(a, r))
+        patch.setattr(titans_scan, "is_fused", lambda a, r: fused and is_fused(a, r))
         (second,) = torch.autograd.grad(slope(x, True), x)
         ends = [slope((x + shift * way).detach().requires_grad_()) for shift in (1e-5, -1e-5)]
     torch.testing.assert_close((second * way).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-7)
@@ -111,7 +111,7 @@ def test_edges_stay_finite_and_equal(scale):
     grads = []
     for fused in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self_modifying_titans, "is_fused", lambda a, r, fused=fused: fused and is_fused(a, r))
+            patch.setattr(titans_scan, "is_fused", lambda a, r, fused=fused: fused and is_fused(a, r))
             torch.manual_seed(0)
             layer = SelfModifyingTitans(8, 2, chunk_size=8)
             x = (scale * torch.randn(2, 20, 8)).requires_grad_()
@@ -124,9 +124,9 @@ def test_edges_stay_finite_and_equal(scale):
 
 def test_when_the_step_by_hand_applies():
     memory = MLPMemory(4, 4, 8)
-    assert is_fused(memory, Rule())
-    assert is_fused(LinearMemory(4, 4), Rule())
-    assert not is_fused(MLPMemory(4, 1, 8, residual=False), Rule())
+    assert is_fused(memory, UpdateRule())
+    assert is_fused(LinearMemory(4, 4), UpdateRule())
+    assert not is_fused(MLPMemory(4, 1, 8, residual=False), UpdateRule())
     for change in (dict(dgd=False), dict(step="layer"), dict(meta_grad="first_order"), dict(self_targets=False),
                    dict(objective="dot"), dict(gated_erase=True)):  # fmt: skip
-        assert not is_fused(memory, Rule(**change)), change
+        assert not is_fused(memory, UpdateRule(**change)), change

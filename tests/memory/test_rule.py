@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestling.memory import FastWeights, LinearMemory, MLPMemory, Rule
-from nestling.memory.rule import Context, advance, forward, joint_step, settle
+from nestling.memory import FastWeights, LinearMemory, MLPMemory, UpdateRule
+from nestling.memory.rule import Context, advance, close_chunk, forward, joint_step
 from nestling.ops.chunk import decay_table
 
 
@@ -26,7 +26,7 @@ def test_dgd_is_the_exact_minimiser(scale):
     memory, dim = LinearMemory(4, 4), 4
     w = torch.randn(1, 1, 1, dim, dim, dtype=torch.float64)
     x, target, eta = one_token(dim, scale)
-    rule = Rule(step="layer", self_targets=False)
+    rule = UpdateRule(step="layer", self_targets=False)
     fast = FastWeights((w,), (w,), ())
     (new,) = advance(memory, rule, fast, context(x, target, eta), fresh=True)[0].now
     new = new.detach().requires_grad_()
@@ -70,7 +70,7 @@ def test_a_chunk_of_parts_is_a_chunk(momentum):
         cut = context(
             k[..., span, :], v[..., span, :], eta[..., span], alpha[..., span], mu if mu is None else mu[..., span]
         )
-        return advance(memory, Rule(), fast, cut, fresh=fresh, queries=q[..., span, :])[:2]
+        return advance(memory, UpdateRule(), fast, cut, fresh=fresh, queries=q[..., span, :])[:2]
 
     whole, reads = part(FastWeights(w, w, s), slice(0, 7), True)
     first, early = part(FastWeights(w, w, s), slice(0, 3), True)
@@ -84,7 +84,7 @@ def test_settle_opens_only_the_chunks_that_are_complete():
     start, now = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
     fast = FastWeights((start,), (now,), ())
     closed = torch.tensor([True, False, True])
-    new = settle(fast, closed, (1e9,))
+    new = close_chunk(fast, closed, (1e9,))
     assert torch.equal(new.start[0][:, closed], now[:, closed])
     assert torch.equal(new.start[0][:, ~closed], start[:, ~closed])
     assert torch.equal(new.now[0], now)
@@ -95,7 +95,7 @@ def test_settle_bounds_the_norm(factor):
     now = torch.randn(1, 2, 1, 4, 4, dtype=torch.float64)
     now[:, 0] *= factor / now[:, 0].norm()
     now[:, 1] *= 0.1 / now[:, 1].norm()
-    new = settle(FastWeights((now,), (now,), ()), None, (1.0,))
+    new = close_chunk(FastWeights((now,), (now,), ()), None, (1.0,))
     torch.testing.assert_close(new.start[0][:, 0].norm().item(), min(factor, 1.0))
     assert torch.equal(new.start[0][:, 1], now[:, 1])
 
@@ -107,10 +107,10 @@ def test_a_memory_learns_a_pair_it_is_shown():
             w = tuple(torch.randn(1, 1, 1, *s) * std for s, std in zip(memory.shapes(), memory.initial()))
             k, v = torch.nn.functional.normalize(torch.randn(2, 1, 1, 1, 8), dim=-1)
             fast, losses = FastWeights(w, w, ()), []
-            rule = Rule(dgd=dgd, self_targets=False)
+            rule = UpdateRule(dgd=dgd, self_targets=False)
             for _ in range(20):
                 new, _, report = advance(memory, rule, fast, context(k, v, torch.ones(1, 1, 1)), fresh=True)
-                fast = settle(new, None, (1e9,) * len(w))
+                fast = close_chunk(new, None, (1e9,) * len(w))
                 losses.append(report.loss.item())
             # DGD forgets along the key as it learns: it settles near half of the target (NL Eq. 57)
             assert losses[-1] < (0.7 if dgd else 0.05) * losses[0], (memory, dgd, losses)
@@ -120,4 +120,4 @@ def test_a_memory_learns_a_pair_it_is_shown():
 @pytest.mark.parametrize("option", [dict(objective="l1"), dict(step="big"), dict(meta_grad="half")])
 def test_unknown_choices_are_named(option):
     with pytest.raises(ValueError, match=next(iter(option))):
-        Rule(**option)
+        UpdateRule(**option)

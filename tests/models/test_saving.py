@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from nestling.layers.settings import build_mixer
-from nestling.levels import Level, Schedule
+from nestling.layers.mixers import build_mixer
 from nestling.models import HopeConfig, HopeForCausalLM, HopeModel
+from nestling.schedule import Level, Schedule
 
 
 def randomise(model):
@@ -163,10 +163,10 @@ def test_slow_levels_step_at_their_own_pace(make_model):
     levels = [Level(), Level(100), Level(200), Level(math.inf)]
     model = make_model(cms_levels=levels).train()
     schedule = Schedule(levels, context_length=8, tokens_per_step=32)
-    slow = model.slow_level_parameters(schedule)
-    assert list(slow) == [1, 2] == list(model.slow_level_parameters())
-    assert list(model.level_parameters()) == [0, 1, 2, 3]
-    frozen = [p for i in schedule.frozen for p in model.level_parameters()[i]]
+    levels = model.level_parameters()
+    assert list(levels) == [0, 1, 2, 3] and schedule.slow == (1, 2)
+    slow = {i: levels[i] for i in schedule.slow}
+    frozen = [p for i in schedule.frozen for p in levels[i]]
     apart = {id(p) for p in [*frozen, *(p for level in slow.values() for p in level)]}
     optimisers = {0: torch.optim.SGD([p for p in model.parameters() if id(p) not in apart], lr=0.1)}
     optimisers |= {level: torch.optim.SGD(parameters, lr=0.1) for level, parameters in slow.items()}
@@ -183,8 +183,6 @@ def test_slow_levels_step_at_their_own_pace(make_model):
                 changed[level] += 1
             before[level] = [p.clone() for p in parameters]
     assert changed == {0: 25, 1: 8, 2: 4, 3: 0}
-    with pytest.raises(ValueError, match="other levels"):
-        model.slow_level_parameters(Schedule([Level()], 8, 32))
 
 
 class Repeated(torch.utils.data.Dataset):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nestling.layers.settings import MIXERS
+from nestling.layers.mixers import MIXERS
 from nestling.models import sizes
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.bench.measure import count_flops
+from nestling.bench.flops import count_flops
 from nestling.ops.orthogonalize import (
     COEFFICIENTS,
     SAFETY,

@@ -25,7 +25,7 @@ def test_whole_checkpoints_verify_and_latest_points_at_the_newest(saved):
     assert problems == []
     assert (saved / "latest").resolve() == path.resolve()
     assert verify(path)["step"] == 3
-    assert checkpoint.load_state(path)["step"] == 3
+    assert checkpoint.load_trainer_state(path)["step"] == 3
     assert resolve(saved) == path
     assert resolve(saved / "latest") == saved / "latest"
 
@@ -86,7 +86,7 @@ def test_trainer_state_cannot_run_code(saved):
     file = saved / "checkpoints" / "step-00000003" / "trainer.pt"
     torch.save({"step": Evil()}, file)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load_state(file.parent)
+        checkpoint.load_trainer_state(file.parent)
 
 
 @pytest.mark.parametrize("place", ["fsync", "replace", "mkdtemp", "save"])

@@ -69,7 +69,7 @@ def test_killed_twice_and_resumed_is_bit_for_bit_the_same(config, tmp_path):
         step, delay = choice.randint(low, high), choice.random() * 0.02
         places.append((step, delay))
         kill_at(start(other), other, step, delay)
-        reached = checkpoint.load_state(checkpoint.newest(other.out)[0])["step"]
+        reached = checkpoint.load_trainer_state(checkpoint.newest(other.out)[0])["step"]
         assert 0 < reached < STEPS, f"killed at {places}, checkpoint of step {reached}"
     resumed = Trainer(other, resume=True)
     resumed.run()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nestling.levels.schedule import Level, Schedule
+from nestling.schedule import Level, Schedule
 from nestling.training import OptimConfig
 from nestling.training.muon import Muon
 from nestling.training.optimizers import LevelOptimizers

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from nestling.cli import tune as cli_tune
 from nestling.cli.common import friendly
 from nestling.training.config import TrainConfig
-from nestling.tuning import Command, Space, Training, tune
+from nestling.tuning import Command, Space, TrainingRun, tune
 from nestling.tuning.objectives import load_callable
 from nestling.tuning.study import _open
 
@@ -165,7 +165,7 @@ def run(tmp_path):
 
 def test_a_training_run(tmp_path, run):
     space = Space.parse(["lr=1e-3:1e-1:log", "periods=1|1,4", "schedule.warmup=0:0.2"])
-    found = tune(Training(run), tmp_path / "study", space=space, trials=3)
+    found = tune(TrainingRun(run), tmp_path / "study", space=space, trials=3)
     assert found.finished + found.pruned == 3
     assert 0 < found.value < 12
     words = shlex.split(found.paste)
@@ -173,11 +173,11 @@ def test_a_training_run(tmp_path, run):
     assert json.loads(words[words.index("--optimizer-options") + 1])["periods"][0] == 1
     assert words[-1].startswith("schedule.warmup=")
     with pytest.raises(ValueError, match="another run"):
-        tune(Training(run.changed(steps=7)), tmp_path / "study", space=space, trials=3)
+        tune(TrainingRun(run.changed(steps=7)), tmp_path / "study", space=space, trials=3)
     with pytest.raises(ValueError, match="unknown option.*momentun"):
-        tune(Training(run), tmp_path / "other", space=Space.parse(["momentun=0:1"]), trials=1)
+        tune(TrainingRun(run), tmp_path / "other", space=Space.parse(["momentun=0:1"]), trials=1)
     with pytest.raises(ValueError, match="schedule.warm"):
-        tune(Training(run), tmp_path / "third", space=Space.parse(["schedule.warmupp=0:1"]), trials=1)
+        tune(TrainingRun(run), tmp_path / "third", space=Space.parse(["schedule.warmupp=0:1"]), trials=1)
 
 
 def test_the_command(tmp_path):

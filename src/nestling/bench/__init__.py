@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
-from nestling.bench.continuum import PARTS as CONTINUUM
+from nestling.bench import continuum, decode, dgd, layers, memory, model, optim, peers
 from nestling.bench.correctness import check
-from nestling.bench.dgd import dgd
-from nestling.bench.measure import QUICK, Settings, environment
-from nestling.bench.optim import PARTS as OPTIMIZERS
-from nestling.bench.parts import PARTS as LAYERS
-from nestling.bench.parts import Table
+from nestling.bench.settings import QUICK, BenchSettings, environment
+from nestling.bench.table import Table
 
-__all__ = ["GROUPS", "PARTS", "QUICK", "Incorrect", "Settings", "Table", "run"]
+__all__ = ["GROUPS", "PARTS", "QUICK", "BenchSettings", "Incorrect", "Table", "run"]
 
-PARTS = LAYERS | OPTIMIZERS | {"dgd": dgd} | CONTINUUM
+LAYERS = (
+    layers.chunk, layers.lengths, layers.mixers, layers.efficiency, decode.decode, memory.memory, peers.peers,
+)  # fmt: skip
+OPTIMIZERS = (optim.optim, optim.optim_target, optim.optim_bfloat16, optim.orthogonality, dgd.dgd)
+CONTINUUM = (continuum.reading, continuum.streams, continuum.meta_grads)
 GROUPS = {
-    "layers": tuple(name for name in LAYERS if name != "model"),
-    "optim": (*OPTIMIZERS, "dgd"),
-    "continuum": tuple(CONTINUUM),
+    group: tuple(part.__name__ for part in parts)
+    for group, parts in dict(layers=LAYERS, optim=OPTIMIZERS, continuum=CONTINUUM).items()
+}
+PARTS: dict[str, Callable[[BenchSettings], Table]] = {
+    part.__name__: part for part in (*LAYERS, model.model, *OPTIMIZERS, *CONTINUUM)
 }
 
 
@@ -32,7 +35,7 @@ class Incorrect(Exception):
 
 
 def run(
-    settings: Settings, only: Iterable[str] | None = None, report: Callable[[str, Table], None] | None = None
+    settings: BenchSettings, only: Iterable[str] | None = None, report: Callable[[str, Table], None] | None = None
 ) -> dict:
     """Check, then measure.
 

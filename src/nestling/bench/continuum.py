@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from nestling.bench import measure
-from nestling.bench.measure import Settings
-from nestling.bench.parts import Table
-from nestling.continuum.engine import PIECE
+from nestling.bench.settings import BenchSettings
+from nestling.bench.table import Table
+from nestling.cms.learner import PIECE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ PLAIN = "plain forward"
 RECOMPUTED = "full, recomputed"
 
 
-def _model(settings: Settings) -> PreTrainedModel:
+def _model(settings: BenchSettings) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def _stacked(model: PreTrainedModel, placement: str, **options) -> PreTrainedMod
     return stack_levels(copy.deepcopy(model), levels, placement, blocks=BLOCKS, **options)
 
 
-def reading(settings: Settings) -> Table:
+def reading(settings: BenchSettings) -> Table:
     """Tokens a second of one stream: a model that learns while it reads, beside the same model plain and fine-tuned."""
     s, model = settings, _model(settings)
     tokens = max(CHUNKS)
@@ -58,7 +58,7 @@ def reading(settings: Settings) -> Table:
     def read(other: PreTrainedModel) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad(), s.autocast():
-                other(ids[:, :tokens], use_cache=True, following=ids[:, tokens:])  # the last chunk is learned too
+                other(ids[:, :tokens], use_cache=True, next_tokens=ids[:, tokens:])  # the last chunk is learned too
 
         return run
 
@@ -69,14 +69,14 @@ def reading(settings: Settings) -> Table:
         loss.backward()
         optimizer.step()
 
-    contenders = {
+    calls = {
         PLAIN: plain,
         "levels, depth": read(_stacked(model, "depth")),
         "levels, depth, down_proj only": read(_stacked(model, "depth", target_modules=["down_proj"])),
         "levels, width": read(_stacked(model, "width")),
         "fine-tuning step of all": tune,
     }
-    timing = measure.interleave(contenders, s)
+    timing = measure.interleave(calls, s)
     rows = [
         {
             "what": name,
@@ -87,13 +87,13 @@ def reading(settings: Settings) -> Table:
             "of fine-tuning": timing.ratio(name, "fine-tuning step of all"),
             "rounds": timing.rounds,
         }
-        for name in contenders
+        for name in calls
     ]
     note = f"Levels of {CHUNKS[0]} and {CHUNKS[1]} tokens over the last {len(BLOCKS)} blocks, first order, one stream."
     return Table(f"Reading {tokens} tokens, a model of SmolLM2-135M's shape", rows, [note])
 
 
-def streams(settings: Settings) -> Table:
+def streams(settings: BenchSettings) -> Table:
     """Bytes of one stream's state, predicted and as measured after reading, and the time of a fork."""
     s, model = settings, _model(settings)
     ids = torch.randint(model.config.vocab_size, (1, max(CHUNKS) + 1), device=s.device)
@@ -137,7 +137,7 @@ def _tensors(cache) -> list[Tensor]:
     return held
 
 
-def meta_grads(settings: Settings) -> Table:
+def meta_grads(settings: BenchSettings) -> Table:
     """A training step of a Hope-Attention through levels that learn: what each way of differentiating it costs."""
     from nestling.models import HopeConfig, HopeForCausalLM
 
@@ -198,6 +198,3 @@ def _kept_bytes(forward: Callable[[], Tensor]) -> int:
     kept += torch.cuda.memory_allocated() - before if on_gpu else 0
     del loss
     return kept
-
-
-PARTS = {"reading": reading, "streams": streams, "meta_grads": meta_grads}

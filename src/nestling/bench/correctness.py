@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nestling.layers.settings import MIXERS, build_mixer
+from nestling.layers.mixers import MIXERS, build_mixer
 from nestling.ops import delta_rule, delta_rule_reference
 from nestling.ops.orthogonalize import orthogonalize, orthogonalize_reference
 from nestling.optim import M3

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from nestling.bench import measure
-from nestling.bench.block import AttentionBlock
-from nestling.bench.measure import Settings
-from nestling.bench.parts import Table
+from nestling.bench.modules import AttentionBlock
+from nestling.bench.settings import BenchSettings
+from nestling.bench.table import Table
 from nestling.optim import DGD
 
 LAYERS, WIDER = 12, 2  # the target: 12 layers, twice the benchmark's width (512)
 
 
-def dgd(settings: Settings) -> Table:
+def dgd(settings: BenchSettings) -> Table:
     """Forward, backward and optimiser step of a transformer: SGD, DGD, each with and without momentum."""
     s = settings
     optimizers = {
@@ -42,7 +42,7 @@ def dgd(settings: Settings) -> Table:
     return Table(title, rows, [note])
 
 
-def _step(build: Callable[[nn.Module], torch.optim.Optimizer], s: Settings) -> Callable[[], None]:
+def _step(build: Callable[[nn.Module], torch.optim.Optimizer], s: BenchSettings) -> Callable[[], None]:
     torch.manual_seed(0)
     model = nn.Sequential(*(AttentionBlock(WIDER * s.dim, WIDER * s.heads) for _ in range(LAYERS))).to(s.device)
     optimizer, x = build(model), s.random(s.batch, s.tokens, WIDER * s.dim)

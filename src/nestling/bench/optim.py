@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nestling.bench import measure
-from nestling.bench.measure import Settings, Timing
-from nestling.bench.parts import Table
+from nestling.bench.measure import Timing
+from nestling.bench.settings import BenchSettings
+from nestling.bench.table import Table
 from nestling.ops.orthogonalize import multiply_adds, orthogonalize_reference
 from nestling.optim import M3
 from nestling.training.muon import Muon
@@ -33,10 +34,13 @@ def shapes(width: int) -> list[Shape]:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """An optimiser: how it is made, and the multiply-adds of its products for one matrix in (a plain, a slow) step.
+class OptimizerSpec:
+    """An optimiser that is timed.
 
-    `period`: its slow step comes once in so many; `to_slow_step(optimizer)` brings it to the eve of one.
+    Attributes:
+        make: from parameters.  products: multiply-adds of a step's products for a matrix of [rows, columns].
+        period: one step in so many is a slow one, 0 for none; `to_slow_step(optimizer)` makes the next step one.
+        around: the context its steps run in.
     """
 
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -46,23 +50,24 @@ class Contender:
     around: Callable[[], object] = field(default=lambda: mock.patch.dict({}))
 
 
-def contenders(device: str) -> tuple[dict[str, Contender], list[str]]:
+def optimizers(device: str) -> tuple[dict[str, OptimizerSpec], list[str]]:
     """Everything that is installed, by name, and a note on what is not."""
     cut = device == "cpu"
     plain = partial(multiply_adds, 5, form="plain")
     found = {
-        "M3": Contender(partial(M3, lr=LR), partial(multiply_adds, 5, cut=cut), PERIOD, _eve),
-        "M3, polar_express_4": Contender(
+        "M3": OptimizerSpec(partial(M3, lr=LR), partial(multiply_adds, 5, cut=cut), PERIOD, _to_slow_step),
+        "M3, polar_express_4": OptimizerSpec(
             partial(M3, lr=LR, ns_steps=4, coefficients="polar_express_4"),
-            partial(multiply_adds, 4, coefficients="polar_express_4", cut=cut), PERIOD, _eve,
+            partial(multiply_adds, 4, coefficients="polar_express_4", cut=cut), PERIOD, _to_slow_step,
         ),
-        BASE: Contender(partial(torch.optim.Muon, lr=LR), plain, around=_muon_in_float32),
-        "nestling.training.muon": Contender(partial(Muon, lr=LR), partial(multiply_adds, 5, cut=cut)),
-        "AdamW, fused": Contender(partial(torch.optim.AdamW, lr=LR, fused=True)),
-        "AdamW, foreach": Contender(partial(torch.optim.AdamW, lr=LR, foreach=True)),
+        BASE: OptimizerSpec(partial(torch.optim.Muon, lr=LR), plain, around=_muon_in_float32),
+        "nestling.training.muon": OptimizerSpec(partial(Muon, lr=LR), partial(multiply_adds, 5, cut=cut)),
+        "AdamW, fused": OptimizerSpec(partial(torch.optim.AdamW, lr=LR, fused=True)),
+        "AdamW, foreach": OptimizerSpec(partial(torch.optim.AdamW, lr=LR, foreach=True)),
     }  # fmt: skip
     notes = []
-    for name, build in {"AdaMuon (pytorch_optimizer), float32": _adamuon, "nested-learning M3, 5 steps": _peer}.items():
+    peers = {"AdaMuon (pytorch_optimizer), float32": _adamuon, "nested-learning M3, 5 steps": _nested_learning_m3}
+    for name, build in peers.items():
         try:
             found[name] = build(plain)
         except ImportError as error:
@@ -70,7 +75,7 @@ def contenders(device: str) -> tuple[dict[str, Contender], list[str]]:
     return found, notes
 
 
-def _eve(optimizer: torch.optim.Optimizer) -> None:
+def _to_slow_step(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if isinstance(state["step"], Tensor):
             state["step"].fill_(PERIOD - 1)
@@ -96,43 +101,43 @@ def _newton_schulz(gradient: Tensor, triple: tuple[float, float, float], steps: 
     return x.T if tall else x
 
 
-def _adamuon(products: Callable) -> Contender:
+def _adamuon(products: Callable) -> OptimizerSpec:
     class AdaMuon(importlib.import_module("pytorch_optimizer").AdaMuon):
         @staticmethod
         def _orthogonalize(group: dict, updates: list[Tensor]) -> list[Tensor]:
             return [_newton_schulz(x, (3.4445, -4.7750, 2.0315), group["ns_steps"], 1e-7) for x in updates]
 
-    return Contender(lambda params: AdaMuon([{"params": params, "use_muon": True}], lr=LR, foreach=None), products)
+    return OptimizerSpec(lambda params: AdaMuon([{"params": params, "use_muon": True}], lr=LR, foreach=None), products)
 
 
-def _peer(products: Callable) -> Contender:
+def _nested_learning_m3(products: Callable) -> OptimizerSpec:
     """Its cubic step multiplies by X^T X, the columns' side, whichever is smaller: two products."""
     module = importlib.import_module("nested_learning.optim.m3")
 
     def iterated(rows: int, columns: int) -> float:
         return 5 * 2 * rows * columns**2
 
-    return Contender(partial(module.M3, lr=LR, ns_steps=5, slow_chunk=PERIOD), iterated, PERIOD, _eve)
+    return OptimizerSpec(partial(module.M3, lr=LR, ns_steps=5, slow_chunk=PERIOD), iterated, PERIOD, _to_slow_step)
 
 
-class Run:
-    """A contender at work on the matrices of some layers."""
+class OptimizerRun:
+    """An optimiser at work on the matrices of some layers."""
 
-    def __init__(self, contender: Contender, width: int, layers: int, device: str) -> None:
+    def __init__(self, spec: OptimizerSpec, width: int, layers: int, device: str) -> None:
         torch.manual_seed(0)
-        self.contender = contender
+        self.spec = spec
         self.params = [nn.Parameter(0.02 * torch.randn(s, device=device)) for _ in range(layers) for s in shapes(width)]
         for p in self.params:
             p.grad = torch.randn_like(p)
-        self.optimizer = contender.make(self.params)
+        self.optimizer = spec.make(self.params)
         self.step()
 
     def step(self) -> None:
-        with self.contender.around():
+        with self.spec.around():
             self.optimizer.step()
 
     def slow_step(self) -> None:
-        self.contender.to_slow_step(self.optimizer)
+        self.spec.to_slow_step(self.optimizer)
         self.step()
 
     def state_bytes(self) -> float:
@@ -141,15 +146,17 @@ class Run:
         return sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1) / sum(p.numel() for p in self.params)
 
 
-def time_steps(found: dict[str, Contender], width: int, layers: int, settings: Settings) -> tuple[Timing, dict]:
+def time_steps(
+    found: dict[str, OptimizerSpec], width: int, layers: int, settings: BenchSettings
+) -> tuple[Timing, dict]:
     """Seconds of a step of `LAYERS` layers, measured on `layers` of them, averaged over a slow period."""
-    runs = {name: Run(contender, width, layers, settings.device) for name, contender in found.items()}
+    runs = {name: OptimizerRun(spec, width, layers, settings.device) for name, spec in found.items()}
     steps = {(name, "plain"): run.step for name, run in runs.items()}
-    steps |= {(name, "slow"): run.slow_step for name, run in runs.items() if run.contender.period}
+    steps |= {(name, "slow"): run.slow_step for name, run in runs.items() if run.spec.period}
     seconds = measure.interleave(steps, settings).seconds
     average = {}
     for name, run in runs.items():
-        period = run.contender.period
+        period = run.spec.period
         plain = seconds[name, "plain"]
         slow = seconds.get((name, "slow"), plain)
         average[name] = [
@@ -158,20 +165,20 @@ def time_steps(found: dict[str, Contender], width: int, layers: int, settings: S
     return Timing(average), runs
 
 
-def model_seconds(contender: Contender, width: int, rate: float) -> tuple[float, float]:
+def model_seconds(spec: OptimizerSpec, width: int, rate: float) -> tuple[float, float]:
     """(multiply-adds of a step of `LAYERS` layers, averaged over a slow period; their seconds at `rate` flop/s)."""
-    total = LAYERS * sum(contender.products(*shape) for shape in shapes(width))
-    total *= 1 + (1 / contender.period if contender.period else 0)
+    total = LAYERS * sum(spec.products(*shape) for shape in shapes(width))
+    total *= 1 + (1 / spec.period if spec.period else 0)
     return total, 2 * total / rate
 
 
-def _rows(found: dict[str, Contender], width: int, layers: int, settings: Settings) -> list[dict]:
+def _rows(found: dict[str, OptimizerSpec], width: int, layers: int, settings: BenchSettings) -> list[dict]:
     rate = measure.product_rate(settings)
     timing, runs = time_steps(found, width, layers, settings)
     rate = max(rate, measure.product_rate(settings))
     rows = []
-    for name, contender in found.items():
-        count, ideal = model_seconds(contender, width, rate)
+    for name, spec in found.items():
+        count, ideal = model_seconds(spec, width, rate)
         row = {"optimizer": name, "width": width, "threads": torch.get_num_threads()} | _beside_muon(timing, name)
         row |= {"state bytes/parameter": runs[name].state_bytes(), "G multiply-adds": count / 1e9}
         rows.append(row | {"ms at the machine's rate": ideal * 1e3})
@@ -199,14 +206,14 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _thread_counts(settings: Settings) -> list[int]:
+def _thread_counts(settings: BenchSettings) -> list[int]:
     return [1, 2] if settings.device == "cpu" and (os.cpu_count() or 1) > 1 else [torch.get_num_threads()]
 
 
-def optim(settings: Settings) -> Table:
+def optim(settings: BenchSettings) -> Table:
     """Every optimiser over the widths, on one and two threads, by a few layers of each."""
     s, rows = settings, []
-    found, notes = contenders(s.device)
+    found, notes = optimizers(s.device)
     for width, layers in ((s.dim, 4), (2 * s.dim, 2), (4 * s.dim, 1)):
         for threads in _thread_counts(s):
             with _threads(threads):
@@ -218,10 +225,10 @@ def optim(settings: Settings) -> Table:
     return Table("A step of each optimiser, every matrix of a transformer", rows, notes)
 
 
-def optim_target(settings: Settings) -> Table:
+def optim_target(settings: BenchSettings) -> Table:
     """All twelve layers at twice the benchmark's width: M3 against torch's Muon with the same Newton-Schulz steps."""
     s, rows = settings, []
-    found = {name: c for name, c in contenders(s.device)[0].items() if name in ("M3", "M3, polar_express_4", BASE)}
+    found = {name: c for name, c in optimizers(s.device)[0].items() if name in ("M3", "M3, polar_express_4", BASE)}
     for threads in _thread_counts(s):
         with _threads(threads):
             rows += _rows(found, 2 * s.dim, LAYERS, s)
@@ -229,16 +236,16 @@ def optim_target(settings: Settings) -> Table:
     return Table(f"M3 against Muon, {LAYERS} layers of width {2 * s.dim}", rows, [note])
 
 
-def optim_bfloat16(settings: Settings) -> Table:
+def optim_bfloat16(settings: BenchSettings) -> Table:
     """torch.optim.Muon as shipped orthogonalises in bfloat16 on every device."""
     s = settings
-    shipped = Contender(partial(torch.optim.Muon, lr=LR))
-    timing, _ = time_steps({BASE: contenders(s.device)[0][BASE], "torch.optim.Muon, as shipped": shipped}, s.dim, 1, s)
+    shipped = OptimizerSpec(partial(torch.optim.Muon, lr=LR))
+    timing, _ = time_steps({BASE: optimizers(s.device)[0][BASE], "torch.optim.Muon, as shipped": shipped}, s.dim, 1, s)
     rows = [{"optimizer": name, "width": s.dim} | _beside_muon(timing, name) for name in timing.seconds]
     return Table("Muon's bfloat16 products on this device", rows, [f"{LAYERS} layers, scaled from one."])
 
 
-def orthogonality(settings: Settings) -> Table:
+def orthogonality(settings: BenchSettings) -> Table:
     """How near to 1 the singular values come, for Gaussian matrices of a layer's shapes."""
     rows = []
     for name, steps in (("muon", 5), ("polar_express", 5), ("polar_express_4", 4), ("cubic", 3)):
@@ -258,11 +265,3 @@ def orthogonality(settings: Settings) -> Table:
             )
     note = "One Gaussian matrix of each shape; gradients of a trained network have more small singular values."
     return Table("Singular values after orthogonalisation", rows, [note])
-
-
-PARTS: dict[str, Callable[[Settings], Table]] = {
-    "optim": optim,
-    "optim_target": optim_target,
-    "optim_bfloat16": optim_bfloat16,
-    "orthogonality": orthogonality,
-}

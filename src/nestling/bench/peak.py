@@ -9,12 +9,13 @@ import sys
 import torch
 
 from nestling.bench import measure
-from nestling.layers.settings import build_mixer
+from nestling.bench.settings import BenchSettings
+from nestling.layers.mixers import build_mixer
 
 
 def main(values: dict) -> int:
     """Bytes by which a step at `tokens` raises the process's peak over what it holds after a short step."""
-    settings = measure.Settings(device=values["device"], dtype=values["dtype"])
+    settings = BenchSettings(device=values["device"], dtype=values["dtype"])
     torch.set_num_threads(values["threads"])
     layer = build_mixer("selfmod", values["dim"], values["heads"], segment_size=values["segment_size"])
     layer = layer.to(settings.device)

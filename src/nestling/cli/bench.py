@@ -42,8 +42,8 @@ def main(
     """Measure speed, memory and latency on this machine, correctness first.
 
     Every fast form is compared with its definition before anything is timed; where one differs, the differences are
-    printed, no figure is, and the exit code is 1. Contenders run in turn in one process; a ratio is the median over
-    rounds. Leave the machine alone meanwhile: the load is written beside the figures.
+    printed, no figure is, and the exit code is 1. What is compared runs in turn in one process; a ratio is the
+    median over rounds. Leave the machine alone meanwhile: the load is written beside the figures.
 
     [bold]Examples[/bold]
 
@@ -64,7 +64,7 @@ def main(
     """
     import torch
 
-    from nestling.bench import GROUPS, QUICK, Incorrect, Settings, run, show
+    from nestling.bench import GROUPS, QUICK, BenchSettings, Incorrect, run, show
 
     if threads < 1:
         raise ValueError(f"--threads must be at least 1, not {threads}")
@@ -74,7 +74,7 @@ def main(
     chosen = dict(QUICK) if quick else {}
     given = dict(repeats=repeats, seconds=seconds, model=model, model_batch=batch, model_tokens=tokens)
     chosen |= {name: value for name, value in given.items() if value is not None}
-    settings = Settings(**(chosen | dict(device=device, dtype=dtype)))
+    settings = BenchSettings(**(chosen | dict(device=device, dtype=dtype)))
     silent = str(json_file) == "-"
 
     def report(name: str, table) -> None:

@@ -82,3 +82,16 @@ def parse_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def json_object(text: str | None, option: str) -> dict[str, Any] | None:
+    """The JSON object an option was given, None where it was not."""
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} must be a JSON object, not {text!r}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{option} must be a JSON object, not {text!r}")
+    return values

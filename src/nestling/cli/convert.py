@@ -50,9 +50,9 @@ def main(
     Then write with it, and let it remember:
       nestling generate runs/smol --prompt "..." --state smol.state
     """
-    from nestling.continuum import stack_levels
-    from nestling.continuum.files import save_stacked
-    from nestling.continuum.pretrained import load_pretrained
+    from nestling.cms import stack_levels
+    from nestling.cms.files import save_stacked
+    from nestling.cms.pretrained import load_pretrained
 
     if not level:
         raise ValueError("name at least one --level, e.g. --level 64,lr=0.1")
@@ -84,7 +84,7 @@ def main(
 
 def _level(text: str) -> dict[str, Any]:
     size, *options = text.split(",")
-    return {"chunk_size": parse_value(size), **assignments(options, "--level, behind its chunk size,")}
+    return {"chunk_size": parse_value(size), **assignments(options, "--level, after its chunk size,")}
 
 
 def _blocks(text: str, count: int) -> list[int]:

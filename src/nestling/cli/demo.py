@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nestling.cli.common import print_json
+from nestling.cli.laboratory import laboratory
 
 
 def main(
@@ -18,6 +19,9 @@ def main(
     minutes: Annotated[float, typer.Option(help="From start to report; a slow machine takes at least 60 steps.")] = 4.0,
     threads: Annotated[int, typer.Option(help="Threads of each of the two models.")] = 1,
     seed: Annotated[int, typer.Option(help="Decides weights and the order of the text.")] = 0,
+    experiments: Annotated[
+        Path | None, typer.Option(help="Where the demo's code is (default: the folder experiments of the checkout).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a small Hope and a Transformer side by side on real text, and write a report.
@@ -37,28 +41,22 @@ def main(
     Your own text, for a quarter of an hour:
       nestling demo --text my_book.txt --minutes 15 --out runs/my_book
     """
-    from nestling.demo import DemoConfig, own_text, run, standard_library
-
-    config = DemoConfig(out=str(out), minutes=minutes, threads=threads, seed=seed)
-    outcome = run(config, own_text(text) if text else standard_library())
+    demo = laboratory("demo", experiments)
+    config = demo.DemoConfig(out=str(out), minutes=minutes, threads=threads, seed=seed)
+    outcome = demo.run(config, demo.own_text(text) if text else demo.standard_library())
     if as_json:
-        from nestling.demo.run import finite
-        from nestling.demo.words import headline
-
-        print_json(finite(headline(outcome.result) | {"report": str(outcome.report)}))
+        print_json(demo.finite(demo.headline(outcome.result) | {"report": str(outcome.report)}))
     else:
-        _say(outcome)
+        _say(outcome, demo.verdict(outcome.result))
     if outcome.stopped:
         raise typer.Exit(130)
     if not outcome.learned:
         raise typer.Exit(1)
 
 
-def _say(outcome) -> None:
-    from nestling.demo.words import verdict
-
+def _say(outcome, verdict: str) -> None:
     typer.echo()
-    typer.secho(verdict(outcome.result), fg="green" if outcome.learned else "red")
+    typer.secho(verdict, fg="green" if outcome.learned else "red")
     typer.echo(f"report: {outcome.report.resolve()}")
     for model in outcome.result["models"].values():
         folder = Path(model["checkpoint"]).parent.parent

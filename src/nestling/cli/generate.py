@@ -52,7 +52,7 @@ def main(
     A conversation that is remembered on disk:
       nestling generate runs/book -i --state pip.state
     """
-    from nestling.generation import Sampling, Session, load_state, save_state
+    from nestling.generation import Sampling, TextGenerator, load_state, save_state
     from nestling.generation.load import load_model
 
     sampling = Sampling(0.0 if greedy else temperature, top_k, top_p)
@@ -64,15 +64,15 @@ def main(
         raise ValueError("--interactive cannot go with --json")
     model, tokenizer = load_model(checkpoint, device)
     resumed = load_state(state, model) if state is not None and state.exists() else None
-    session = Session(model, tokenizer, resumed, seed)
+    generator = TextGenerator(model, tokenizer, resumed, seed)
     texts = []
     for text in _prompts(prompt, interactive):
         if not carry:
-            session.state = None
+            generator.state = None
         pieces = []
         if not as_json:
             typer.echo("" if interactive else text, nl=False)
-        for piece in session.stream(text, max_new_tokens, sampling):
+        for piece in generator.stream(text, max_new_tokens, sampling):
             pieces.append(piece)
             if not as_json:
                 sys.stdout.write(piece)
@@ -80,8 +80,8 @@ def main(
         if not as_json:
             typer.echo()
         texts.append({"prompt": text, "text": "".join(pieces)})
-    if state is not None and session.state is not None:
-        save_state(state, session.state, model)
+    if state is not None and generator.state is not None:
+        save_state(state, generator.state, model)
     if as_json:
         print_json({"results": texts, "state": None if state is None else str(state)})
 

@@ -68,7 +68,7 @@ def main(
       nestling inspect my_package.models:build --optimizer torch.optim.SGD --lr 0.1 -o momentum=0.9 --figure levels.svg
     """
     if gallery is not None:
-        from nestling.levels.gallery import write_figures
+        from nestling.nested_system.gallery import write_figures
 
         paths = [str(path) for path in write_figures(gallery)]
         return (
@@ -77,7 +77,7 @@ def main(
     if target is None:
         raise ValueError("say what to inspect: a size such as tiny, a folder, a config.json or module:factory")
     from nestling.cli.targets import build_optimizer, load, random_tokens
-    from nestling.levels.read import levels
+    from nestling.nested_system.analyze import levels
 
     arguments = load(target, assignments(settings or [], "--set"), weights=measure)
     model = arguments["model"]

@@ -30,7 +30,7 @@ def main(
     ] = 512,
     control: Annotated[bool, typer.Option("--control", help="Score them without any learning, too.")] = False,
     held_out: Annotated[
-        Path | None, typer.Option(help="A text that is never learned, scored first and behind every document.")
+        Path | None, typer.Option(help="A text that is never learned, scored first and after every document.")
     ] = None,
     save_every: Annotated[
         int, typer.Option(help="Chunks between two checkpoints; 0: as often as costs a twentieth of the time.")
@@ -72,9 +72,9 @@ def main(
     import torch
 
     from nestling.generation.load import load_model
-    from nestling.reading import Session, Settings, Stopped, find_texts
-    from nestling.reading.progress import Progress
-    from nestling.training.machine import stop_requests
+    from nestling.sessions import Session, Settings, Stopped, find_texts
+    from nestling.sessions.progress import ReadingProgress
+    from nestling.utils.machine import stop_requests
 
     settings = Settings(context, probe, control, save_every)
     if dtype not in DTYPES:
@@ -89,7 +89,7 @@ def main(
     loaded, tokenizer = load_model(model, device)
     loaded = loaded.to(getattr(torch, dtype))
     ids = None if held_out is None else _held_out(held_out, tokenizer, probe)
-    progress = Progress(shown=not quiet)
+    progress = ReadingProgress(shown=not quiet)
     session = Session(
         loaded, tokenizer, texts, state, settings, new=new_session, held_out=ids, pipe=sys.stdin.buffer, show=progress
     )
@@ -106,7 +106,7 @@ def main(
         progress.close()
     result = {"model": str(model), **result, "page": None if page is None else str(page)}
     if page is not None:
-        from nestling.reading import page as write_page
+        from nestling.sessions import page as write_page
 
         write_page(session, page, str(model))
     if as_json:
@@ -117,7 +117,7 @@ def main(
 
 def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:
     """The first tokens of the held-out text."""
-    from nestling.reading.documents import Tokens, find_texts
+    from nestling.sessions.documents import TokenReader, find_texts
 
     if not count:
         raise ValueError("--held-out is scored as many tokens as --probe says, which is 0: raise --probe")
@@ -125,7 +125,7 @@ def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:
         raise ValueError(f"--held-out takes a file, and {path} is none")
     found = find_texts([str(path)])[0]
     with path.open("rb") as file:
-        return Tokens(tokenizer, file.read, found.name).take(count)
+        return TokenReader(tokenizer, file.read, found.name).take(count)
 
 
 def _where(session: Any) -> str:
@@ -150,7 +150,7 @@ def _say(result: dict[str, Any]) -> None:
         if row["not_finite"]:
             typer.echo(f"  {row['not_finite']:,} tokens had a loss that is not finite: nothing was learned from them")
     for row in result["held_out"][:1] + result["held_out"][1:][-1:]:
-        typer.echo(f"held out, {'behind ' + row['behind'] if row['behind'] else 'at first'}: {_loss(row)}")
+        typer.echo(f"held out, {'after ' + row['behind'] if row['behind'] else 'at first'}: {_loss(row)}")
     typer.echo(f"read {result['tokens']:,} tokens; state of {result['state_bytes'] / 1e6:,.1f} MB in {result['state']}")
     if result["page"]:
         typer.echo(f"page: {result['page']}")

@@ -122,7 +122,7 @@ def build_optimizer(
     Raises:
         ValueError: an unknown name or option.
     """
-    from nestling.levels.schedule import Schedule
+    from nestling.schedule import Schedule
     from nestling.training.config import OptimConfig
     from nestling.training.optimizers import LevelOptimizers
 

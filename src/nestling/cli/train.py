@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from nestling.cli.common import assignments, nested, print_json
+from nestling.cli.common import assignments, json_object, nested, print_json
 
-MODEL, DATA, OPTIMISER, RUN = "Model", "Data", "Optimiser", "Run"
+# an option in the panel of this name of the help
+run, model_, data, optimiser = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Run", "Model", "Data", "Optimiser")
+)
 
 
 def main(
@@ -17,101 +21,56 @@ def main(
         list[str] | None,
         typer.Argument(help="Text files, folders, or the name of a `datasets` data set.", metavar="TEXT..."),
     ] = None,
-    out: Annotated[str | None, typer.Option(help="The run's folder.", rich_help_panel=RUN)] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=RUN)] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --out.", rich_help_panel=RUN)
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="A JSON or YAML file with any options; the command line wins.", rich_help_panel=RUN),
-    ] = None,
+    out: Annotated[str | None, run(help="The run's folder.")] = None,
+    steps: Annotated[int | None, run(help="Optimiser steps.")] = None,
+    resume: Annotated[bool, run("--resume", help="Go on from the newest whole checkpoint in --out.")] = False,
+    config: Annotated[Path | None, run(help="A JSON or YAML file with any options; the command line wins.")] = None,
     option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            "-o",
-            metavar="NAME=VALUE",
-            help="Any other option, e.g. schedule.name=wsd.",
-            rich_help_panel=RUN,
-        ),
+        list[str] | None, run("--option", "-o", metavar="NAME=VALUE", help="Any other option, e.g. schedule.name=wsd.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Decides weights and the order of the data.", rich_help_panel=RUN)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=RUN)] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads (0: torch's choice).", rich_help_panel=RUN)] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, or bf16 (mixed).", rich_help_panel=RUN)] = None,
-    compile: Annotated[bool | None, typer.Option(help="Use torch.compile.", rich_help_panel=RUN)] = None,
+    seed: Annotated[int | None, run(help="Decides weights and the order of the data.")] = None,
+    device: Annotated[str | None, run(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    threads: Annotated[int | None, run(help="CPU threads (0: torch's choice).")] = None,
+    precision: Annotated[str | None, run(help="float32, or bf16 (mixed).")] = None,
+    compile: Annotated[bool | None, run(help="Use torch.compile.")] = None,
     gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option(help="Keep less for the backward pass, and compute it again.", rich_help_panel=RUN),
+        bool | None, run(help="Keep less for the backward pass, and compute it again.")
     ] = None,
-    track: Annotated[
-        list[str] | None, typer.Option(help="Also log to trackio, tensorboard or wandb.", rich_help_panel=RUN)
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations (0: only at the end).", rich_help_panel=RUN)
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints (0: only at the end).", rich_help_panel=RUN)
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints kept.", rich_help_panel=RUN)] = None,
+    track: Annotated[list[str] | None, run(help="Also log to trackio, tensorboard or wandb.")] = None,
+    eval_every: Annotated[int | None, run(help="Steps between evaluations (0: only at the end).")] = None,
+    save_every: Annotated[int | None, run(help="Steps between checkpoints (0: only at the end).")] = None,
+    keep: Annotated[int | None, run(help="Checkpoints kept.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            help="A size (tiny, mini, 10m, ...), a saved model's folder, or a config.json.", rich_help_panel=MODEL
-        ),
+        str | None, model_(help="A size (tiny, mini, 10m, ...), a saved model's folder, or a config.json.")
     ] = None,
     init: Annotated[
-        Path | None,
-        typer.Option(
-            help="Go on from the weights of this saved model: another run, or one of nestling convert.",
-            rich_help_panel=MODEL,
-        ),
+        Path | None, model_(help="Go on from the weights of this saved model: another run, or one of nestling convert.")
     ] = None,
     trained: Annotated[
-        str | None,
-        typer.Option(help="all, or levels: only where levels that learn in a context begin.", rich_help_panel=MODEL),
+        str | None, model_(help="all, or levels: only where levels that learn in a context begin.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Change the model's configuration, e.g. mixer=attention.",
-            rich_help_panel=MODEL,
-        ),
+        model_("--set", metavar="NAME=VALUE", help="Change the model's configuration, e.g. mixer=attention."),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="bytes, bpe:SIZE, or a Hugging Face tokenizer's folder.", rich_help_panel=DATA)
-    ] = None,
-    val: Annotated[
-        list[str] | None, typer.Option(help="Held-out text instead of a part of TEXT.", rich_help_panel=DATA)
-    ] = None,
-    val_fraction: Annotated[
-        float | None, typer.Option(help="The part of every file held out.", rich_help_panel=DATA)
-    ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of one window.", rich_help_panel=DATA)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows of one micro-batch.", rich_help_panel=DATA)] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=OPTIMISER)] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw, muon, m3, or package.module.Class.", rich_help_panel=OPTIMISER)
-    ] = None,
+    tokenizer: Annotated[str | None, data(help="bytes, bpe:SIZE, or a Hugging Face tokenizer's folder.")] = None,
+    val: Annotated[list[str] | None, data(help="Held-out text instead of a part of TEXT.")] = None,
+    val_fraction: Annotated[float | None, data(help="The part of every file held out.")] = None,
+    seq_len: Annotated[int | None, data(help="Tokens of one window.")] = None,
+    batch_size: Annotated[int | None, data(help="Windows of one micro-batch.")] = None,
+    lr: Annotated[float | None, optimiser(help="Peak learning rate.")] = None,
+    optimizer: Annotated[str | None, optimiser(help="adamw, muon, m3, or package.module.Class.")] = None,
     optimizer_options: Annotated[
-        str | None,
-        typer.Option(metavar="JSON", help="Its options, e.g. '{\"momentum\": 0.9}'.", rich_help_panel=OPTIMISER),
+        str | None, optimiser(metavar="JSON", help="Its options, e.g. '{\"momentum\": 0.9}'.")
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, wsd or constant.", rich_help_panel=OPTIMISER)] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(help="Micro-batches of one step.", rich_help_panel=OPTIMISER)
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.", rich_help_panel=RUN)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RUN)] = False,
+    schedule: Annotated[str | None, optimiser(help="cosine, wsd or constant.")] = None,
+    accumulate: Annotated[int | None, optimiser(help="Micro-batches of one step.")] = None,
+    quiet: Annotated[bool, run("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Annotated[bool, run("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a language model on text.
 
-    The model reads bytes unless told otherwise, so any text in any language will do. The run's folder gets the
+    The model reads bytes unless you give a --tokenizer, so any text in any language will do. The run's folder gets the
     configuration, the figures (metrics.jsonl) and checkpoints; `latest` points at the newest, a Hugging Face model
     with its tokenizer. A run that was stopped or killed goes on with --resume, and ends as if nothing had happened.
 
@@ -161,7 +120,7 @@ def main(
         "data.batch_size": batch_size,
         "optim.lr": lr,
         "optim.name": optimizer,
-        "optim.options": _json_object(optimizer_options, "--optimizer-options"),
+        "optim.options": json_object(optimizer_options, "--optimizer-options"),
         "optim.accumulate": accumulate,
         "schedule.name": schedule,
         "logging.eval_every": eval_every,
@@ -188,20 +147,6 @@ def main(
         print_json(result.to_dict(final.logging.position_bins))
     else:
         _report(result, final)
-
-
-def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
-    import json
-
-    if text is None:
-        return None
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{option} must be a JSON object, not {text!r}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{option} must be a JSON object, not {text!r}")
-    return values
 
 
 def _report(result, config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import typer
 
 from nestling.cli.common import assignments, print_json
 
-WHAT, SEARCH = "What is tuned", "The search"
+# an option in the panel of this name of the help
+what, search = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is tuned", "The search"))
 
 
 def main(
@@ -18,57 +20,34 @@ def main(
     ] = None,
     command: Annotated[
         str | None,
-        typer.Option(
-            help="Your own script: a command line with {lr}, {alpha}, {periods}, ... that prints its figure.",
-            rich_help_panel=WHAT,
-        ),
+        what(help="Your own script: a command line with {lr}, {alpha}, {periods}, ... that prints its figure."),
     ] = None,
     call: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="A Python function of an optuna trial that returns its figure.",
-            rich_help_panel=WHAT,
-        ),
+        what(metavar="MODULE:FUNCTION", help="A Python function of an optuna trial that returns its figure."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A configuration of `nestling train` (JSON or YAML).", rich_help_panel=WHAT)
-    ] = None,
+    config: Annotated[Path | None, what(help="A configuration of `nestling train` (JSON or YAML).")] = None,
     option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Change it, e.g. steps=300.", rich_help_panel=WHAT),
+        list[str] | None, what("--option", "-o", metavar="NAME=VALUE", help="Change it, e.g. steps=300.")
     ] = None,
     optimizer: Annotated[
-        str,
-        typer.Option(
-            help="The optimiser of a training run: m3, adamw, muon, package.module.Class.", rich_help_panel=WHAT
-        ),
+        str, what(help="The optimiser of a training run: m3, adamw, muon, package.module.Class.")
     ] = "m3",
     space: Annotated[
         list[str] | None,
-        typer.Option(
+        search(
             "--space",
             "-s",
             metavar="NAME=RANGE",
             help="LOW:HIGH, LOW:HIGH:log, LOW:HIGH:int, or choices A|B|C (may be repeated).",
-            rich_help_panel=SEARCH,
         ),
     ] = None,
-    trials: Annotated[
-        int, typer.Option(help="Trials in the end, those done before included.", rich_help_panel=SEARCH)
-    ] = 20,
-    time_limit: Annotated[
-        float | None, typer.Option(help="Start no further trial after so many minutes.", rich_help_panel=SEARCH)
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(help="The figure's name in the JSON lines a command prints.", rich_help_panel=SEARCH),
-    ] = None,
-    maximize: Annotated[bool, typer.Option("--maximize", help="Larger is better.", rich_help_panel=SEARCH)] = False,
-    no_prune: Annotated[
-        bool, typer.Option("--no-prune", help="Let hopeless trials run to their end.", rich_help_panel=SEARCH)
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the proposals.", rich_help_panel=SEARCH)] = 0,
+    trials: Annotated[int, search(help="Trials in the end, those done before included.")] = 20,
+    time_limit: Annotated[float | None, search(help="Start no further trial after so many minutes.")] = None,
+    metric: Annotated[str | None, search(help="The figure's name in the JSON lines a command prints.")] = None,
+    maximize: Annotated[bool, search("--maximize", help="Larger is better.")] = False,
+    no_prune: Annotated[bool, search("--no-prune", help="Let hopeless trials run to their end.")] = False,
+    seed: Annotated[int, search(help="Of the proposals.")] = 0,
     out: Annotated[Path, typer.Option(help="The study's folder; the same folder goes on.")] = Path("runs/tune"),
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -121,7 +100,7 @@ def main(
 
 def _objective(text, command, call, config, option, optimizer, metric):
     """The one thing to tune; ValueError unless exactly one was named."""
-    from nestling.tuning import Command, Training, load_callable
+    from nestling.tuning import Command, TrainingRun, load_callable
 
     ways = {"TEXT or --config": text or config, "--command": command, "--call": call}
     named = [name for name, given in ways.items() if given]
@@ -140,7 +119,7 @@ def _objective(text, command, call, config, option, optimizer, metric):
 
     base = TrainConfig.load(config) if config else TrainConfig().changed(steps=300)
     changes = {"data.text": list(text)} if text else {}
-    return Training(base.changed(**({"optim.name": optimizer} | changes | assignments(option or [], "--option"))))
+    return TrainingRun(base.changed(**({"optim.name": optimizer} | changes | assignments(option or [], "--option"))))
 
 
 def _tell(found) -> None:

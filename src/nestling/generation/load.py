@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from nestling.training.build import load_saved
 from nestling.training.checkpoint import resolve
-from nestling.training.machine import find_device
 from nestling.training.tokenizers import load_tokenizer
+from nestling.utils.machine import find_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

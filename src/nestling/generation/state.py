@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nestling.training.files import write_bytes
+from nestling.utils.files import write_bytes
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 FORMAT = "nestling-state-2"
+# the types in older files: as module:name, what they are called now
+MOVED = {
+    "nestling.cms.surprise:Pace": "nestling.cms.surprise:Surprise",
+    "nestling.continuum.pace:Pace": "nestling.cms.surprise:Surprise",
+    "nestling.continuum.state:LevelState": "nestling.cms.state:LevelState",
+    "nestling.continuum.state:StreamState": "nestling.cms.state:StreamState",
+}
 
 
 def save_state(
@@ -82,7 +89,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     cache = _make_cache(model, json.loads(metadata["layers"]), ordered)
     learned = _rebuilt(json.loads(metadata["learned"]), ordered)
     if learned is not None:
-        from nestling.continuum.cache import LevelsCache
+        from nestling.cms.cache import LevelsCache
 
         cache.__class__, cache.levels = LevelsCache, learned
     return cache
@@ -173,7 +180,7 @@ def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
 
 def _known(kind: str) -> type:
     """A named tuple or dataclass of this package by its name; a file can name nothing else."""
-    module, _, name = kind.partition(":")
+    module, _, name = MOVED.get(kind, kind).partition(":")
     if module.split(".")[0] == "nestling":
         found = getattr(importlib.import_module(module), name, None)
         if isinstance(found, type) and (is_dataclass(found) or hasattr(found, "_fields")):

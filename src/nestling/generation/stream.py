@@ -53,7 +53,7 @@ class Sampling:
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-class Session:
+class TextGenerator:
     """A model reading and writing one text, whose state it carries from call to call.
 
     Args:

@@ -2,6 +2,6 @@
 
 from nestling.memory.architectures import Architecture, LinearMemory, MLPMemory
 from nestling.memory.objectives import OBJECTIVES, Objective
-from nestling.memory.rule import FastWeights, Rule
+from nestling.memory.rule import FastWeights, UpdateRule
 
-__all__ = ["OBJECTIVES", "Architecture", "FastWeights", "LinearMemory", "MLPMemory", "Objective", "Rule"]
+__all__ = ["OBJECTIVES", "Architecture", "FastWeights", "LinearMemory", "MLPMemory", "Objective", "UpdateRule"]

@@ -16,22 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.architectures import Architecture, LinearMemory, MLPMemory
-from nestling.memory.fused_linear import linear_advance
-from nestling.memory.rule import Anchor, Context, FastWeights, Rule, advance, joint_step
+from nestling.memory.fused_linear import flat, linear_advance
+from nestling.memory.rule import Anchor, Context, FastWeights, UpdateRule, advance, joint_step
 from nestling.ops import compiled
 from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
 from nestling.ops.compiled import step as compiled_step
 
 
-def is_fused(architecture: Architecture, rule: Rule) -> bool:
+def is_fused(architecture: Architecture, rule: UpdateRule) -> bool:
     """Whether `fused_advance` stands for `rule.advance` with these settings."""
     mlp = isinstance(architecture, MLPMemory) and architecture.residual
-    return (mlp or isinstance(architecture, LinearMemory)) and rule == Rule()
+    return (mlp or isinstance(architecture, LinearMemory)) and rule == UpdateRule()
 
 
 def fused_advance(
     architecture: Architecture,
-    rule: Rule,
+    rule: UpdateRule,
     fast: FastWeights,
     context: Context,
     *,
@@ -42,27 +42,35 @@ def fused_advance(
     """`rule.advance` for a chunk from its start (`fresh`), without a report."""
     if isinstance(architecture, LinearMemory):
         return linear_advance(architecture, rule, fast, context, queries=queries, after=after, anchor=anchor)
-    (w2, w1), velocity, lead = fast.now, fast.velocity or (None, None), fast.now[0].shape[:3]
-    rest = anchor or (None, None)
-    heads = (context.keys, context.values, queries, context.rate, context.momentum, *context.decays)
-    step = Step(
-        *(None if w is None else w.flatten(0, 2) for w in (w2, w1, *velocity)),
-        *(None if t is None else t.flatten(0, 1) for t in heads),
-        *(None if w is None else w.flatten(0, 2) for w in rest),
-    )
+    lead, no = fast.now[0].shape[:3], (None, None)
+    (w2, w1), (s2, s1), (anchor2, anchor1) = fast.now, fast.velocity or no, anchor or no
+    step = MLPStep(
+        w2=flat(w2, 3), w1=flat(w1, 3), s2=flat(s2, 3), s1=flat(s1, 3), keys=flat(context.keys, 2),
+        values=flat(context.values, 2), queries=flat(queries, 2), eta=flat(context.rate, 2),
+        mu=flat(context.momentum, 2), decay=flat(context.decays.decay, 2), mixed=flat(context.decays.mixed, 2),
+        momentum=flat(context.decays.momentum, 2), anchor2=flat(anchor2, 3), anchor1=flat(anchor1, 3),
+    )  # fmt: skip
 
     def definition(*args):
         """The same by `rule.advance`, for second derivatives."""
-        s = Step(*args)
-        stack = [None if w is None else w.view(*lead, *w.shape[1:]) for w in (*s[:4], *s[-2:])]
-        k, v, q, eta, mu, *tables = (None if t is None else t.view(*lead[1:], *t.shape[1:]) for t in s[4:-2])
-        weights = FastWeights(tuple(stack[:2]), tuple(stack[:2]), tuple(stack[2:4]) if fast.velocity else ())
-        tokens, rest = Context(k, v, eta, None, mu, Decays(*tables)), tuple(stack[4:]) if anchor else ()
-        new, reads, _ = advance(
-            architecture, rule, weights, tokens, fresh=True, queries=q, after=after, anchor=rest
+        s = MLPStep(*args)
+
+        def stacked(*weights: Tensor | None) -> tuple[Tensor, ...]:
+            return tuple(w.view(*lead, *w.shape[1:]) for w in weights if w is not None)
+
+        def heads(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.view(*lead[1:], *t.shape[1:])
+
+        weights = stacked(s.w2, s.w1)
+        tokens = Context(
+            keys=heads(s.keys), values=heads(s.values), rate=heads(s.eta), decay=None, momentum=heads(s.mu),
+            decays=Decays(heads(s.decay), heads(s.mixed), heads(s.momentum)),
         )  # fmt: skip
-        out = (*new.now, *(new.velocity or (None, None)))
-        return (*(None if w is None else w.flatten(0, 2) for w in out), None if reads is None else reads.flatten(0, 1))
+        new, reads, _ = advance(
+            architecture, rule, FastWeights(weights, weights, stacked(s.s2, s.s1)), tokens, fresh=True,
+            queries=heads(s.queries), after=after, anchor=stacked(s.anchor2, s.anchor1),
+        )  # fmt: skip
+        return *(flat(w, 3) for w in (*new.now, *(new.velocity or no))), flat(reads, 2)
 
     w2, w1, s2, s1, reads = _Step.apply(definition, after, *(None if t is None else t.contiguous() for t in step))
     now = w2.view(*lead, *w2.shape[1:]), w1.view(*lead, *w1.shape[1:])
@@ -70,7 +78,7 @@ def fused_advance(
     return FastWeights(fast.start, now, velocity), None if reads is None else reads.view_as(queries), None
 
 
-class Step(NamedTuple):
+class MLPStep(NamedTuple):
     """Arguments of a chunk step; layer 2 is the first layer (W2), layer 1 the second, as in NL Eq. 89."""
 
     w2: Tensor  # [N, h, p]
@@ -92,7 +100,7 @@ class Step(NamedTuple):
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, definition, after, *args):
-        step = Step(*args)
+        step = MLPStep(*args)
         ctx.definition, ctx.after, ctx.compiled = definition, after, compiled.is_available(*step)
         outputs, saved = (compiled_step.forward if ctx.compiled else _forward)(step, after)
         ctx.save_for_backward(*step, *saved)
@@ -101,15 +109,19 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         tensors = ctx.saved_tensors  # once: recomputation allows one unpacking
-        args, saved = tensors[: len(Step._fields)], tensors[len(Step._fields) :]
+        args, saved = tensors[: len(MLPStep._fields)], tensors[len(MLPStep._fields) :]
         if torch.is_grad_enabled():  # a second derivative is wanted
             return None, None, *differentiate(ctx.definition, args, grads, ctx.needs_input_grad[2:])
         if ctx.compiled:
-            return None, None, *compiled_step.backward(Step(*args), ctx.after, compiled_step.Saved(*saved), *grads)
-        return None, None, *_backward(Step(*args), ctx.after, _Saved(*saved), *grads)
+            return (
+                None,
+                None,
+                *compiled_step.backward(MLPStep(*args), ctx.after, compiled_step.CompiledSaved(*saved), *grads),
+            )
+        return None, None, *_backward(MLPStep(*args), ctx.after, Saved(*saved), *grads)
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     pre: Tensor  # W2 k, [N, C, h]
     hidden: Tensor  # silu(W2 [k; v]), [N, 2C, h]
     slope: Tensor  # silu' there
@@ -143,29 +155,36 @@ def _square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1).square_()
 
 
-def _shape(step: Step) -> tuple[int, int, int]:
+def _shape(step: MLPStep) -> tuple[int, int, int]:
     """Memories in the stack n, heads G, tokens C."""
     return step.w2.shape[0] // step.keys.shape[0], step.keys.shape[0], step.keys.shape[1]
 
 
-def _tables(step: Step) -> list[Tensor | None]:
-    n = _shape(step)[0]
-    return [None if t is None else t.repeat(n, 1, 1) for t in (step.decay, step.mixed, step.momentum)]
+def _tables(step: MLPStep) -> dict[str, Tensor | None]:
+    """The decay tables of a `Chunk`, the same for every memory of a head."""
+    n, tables = _shape(step)[0], Decays(step.decay, step.mixed, step.momentum)
+    return {name: None if t is None else t.repeat(n, 1, 1) for name, t in tables._asdict().items()}
 
 
-def _damp(step: Step) -> Tensor | float:
+def _shrink(step: MLPStep) -> Tensor | float:
     return 1.0 if step.mu is None else (1 - step.mu).repeat(_shape(step)[0], 1)
 
 
-def _chunks(step: Step, rows: Tensor, saved: _Saved, read: Tensor | None) -> tuple[Chunk, Chunk]:
+def _chunks(step: MLPStep, rows: Tensor, saved: Saved, read: Tensor | None) -> tuple[Chunk, Chunk]:
     """The delta rule of either layer; `read` are the second layer's queries."""
-    size, rest = step.keys.shape[1], (saved.sizes[4], *_tables(step))
-    first = Chunk(step.w2, step.s2, saved.pre, rows[:, :size], saved.writes2, *rest, step.queries, step.anchor2)
-    second = Chunk(step.w1, step.s1, saved.out, saved.hidden[:, :size], saved.writes1, *rest, read, step.anchor1)
+    size, rate, tables = step.keys.shape[1], saved.sizes[4], _tables(step)
+    first = Chunk(
+        weight=step.w2, velocity=step.s2, products=saved.pre, keys=rows[:, :size], writes=saved.writes2, erase=rate,
+        queries=step.queries, anchor=step.anchor2, **tables,
+    )  # fmt: skip
+    second = Chunk(
+        weight=step.w1, velocity=step.s1, products=saved.out, keys=saved.hidden[:, :size], writes=saved.writes1,
+        erase=rate, queries=read, anchor=step.anchor1, **tables,
+    )  # fmt: skip
     return first, second
 
 
-def _forward(step: Step, after: bool):
+def _forward(step: MLPStep, after: bool):
     n, _, size = _shape(step)
     rows = torch.cat([step.keys, step.values], 1).repeat(n, 1, 1)
     pre = torch.bmm(rows, step.w2.mT)
@@ -176,10 +195,11 @@ def _forward(step: Step, after: bool):
     error2 = pulled * slope[:, :size]
     h_size, key_size, size2 = _square(hidden[:, :size]), _square(step.keys).repeat(n, 1), _square(error2)
     rate, total = joint_step(step.eta.repeat(n, 1), [key_size, h_size], [size2, _square(error)])
-    scale = (-rate * _damp(step)).unsqueeze(-1)
-    saved = _Saved(
-        pre[:, :size], hidden, slope, error, pulled, error2, out[:, :size],
-        torch.stack([h_size, key_size, total, size2, rate]), error2 * scale, error * scale, None, None, None,
+    scale = (-rate * _shrink(step)).unsqueeze(-1)
+    saved = Saved(
+        pre=pre[:, :size], hidden=hidden, slope=slope, error=error, pulled=pulled, error2=error2, out=out[:, :size],
+        sizes=torch.stack([h_size, key_size, total, size2, rate]), writes2=error2 * scale, writes1=error * scale,
+        d2=None, d1=None, read=None,
     )  # fmt: skip
     first, second = _chunks(step, rows, saved, None)
     w2, s2, read, d2 = chunk_forward(first, after)
@@ -189,7 +209,8 @@ def _forward(step: Step, after: bool):
     return (w2, w1, s2, s1, None if y is None else y.add_(step.queries)), saved._replace(d2=d2, d1=d1, read=read)
 
 
-def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_y):
+def _backward(step: MLPStep, after: bool, saved: Saved, g_w2, g_w1, g_s2, g_s1, g_y) -> MLPStep:
+    """Gradients of every field of the step, from those of weights, velocities and reads."""
     n, groups, size = _shape(step)
     rows = torch.cat([step.keys, step.values], 1).repeat(n, 1, 1)
     read, read_slope = (None, None) if saved.read is None else _silu(saved.read)
@@ -203,10 +224,10 @@ def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_
 
     # writes u = -e (1 - mu) error, erase e
     h_size, key_size, total, size2, rate = saved.sizes
-    eta, damp = step.eta.repeat(n, 1), _damp(step)
+    eta, shrink = step.eta.repeat(n, 1), _shrink(step)
     reach = dot(g1.writes, saved.error).add_(dot(g2.writes, saved.error2))
-    g_rate = g1.erase.add_(g2.erase) - reach * damp
-    scale = (-rate * damp).unsqueeze(-1)
+    g_rate = g1.erase.add_(g2.erase) - reach * shrink
+    scale = (-rate * shrink).unsqueeze(-1)
     # e = eta / (1 + eta kappa), kappa = |h|^2 + |k|^2 (1 + |error2|^2 / |error|^2)
     ratio = size2 / total
     g_kappa = -2 * rate.square() * g_rate
@@ -239,9 +260,11 @@ def _backward(step: Step, after: bool, saved: _Saved, g_w2, g_w1, g_s2, g_s1, g_
         return g.unflatten(0, (n, groups)).sum(0)
 
     g_rows = shared(g_rows)
-    tables = [None if a is None else shared(a.add_(b)) for a, b in zip(g1[6:9], g2[6:9], strict=True)]
+    pairs = {name: (getattr(g1, name), getattr(g2, name)) for name in Decays._fields}
+    tables = {name: None if a is None else shared(a.add_(b)) for name, (a, b) in pairs.items()}
     g_mu = None if step.mu is None else shared(reach * rate)
     g_q = None if g_y is None or read is None else g2.queries.add_(g_y)
-    keys_values = g_rows[:, :size], g_rows[:, size:]
-    weights = g_w2, g_w1, g2.velocity, g1.velocity
-    return *weights, *keys_values, g_q, shared(g_eta), g_mu, *tables, g2.anchor, g1.anchor
+    return MLPStep(
+        w2=g_w2, w1=g_w1, s2=g2.velocity, s1=g1.velocity, keys=g_rows[:, :size], values=g_rows[:, size:], queries=g_q,
+        eta=shared(g_eta), mu=g_mu, anchor2=g2.anchor, anchor1=g1.anchor, **tables,
+    )  # fmt: skip

@@ -19,10 +19,10 @@ def project(architecture: Architecture, weights: tuple[Tensor, ...], x: Tensor, 
     """
     if isinstance(architecture, MLPMemory) and architecture.residual and compiled.is_available(*weights, x):
         return _Project.apply(architecture, count, x.contiguous(), *(w.contiguous() for w in weights)).unbind(0)
-    return _definition(architecture, count, x, *weights).unbind(0)
+    return project_reference(architecture, count, x, *weights).unbind(0)
 
 
-def _definition(architecture: Architecture, count: int, x: Tensor, *weights: Tensor) -> Tensor:
+def project_reference(architecture: Architecture, count: int, x: Tensor, *weights: Tensor) -> Tensor:
     return forward(architecture, tuple(w[:count] for w in weights), x.expand(count, *x.shape))
 
 
@@ -39,7 +39,10 @@ class _Project(torch.autograd.Function):
         *args, pre = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
             found = differentiate(
-                lambda *args: (_definition(ctx.architecture, ctx.count, *args),), args, (g_y,), ctx.needs_input_grad[2:]
+                lambda *args: (project_reference(ctx.architecture, ctx.count, *args),),
+                args,
+                (g_y,),
+                ctx.needs_input_grad[2:],
             )
             return None, None, *found
         x, w2, w1 = args

@@ -22,7 +22,7 @@ META_GRADS = ("full", "first_order", "none")
 
 
 @dataclass(frozen=True)
-class Rule:
+class UpdateRule:
     """Choices of the inner optimiser.
 
     Attributes:
@@ -72,7 +72,7 @@ class Context(NamedTuple):
     decays: Decays  # tables of the two, [B, H, C + 1, C + 1]
 
 
-class Report(NamedTuple):
+class TokenFigures(NamedTuple):
     """Figures of each token, for plots: [n, B, H, C]."""
 
     loss: Tensor
@@ -81,7 +81,7 @@ class Report(NamedTuple):
 
 def advance(
     architecture: Architecture,
-    rule: Rule,
+    rule: UpdateRule,
     fast: FastWeights,
     context: Context,
     *,
@@ -89,7 +89,7 @@ def advance(
     queries: Tensor | None = None,
     after: bool = False,
     anchor: Anchor = (),
-) -> tuple[FastWeights, Tensor | None, Report]:
+) -> tuple[FastWeights, Tensor | None, TokenFigures]:
     """Write a chunk's tokens into the memories and read the last one's running state.
 
     Args:
@@ -104,10 +104,12 @@ def advance(
     inputs, products, error, loss = _inner_gradient(architecture, rule, inner, context)
     errors = architecture.errors(inner, products, error)
     rates = _rates(rule, context.rate, inputs, errors)
-    damp = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average keeps the step's size
+    shrink = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average keeps the step's size
     shared = fresh and rule.meta_grad == "full"
     memories = error.shape[0]
-    decays = [None if t is None else t.expand(memories, *t.shape).flatten(0, 2) for t in context.decays]
+    decays = {
+        name: None if t is None else _flat(t.expand(memories, *t.shape)) for name, t in context.decays._asdict().items()
+    }
     now, velocity = [], []
 
     def write(layer: int, q: Tensor | None) -> Tensor | None:
@@ -117,11 +119,13 @@ def advance(
         if rule.dgd or rule.gated_erase:
             base = products[layer] if shared else product(w, x)
             erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
-        writes = (-damp * rates[layer]).unsqueeze(-1) * errors[layer]
-        rest = anchor[layer] if anchor else None
-        *fields, rest = (None if t is None else t.flatten(0, 2) for t in (w, s, base, x, writes, erase, rest))
-        source = None if q is None else q.flatten(0, 1)
-        out_w, out_s, reads = delta_chunk(Chunk(*fields, *decays, source, rest), after)
+        writes = (-shrink * rates[layer]).unsqueeze(-1) * errors[layer]
+        chunk = Chunk(
+            weight=_flat(w), velocity=_flat(s), products=_flat(base), keys=_flat(x), writes=_flat(writes),
+            erase=_flat(erase), queries=None if q is None else q.flatten(0, 1),
+            anchor=_flat(anchor[layer]) if anchor else None, **decays,
+        )  # fmt: skip
+        out_w, out_s, reads = delta_chunk(chunk, after)
         now.append(out_w.view(w.shape))
         if s is not None:
             velocity.append(out_s.view(w.shape))
@@ -133,7 +137,12 @@ def advance(
             write(layer, None)
     else:  # the read of layer l + 1 takes the read of layer l as its query
         reads = architecture.forward(queries, write)
-    return FastWeights(fast.start, tuple(now), tuple(velocity)), reads, Report(loss, rates[-1].detach())
+    return FastWeights(fast.start, tuple(now), tuple(velocity)), reads, TokenFigures(loss, rates[-1].detach())
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    """[n, B, H, ...] as one batch."""
+    return None if t is None else t.flatten(0, 2)
 
 
 def _inner_gradient(architecture, rule, weights, context):
@@ -158,7 +167,7 @@ def _inner_gradient(architecture, rule, weights, context):
     return inputs, products, objective.error(prediction, target).expand_as(prediction), loss
 
 
-def _rates(rule: Rule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
+def _rates(rule: UpdateRule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
     """Step e of each layer for each token, [n, B, H, C]."""
     if rule.step == "plain":
         return [eta.expand(x.shape[:-1]) for x in inputs]
@@ -181,7 +190,9 @@ def joint_step(eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> tuple
     return eta / (1 + eta * kappa), total
 
 
-def settle(fast: FastWeights, closed: Tensor | None, limits: tuple[float, ...], meta_grad: str = "full") -> FastWeights:
+def close_chunk(
+    fast: FastWeights, closed: Tensor | None, limits: tuple[float, ...], meta_grad: str = "full"
+) -> FastWeights:
     """Begin the next chunk: `start` becomes `now`, its norm bounded so that no input can make a memory overflow.
 
     Args:

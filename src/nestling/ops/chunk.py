@@ -51,9 +51,9 @@ class _Table(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, decay, momentum):
-        tables = compiled_table.forward(decay, momentum)
-        ctx.save_for_backward(decay, momentum, tables[0], tables[2])
-        return tables
+        tables = Decays(*compiled_table.forward(decay, momentum))
+        ctx.save_for_backward(decay, momentum, tables.decay, tables.momentum)
+        return tuple(tables)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -101,7 +101,7 @@ class Chunk(NamedTuple):
 
 
 def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """W and S behind the chunk, and the reads W_t q_t if `after`, else W_{t-1} q_t, [R, C, o]."""
+    """W and S after the chunk, and the reads W_t q_t if `after`, else W_{t-1} q_t, [R, C, o]."""
     return _Chunk.apply(after, *(None if t is None else t.contiguous() for t in chunk))
 
 
@@ -120,7 +120,7 @@ class _Chunk(torch.autograd.Function):
         args, saved = tensors[:count], tensors[count:]
         if torch.is_grad_enabled():  # a second derivative is wanted
             needed = ctx.needs_input_grad[1:]
-            return None, *differentiate(lambda *a: _definition(Chunk(*a), ctx.after), args, grads, needed)
+            return None, *differentiate(lambda *a: chunk_reference(Chunk(*a), ctx.after), args, grads, needed)
         backward = compiled_chunk.backward if ctx.compiled else chunk_backward
         return None, *backward(Chunk(*args), ctx.after, *saved, *grads)
 
@@ -154,7 +154,7 @@ def _read_rows(c: Chunk, after: bool) -> tuple[slice, slice]:
     return slice(c.weight.shape[0] - c.queries.shape[0], None), slice(1, None) if after else slice(None, -1)
 
 
-def _definition(c: Chunk, after: bool):
+def chunk_reference(c: Chunk, after: bool):
     """The chunk form in plain operations."""
     a, k, m, d = c.decay, c.mixed, c.momentum, c.writes
     if c.erase is not None:
@@ -187,7 +187,7 @@ def _definition(c: Chunk, after: bool):
 
 
 def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """`_definition` with fewer temporaries, and d for its gradient."""
+    """`chunk_reference` with fewer temporaries, and d for its gradient."""
     a, k, m, u, x, d = c.decay, c.mixed, c.momentum, c.writes, c.keys, c.writes
     moves = c.velocity is not None
     if c.erase is not None:
@@ -232,12 +232,24 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 
 
 def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | None, g_r: Tensor | None) -> Chunk:
-    """Gradients of every field of the chunk, from those of the weight, the velocity and the reads."""
+    """Gradients of every field of the chunk, from those of the weight, the velocity and the reads.
+
+    Write G for the gradient of W_C, g_t for that of read r_t, a_tj for A[t, j], Y for x x^T. Three lines of algebra
+    (momentum and anchor add terms of the same form, with K and S_0, and with 1 - A and W*):
+
+        W_C = a_C0 W_0 + sum_j a_Cj d_j x_j^T      gives  d_j: a_Cj G x_j      x_j: a_Cj G^T d_j     a_Cj: d_j . G x_j
+        r_t = a_t0 W_0 q_t + sum_j a_tj (x_j . q_t) d_j   d_j: a_tj (x_j . q_t) g_t                  and so on for each
+        (I + B (Y o A)) d = u - B base, B = diag(beta), base_t = a_(t-1)0 W_0 x_t
+
+    The first two give the whole gradient g_d of the rows d. The third is a system T d = b, so with y = T^-T g_d
+    dL = y . (db - dT d): u gets y, base gets -B y, and beta_t gets -y_t . (base + (Y o A) d)_t, which is
+    -y_t . W_{t-1} x_t; Y and A get -beta_t (y_t . d_j), each times the other. Nothing is divided by a decay or by beta.
+    """
     a, k, m, u, x = c.decay, c.mixed, c.momentum, c.writes, c.keys
     moves = c.velocity is not None
     g_a, g_k, g_m, g_velocity, g_q, g_anchor = torch.zeros_like(a), None, None, None, None, None
 
-    # the state behind the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
+    # the state after the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
     xw = torch.bmm(x, g_w.mT)
     g_a[:, -1, 0] = _inner(g_w, c.weight)
     if c.anchor is not None:
@@ -292,7 +304,10 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
 
     if c.erase is None:
         g_u = g_d.add_(g_u) if moves else g_d
-        return Chunk(g_weight, g_velocity, None, g_x, g_u, None, g_a, g_k, g_m, g_q, g_anchor)
+        return Chunk(
+            weight=g_weight, velocity=g_velocity, products=None, keys=g_x, writes=g_u, erase=None, decay=g_a, mixed=g_k,
+            momentum=g_m, queries=g_q, anchor=g_anchor,
+        )  # fmt: skip
 
     # the triangular system (I + beta (gram . A)) d = u - beta base, whose right side has the gradient y
     gram, seen, beta = torch.bmm(x, x.mT), a[:, :-1, 1:], c.erase.unsqueeze(-1)
@@ -328,4 +343,7 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
     g_gram.mul_(-beta)
     g_x.baddbmm_(g_gram + g_gram.mT, x)
     g_products = y * (-beta * a[:, :-1, :1])
-    return Chunk(g_weight, g_velocity, g_products, g_x, g_u if moves else y, g_erase, g_a, g_k, g_m, g_q, g_anchor)
+    return Chunk(
+        weight=g_weight, velocity=g_velocity, products=g_products, keys=g_x, writes=g_u if moves else y, erase=g_erase,
+        decay=g_a, mixed=g_k, momentum=g_m, queries=g_q, anchor=g_anchor,
+    )  # fmt: skip

@@ -104,7 +104,10 @@ def delta_rule(
         span = slice(start, start + chunk_size)
         x, q = keys[:, span], None if queries is None else queries[:, span]
         decays = decay_table(decay[:, span], None if momentum is None else momentum[:, span])
-        chunk = Chunk(weight, velocity, x @ weight.mT, x, writes[:, span], erase[:, span], *decays, q)
+        chunk = Chunk(
+            weight=weight, velocity=velocity, products=x @ weight.mT, keys=x, writes=writes[:, span],
+            erase=erase[:, span], queries=q, **decays._asdict(),
+        )  # fmt: skip
         weight, velocity, out = delta_chunk(chunk, read == "after")
         reads.append(out)
     weight, velocity = (None if t is None else t.view(*lead, *t.shape[1:]) for t in (weight, velocity))

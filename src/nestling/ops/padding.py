@@ -13,7 +13,7 @@ def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x: [B, T, D].  mask: [B, T] bool, True at real tokens (padding may stand anywhere).
 
     Returns:
-        packed [B, T, D] (zeros behind the last real token), order [B, T] (for `unpack`), lengths [B].
+        packed [B, T, D] (zeros after the last real token), order [B, T] (for `unpack`), lengths [B].
     """
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     packed = x.masked_fill(~mask[..., None], 0).gather(1, order[..., None].expand_as(x))

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from nestling.optim import checks
-from nestling.optim.m3_options import check_group, is_matrix, parts_of, rule_of
-from nestling.optim.multiscale import batched, definition, new_state
+from nestling.optim.m3_options import check_group, is_matrix, parts_of, settings_of
+from nestling.optim.multiscale import m3_batched, m3_single, new_state
 
 
 class M3(torch.optim.Optimizer):
@@ -118,13 +118,14 @@ class M3(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for batch in self._prepare():
-            batched(*batch)
+        if self._is_usable():
+            for function, *arguments in self._open():
+                function(*arguments)
         return loss
 
     @torch.compiler.disable
-    def _prepare(self) -> list[tuple]:
-        """Check the gradients, count the step, take AdamW's; returns what is left: the arguments of `batched`."""
+    def _is_usable(self) -> bool:
+        """Whether there are gradients and a step may be taken along them; ValueError for one that fits no parameter."""
         used = []
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
@@ -132,45 +133,46 @@ class M3(torch.optim.Optimizer):
                     checks.check_gradient(parameter, _name(group, index))
                     _check_lr_device(group["lr"], parameter)
                     used.append(parameter.grad)
-        if not used or not checks.finite(used, self.defaults["nonfinite"]):
-            return []
+        return bool(used) and checks.finite(used, self.defaults["nonfinite"])
+
+    @torch.compiler.disable
+    def _open(self) -> list[tuple]:
+        """Make what state is missing and count the step; returns what is left to do, (function, *arguments) each."""
         # Reading a distributed state dict before any step makes torch take a step of zero gradients at lr 0 to create
         # the state. That is no step of ours: it would shift the slow periods.
-        counts = bool(self.state) or any(float(g["lr"]) for g in self.param_groups) or any(g.any() for g in used)
-        batches = []
+        used = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        counts = bool(self.state) or any(float(g["lr"]) for g in self.param_groups) or any(p.grad.any() for p in used)
         for group in self.param_groups:
-            batches += self._prepare_group(group, counts)
-        return batches
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.numel() and not self.state[parameter]:
+                    new = _matrix_state if is_matrix(parameter, group) else _adamw_state
+                    self.state[parameter].update(new(parameter, group))
+        return [work for group in self.param_groups for work in self._open_group(group)] if counts else []
 
-    def _prepare_group(self, group: dict, counts: bool) -> list[tuple]:
-        others, same_shape, batches = {}, {}, []
+    def _open_group(self, group: dict) -> list[tuple]:
+        """Parameters that take the same step go together."""
+        work, vectors, matrices = [], {}, {}
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None or parameter.numel() == 0:
                 continue
-            state = self.state[parameter]
-            matrix = is_matrix(parameter, group)
-            if not state:
-                state.update(_matrix_state(parameter, group) if matrix else _adamw_state(parameter))
-            if not counts:
-                continue
             kind = (parameter.device, parameter.dtype)
-            if matrix:
+            if is_matrix(parameter, group):
+                state = self.state[parameter]
                 state["step"] += 1
                 key = (*kind, parameter.shape, int(state["step"]), parts_of(parameter, group, index))
-                same_shape.setdefault(key, []).append(parameter)
+                matrices.setdefault(key, []).append(parameter)
             else:
-                others.setdefault(kind, []).append(parameter)
-        for parameters in others.values():
-            _adamw_step(parameters, [self.state[p] for p in parameters], group)
-        for (*_, shape, step, (sizes, dim)), parameters in same_shape.items():
-            rule = rule_of(group, shape, sizes, dim)
+                vectors.setdefault(kind, []).append(parameter)
+        for parameters in vectors.values():
+            work.append((_adamw_step, parameters, [self.state[p] for p in parameters], group))
+        for (*_, shape, step, (sizes, dim)), parameters in matrices.items():
+            settings = settings_of(group, shape, sizes, dim)
             states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
             if group["foreach"]:
-                batches.append((parameters, gradients, states, rule, step))
+                work.append((m3_batched, parameters, gradients, states, settings, step))
             else:
-                for one in zip(parameters, gradients, states):
-                    definition(*one, rule, step)
-        return batches
+                work += [(m3_single, *one, settings, step) for one in zip(parameters, gradients, states)]
+        return work
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a saved state, bit for bit; ValueError if a memory's shape is not its parameter's."""
@@ -205,19 +207,20 @@ def _matrix_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:
     return new_state(parameter, len(group["periods"]), group["second_moment"], slow_dtype)
 
 
-def _adamw_state(parameter: Tensor) -> dict[str, Tensor]:
+def _adamw_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return {"step": torch.tensor(0.0)} | {
         name: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")
     }
 
 
+@torch.compiler.disable
 def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> None:
     """torch's own AdamW, on a float32 copy of narrower parameters."""
     dtype = states[0]["exp_avg"].dtype
-    wide = [p.to(dtype) for p in parameters]
+    copies = [p.to(dtype) for p in parameters]
     adamw(
-        wide,
+        copies,
         [p.grad.to(dtype) for p in parameters],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
@@ -232,6 +235,6 @@ def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> No
         eps=group["adam_eps"],
         maximize=False,
     )
-    if wide[0] is not parameters[0]:
-        for parameter, stepped in zip(parameters, wide):
+    if copies[0] is not parameters[0]:
+        for parameter, stepped in zip(parameters, copies):
             parameter.copy_(stepped)

@@ -1,4 +1,4 @@
-"""The options of an M3 parameter group: what they may be, and the rule they make for a matrix."""
+"""The options of an M3 parameter group: what they may be, and the settings they make for a matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestling.ops.orthogonalize import table
 from nestling.optim import checks
-from nestling.optim.multiscale import Rule
+from nestling.optim.multiscale import M3Settings
 
 RULES = ("auto", "matrix", "adamw")
 VIEWS = (None, "flatten", "batch")
@@ -83,13 +83,13 @@ def _slow(values, count: int) -> tuple[float, ...]:
     return tuple(values[min(i, len(values) - 1)] for i in range(count))
 
 
-def rule_of(group: dict, shape: torch.Size, sizes: tuple[int, ...], dim: int) -> Rule:
+def settings_of(group: dict, shape: torch.Size, sizes: tuple[int, ...], dim: int) -> M3Settings:
     periods, ema = tuple(group["periods"]), group["accumulation"] == "ema"
     fast, beta_v, *slow = group["betas"]
     count = len(periods) - 1
     eps = group["eps"] if group["eps"] is not None else 0.05 if ema else 1e-8
     nesterov = group["nesterov"] if group["nesterov"] is not None else ema
-    return Rule(
+    return M3Settings(
         shape=matrix_shape(shape, group["view"]), lr=group["lr"], weight_decay=group["weight_decay"],
         betas=(fast, *_slow(slow, count)), alphas=(1.0, *_slow(group["alpha"], count)), periods=periods,
         beta_v=beta_v if group["second_moment"] else None, eps=eps, ema=ema, nesterov=nesterov,

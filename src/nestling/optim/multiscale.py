@@ -1,4 +1,4 @@
-"""The matrix rule of M3 (`NL Alg. 1, Eq. 75`): once as it is written, for one parameter, and once for a whole batch.
+"""The matrix step of M3 (`NL Alg. 1, Eq. 75`): `m3_reference` as it is written, `m3_batched` for whole batches.
 
 With g the gradient of step t, NS Newton-Schulz and f the slow period, each step is
 
@@ -38,7 +38,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Rule:
+class M3Settings:
     """What the step of a matrix parameter depends on besides its state; the same at every step but for `lr`.
 
     Attributes:
@@ -85,6 +85,14 @@ class Rule:
         beta, period = self.betas[scale], self.periods[scale]
         return (beta, (1 - beta) / period) if self.ema else (1.0, beta)
 
+    def root(self, v: Tensor, left: float | Tensor) -> Tensor:
+        """What a matrix's direction is divided by, from its second moment v; left = b2^t. Its slope is finite at 0."""
+        if not self.ema:
+            return v.sqrt() + self.eps + TINY
+        tiny = torch.finfo(v.dtype).tiny
+        mean = v.mean((-2, -1), keepdim=True) / (1 - left)
+        return (v + left * mean).clamp(min=tiny).sqrt() + self.eps * mean.clamp(min=tiny).sqrt() + TINY
+
     def slow(self) -> range:
         """The slow scales; M_(scale + 1) and O_(scale + 1) are theirs."""
         return range(1, len(self.periods))
@@ -103,98 +111,121 @@ def new_state(parameter: Tensor, scales: int, second_moment: bool, slow_dtype: t
     return state
 
 
-def definition(parameter: Tensor, gradient: Tensor, state: State, rule: Rule, step: int) -> None:
-    """Step number `step` (from 1) of one parameter, in the order of the module's equations."""
-    m1, g = state["m1"], gradient.to(state["m1"].dtype)
-    keep, take = rule.weights(0)
-    m1.copy_(keep * m1 + take * g)
-    update = rule.orthogonal(keep * m1 + take * g if rule.nesterov else m1)
-    for scale in rule.slow():
-        update = update + rule.alphas[scale] * state[f"o{scale + 1}"].to(m1.dtype)
-    if rule.beta_v is not None:
-        v = state["v"]
-        v.copy_(rule.beta_v * v + (1 - rule.beta_v) * g**2 if rule.ema else v + rule.beta_v * g**2)
-        root = []
-        for x in rule.pieces(v):
-            if rule.ema:
-                mean = x.mean((-2, -1), keepdim=True) / (1 - rule.beta_v**step)
-                root.append((x + rule.beta_v**step * mean).sqrt() + rule.eps * mean.sqrt() + TINY)
-            else:
-                root.append(x.sqrt() + rule.eps + TINY)
-        update = update / rule.joined(root, v)
-    if rule.rms_match:
-        update = rule.joined([x * RMS / rms(x) for x in rule.pieces(update)], update)
-    parameter.mul_(1 - rule.lr * rule.weight_decay)
-    parameter.sub_(rule.lr * update)
-    for scale in rule.slow():
-        m, o = state[f"m{scale + 1}"], state[f"o{scale + 1}"]
-        keep, take = rule.weights(scale)
-        m.copy_((keep * m if (step - 1) % rule.periods[scale] == 0 else m) + take * g)
-        if step % rule.periods[scale] == 0:
-            o.copy_(rule.orthogonal(m))
+def m3_reference(gradient: Tensor, state: State, settings: M3Settings, step: int | Tensor) -> tuple[Tensor, State]:
+    """The definition of M3's step (`NL Alg. 1`), in the order of the module's equations; it changes none of its inputs.
+
+    Args:
+        gradient: [..., m, n], one parameter's. state: m1, v, m2, o2, ... of `new_state`.
+        step: number of the step, from 1; a tensor that broadcasts over the matrices where they are at different steps.
+
+    Returns:
+        The direction D of W <- W - lr D, and the memories after the gradient.
+    """
+    m1, new = state["m1"], {}
+    g = gradient.to(m1.dtype)
+    keep, take = settings.weights(0)
+    new["m1"] = keep * m1 + take * g
+    direction = settings.orthogonal(keep * new["m1"] + take * g if settings.nesterov else new["m1"])
+    for scale in settings.slow():
+        direction = direction + settings.alphas[scale] * state[f"o{scale + 1}"].to(m1.dtype)
+    if (beta_v := settings.beta_v) is not None:
+        keep, take = (beta_v, 1 - beta_v) if settings.ema else (1.0, beta_v)
+        new["v"] = keep * state["v"] + take * g**2
+        roots = [settings.root(x, beta_v**step) for x in settings.pieces(new["v"])]
+        direction = direction / settings.joined(roots, direction)
+    if settings.rms_match:
+        direction = settings.joined([x * RMS / rms(x) for x in settings.pieces(direction)], direction)
+    for scale in settings.slow():
+        m, o, period = state[f"m{scale + 1}"], state[f"o{scale + 1}"], settings.periods[scale]
+        keep, take = settings.weights(scale)
+        m = _choose((step - 1) % period == 0, keep * m, m) + take * g
+        if bool(torch.as_tensor(ends := step % period == 0).any()):
+            o = _choose(ends, settings.orthogonal(m).to(o.dtype), o)
+        new |= {f"m{scale + 1}": m, f"o{scale + 1}": o}
+    return direction, new
+
+
+def _choose(condition: bool | Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
+
+
+@torch.compiler.disable
+def m3_single(parameter: Tensor, gradient: Tensor, state: State, settings: M3Settings, step: int) -> None:
+    """The definition's step of one parameter, in place."""
+    direction, new = m3_reference(gradient, state, settings, step)
+    parameter.mul_(1 - settings.lr * settings.weight_decay)
+    parameter.sub_(settings.lr * direction)
+    for name, value in new.items():
+        state[name].copy_(value)
 
 
 @torch.compiler.disable(recursive=False)
-def batched(parameters: list[Tensor], gradients: list[Tensor], states: list[State], rule: Rule, step: int) -> None:
+def m3_batched(
+    parameters: list[Tensor], gradients: list[Tensor], states: list[State], settings: M3Settings, step: int
+) -> None:
     """The same step for parameters of one shape, type, device and phase."""
     count = max(1, CHUNK // parameters[0].numel()) if parameters[0].device.type == "cpu" else len(parameters)
     for start in range(0, len(parameters), count):
         part = slice(start, start + count)
-        _batched(parameters[part], gradients[part], states[part], rule, step)
+        _batched(parameters[part], gradients[part], states[part], settings, step)
 
 
 @torch.compiler.disable(recursive=False)
-def _batched(parameters: list[Tensor], gradients: list[Tensor], states: list[State], rule: Rule, step: int) -> None:
-    fast = rule.orthogonal(_remember(gradients, states, rule, [(step - 1) % f == 0 for f in rule.periods]))
-    decay = torch.tensor(0.0 if rule.beta_v is None else rule.beta_v**step, dtype=torch.float64)
-    _descend(parameters, fast, states, rule, decay)
-    for scale in rule.slow():
-        if step % rule.periods[scale] == 0:
-            slow = rule.orthogonal(torch.stack([state[f"m{scale + 1}"] for state in states]))
+def _batched(
+    parameters: list[Tensor], gradients: list[Tensor], states: list[State], settings: M3Settings, step: int
+) -> None:
+    fast = settings.orthogonal(_remember(gradients, states, settings, [(step - 1) % f == 0 for f in settings.periods]))
+    decay = torch.tensor(0.0 if settings.beta_v is None else settings.beta_v**step, dtype=torch.float64)
+    _descend(parameters, fast, states, settings, decay)
+    for scale in settings.slow():
+        if step % settings.periods[scale] == 0:
+            slow = settings.orthogonal(torch.stack([state[f"m{scale + 1}"] for state in states]))
             for state, direction in zip(states, slow.unbind()):
                 state[f"o{scale + 1}"].copy_(direction)
 
 
-def _remember(gradients: list[Tensor], states: list[State], rule: Rule, opens: list[bool]) -> Tensor:
+def _remember(gradients: list[Tensor], states: list[State], settings: M3Settings, opens: list[bool]) -> Tensor:
     """Write the gradients into every memory; returns what is to be orthogonalised, stacked."""
     g = [gradient.to(state["m1"].dtype) for gradient, state in zip(gradients, states)]
-    for scale in range(len(rule.periods)):
+    for scale in range(len(settings.periods)):
         memory = [state[f"m{scale + 1}"] for state in states]
-        keep, take = rule.weights(scale)
+        keep, take = settings.weights(scale)
         if opens[scale] and keep != 1:
             torch._foreach_mul_(memory, keep)
         torch._foreach_add_(memory, g, alpha=take)
-    if rule.beta_v is not None:
+    if settings.beta_v is not None:
         v = [state["v"] for state in states]
-        if rule.ema:
-            torch._foreach_mul_(v, rule.beta_v)
-        torch._foreach_addcmul_(v, g, g, value=1 - rule.beta_v if rule.ema else rule.beta_v)
+        if settings.ema:
+            torch._foreach_mul_(v, settings.beta_v)
+        torch._foreach_addcmul_(v, g, g, value=1 - settings.beta_v if settings.ema else settings.beta_v)
     fast = torch.stack([state["m1"] for state in states])
-    if rule.nesterov:
-        keep, take = rule.weights(0)
+    if settings.nesterov:
+        keep, take = settings.weights(0)
         fast.mul_(keep).add_(torch.stack(g), alpha=take)
     return fast
 
 
-def _descend(parameters: list[Tensor], update: Tensor, states: list[State], rule: Rule, decay: Tensor) -> None:
+def _descend(
+    parameters: list[Tensor], update: Tensor, states: list[State], settings: M3Settings, decay: Tensor
+) -> None:
     """W <- W - lr (O1 + alpha O2) / (sqrt(V) + eps), O1 given as `update` (overwritten), decay = b2^t."""
-    for scale in rule.slow():
+    for scale in settings.slow():
         torch._foreach_add_(
-            list(update.unbind()), [state[f"o{scale + 1}"] for state in states], alpha=rule.alphas[scale]
+            list(update.unbind()), [state[f"o{scale + 1}"] for state in states], alpha=settings.alphas[scale]
         )
-    if rule.beta_v is not None:
+    if settings.beta_v is not None:
         root = torch.stack([state["v"] for state in states])
-        for x in rule.pieces(root):
-            if rule.ema:
+        for x in settings.pieces(root):
+            if settings.ema:
                 mean = x.mean((-2, -1), keepdim=True) / (1 - decay)
-                x.add_(decay * mean).sqrt_().add_(rule.eps * mean.sqrt() + TINY)
+                x.add_(decay * mean).sqrt_().add_(settings.eps * mean.sqrt() + TINY)
             else:
-                x.sqrt_().add_(rule.eps + TINY)
+                x.sqrt_().add_(settings.eps + TINY)
         update.div_(root)
-    for x in rule.pieces(update):
-        x.mul_(rule.lr * RMS / rms(x) if rule.rms_match else rule.lr)
-    if rule.weight_decay:
-        torch._foreach_mul_(parameters, 1 - rule.lr * rule.weight_decay)
+    for x in settings.pieces(update):
+        x.mul_(settings.lr * RMS / rms(x) if settings.rms_match else settings.lr)
+    if settings.weight_decay:
+        torch._foreach_mul_(parameters, 1 - settings.lr * settings.weight_decay)
     torch._foreach_sub_(parameters, list(update.unbind()))
 
 

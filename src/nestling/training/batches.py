@@ -29,11 +29,6 @@ class Batches:
         self._num_windows = max(1, (len(tokens) - 1) // seq_len - 1)  # one less than fits: room for the phase
         self._order = functools.lru_cache(maxsize=2)(self._draw)
 
-    @property
-    def windows_per_epoch(self) -> int:
-        """Windows until the order is drawn anew."""
-        return self._num_windows
-
     def __getitem__(self, index: int) -> torch.Tensor:
         """Batch `index` [batch_size, seq_len + 1], int64."""
         starts = [self.start(index * self.batch_size + row) for row in range(self.batch_size)]

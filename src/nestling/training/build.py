@@ -10,7 +10,7 @@ import torch
 
 from nestling.training.checkpoint import CheckpointError, resolve
 from nestling.training.config import ModelConfig, unknown
-from nestling.training.quiet import no_bars
+from nestling.utils.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
 def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The causal language model saved in a folder, as `kind` if given; CheckpointError if it cannot be loaded."""
     import nestling.models  # noqa: F401 - registers the model types
-    from nestling.continuum.files import is_stacked, load_stacked
+    from nestling.cms.files import is_stacked, load_stacked
 
     if is_stacked(path):
         return load_stacked(path)

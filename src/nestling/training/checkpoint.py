@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nestling.training.files import link, new_folder
-from nestling.training.quiet import no_bars
+from nestling.utils.files import link, new_folder
+from nestling.utils.quiet import no_bars
 
 FORMAT = 1
 KIND = "nestling-checkpoint"
@@ -135,7 +135,7 @@ def resolve(path: str | Path) -> Path:
     raise CheckpointError(f"{path} holds no model: neither checkpoints/ nor a config.json")
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
+def load_trainer_state(path: str | Path) -> dict[str, Any]:
     """The trainer's state in a checkpoint, read without running code from the file."""
     try:
         return torch.load(Path(path) / STATE, map_location="cpu", weights_only=True)

@@ -36,7 +36,7 @@ class Settings:
 
     def save(self, path: str | Path) -> None:
         """Write JSON (or YAML, by the file's ending)."""
-        from nestling.training.files import write_text
+        from nestling.utils.files import write_text
 
         if Path(path).suffix in (".yaml", ".yml"):
             import yaml

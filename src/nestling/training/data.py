@@ -16,8 +16,8 @@ import numpy as np
 
 from nestling.training import tokenizers
 from nestling.training.config import DataConfig
-from nestling.training.files import new_folder, write_text
 from nestling.training.sources import Document, content_hash, split_documents
+from nestling.utils.files import new_folder, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -4,74 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from nestling.levels.schedule import Schedule
+from nestling.schedule import Schedule
 from nestling.training import checkpoint
 from nestling.training.batches import Batches
 from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
-from nestling.training.machine import find_device, stop_requests
 from nestling.training.metrics import Metrics
 from nestling.training.optimizers import LevelOptimizers
-from nestling.training.progress import Progress
+from nestling.training.progress import TrainingProgress
+from nestling.training.report import Report, Result
 from nestling.training.resume import check_same_run, find_checkpoint
 from nestling.training.schedules import lr_factor
 from nestling.training.tokenizers import load_tokenizer
+from nestling.utils.machine import find_device, stop_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Report:
-    """One training step. `loss` in nats per token, `grad_norm` before clipping, `tokens` since the run began."""
-
-    step: int
-    tokens: int
-    loss: float
-    bits_per_byte: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float
-    skipped: bool
-    slow_levels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended. `skipped` counts steps without a finite gradient; `evaluation` is None without held-out text and
-    after an interruption."""
-
-    step: int
-    tokens: int
-    evaluation: Evaluation | None
-    checkpoint: Path
-    seconds: float
-    skipped: int
-    interrupted: bool
-
-    def to_dict(self, bins: int = 8) -> dict:
-        """The result as JSON types."""
-        values = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-            "interrupted": self.interrupted,
-            "checkpoint": str(self.checkpoint),
-        }
-        if self.evaluation is not None:
-            values["loss"] = self.evaluation.loss
-            values["bits_per_byte"] = self.evaluation.bits_per_byte
-            values["loss_by_position"] = self.evaluation.binned(bins)
-        return values
 
 
 class Trainer:
@@ -107,7 +62,7 @@ class Trainer:
             load_tokenizer(checkpoint.resolve(own)) if config.data.tokenizer == "auto" and own.is_dir() else None
         )
         self.corpus = corpus if corpus is not None else load_corpus(config.data, tokenizer)
-        state = checkpoint.load_state(source) if source else None
+        state = checkpoint.load_trainer_state(source) if source else None
         if state:
             check_same_run(state, config, self.corpus.fingerprint)
         self.model = self._make_model(model, source).to(self.device)
@@ -198,7 +153,7 @@ class Trainer:
         checkpoint.clean(config.out)
         config.save(Path(config.out) / RUN_FILE)
         metrics = Metrics(config, self.step)
-        progress = Progress(config.steps, self.step, Path(config.out).name, every.log_every, every.progress)
+        progress = TrainingProgress(config.steps, self.step, Path(config.out).name, every.log_every, every.progress)
         for warning in self.warnings:
             progress.say(warning)
         started, losses, evaluation = time.monotonic(), [], None
@@ -244,7 +199,7 @@ class Trainer:
             skipped=self.skipped,
         )
 
-    def _evaluated(self, metrics: Metrics, progress: Progress) -> Evaluation | None:
+    def _evaluated(self, metrics: Metrics, progress: TrainingProgress) -> Evaluation | None:
         evaluation = self.evaluate()
         if evaluation is not None:
             progress.held_out(evaluation.bits_per_byte)
@@ -259,7 +214,7 @@ class Trainer:
             )
         return evaluation
 
-    def _save_on_the_way(self, progress: Progress) -> None:
+    def _save_on_the_way(self, progress: TrainingProgress) -> None:
         try:
             self.save()
         except OSError as error:

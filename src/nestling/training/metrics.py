@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nestling.training.config import TrainConfig, unknown
-from nestling.training.files import write_text
+from nestling.utils.files import write_text
 
 
 class Tracker(Protocol):

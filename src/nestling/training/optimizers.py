@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nestling.levels.schedule import Schedule
+from nestling.schedule import Schedule
 from nestling.training.config import OptimConfig, unknown
 
 BUILT_IN = ("adamw", "muon", "m3")
 
 
 @dataclass
-class StepReport:
+class OptimizerStep:
     """What an outer step did: the gradient norm before clipping, whether it was skipped, which slow levels stepped."""
 
     grad_norm: float
@@ -82,7 +82,7 @@ class LevelOptimizers:
         if not self.groups:
             raise ValueError("the model has no trainable parameter")
 
-    def step(self, tokens_before: int, tokens_after: int, factor: float = 1.0) -> StepReport:
+    def step(self, tokens_before: int, tokens_after: int, factor: float = 1.0) -> OptimizerStep:
         """Use the gradients in `.grad` and clear them.
 
         A step with a gradient that is not finite changes no weight and no average. A slow level whose boundary lies in
@@ -113,7 +113,7 @@ class LevelOptimizers:
                 stepped.append(group.level)
         for parameter in params:
             parameter.grad = None
-        return StepReport(norm, skipped, tuple(stepped))
+        return OptimizerStep(norm, skipped, tuple(stepped))
 
     def _update(self, group: LevelGroup, factor: float) -> None:
         if self.config.clip:

@@ -7,10 +7,10 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nestling.training.loop import Report
+    from nestling.training.report import Report
 
 
-class Progress:
+class TrainingProgress:
     """Shows steps, loss, bits per byte, tokens/s and the time left on stderr.
 
     Args:

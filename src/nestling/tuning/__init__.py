@@ -1,6 +1,6 @@
 """Search for an optimiser's settings on the user's own training, with optuna (`nestling tune`)."""
 
-from nestling.tuning.objectives import Command, Failed, Training, load_callable
+from nestling.tuning.objectives import Command, Failed, TrainingRun, load_callable
 from nestling.tuning.space import DEFAULTS, Choice, Range, Space
 from nestling.tuning.study import Outcome, tune
 
@@ -12,7 +12,7 @@ __all__ = [
     "Outcome",
     "Range",
     "Space",
-    "Training",
+    "TrainingRun",
     "load_callable",
     "tune",
 ]

@@ -133,7 +133,7 @@ class Command:
         return step if isinstance(step, int) else None, float(value)
 
 
-class Training:
+class TrainingRun:
     """A run of `nestling train` with other optimiser settings; the figure is the held-out bits per byte.
 
     `lr` is optim.lr, a dotted name any option of the run, every other name an option of the optimiser.
@@ -210,7 +210,7 @@ class Training:
 
 
 def load_callable(name: str) -> Callable[[Any], float]:
-    """The function behind `module:function`, looked for in the current folder first; it takes an optuna trial and
+    """The function that `module:function` names, looked for in the current folder first; it takes an optuna trial and
     returns the figure. ValueError if there is none."""
     module, sign, function = name.partition(":")
     if not sign or not module or not function:

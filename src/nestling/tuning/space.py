@@ -113,7 +113,7 @@ def text_of(value: Any) -> str:
 
 
 def value_of(name: str, text: Any) -> Any:
-    """The Python value behind a suggested one: `periods` is a tuple of whole numbers, another choice JSON or text."""
+    """The Python value of a suggested one: `periods` is a tuple of whole numbers, another choice JSON or text."""
     if not isinstance(text, str):
         return text
     if name == "periods":

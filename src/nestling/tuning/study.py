@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestling.training.files import write_text
-from nestling.training.machine import stop_requests
-from nestling.tuning.objectives import Command, Failed, Pruned, Training
+from nestling.tuning.objectives import Command, Failed, Pruned, TrainingRun
 from nestling.tuning.space import DEFAULTS, Space, text_of
+from nestling.utils.files import write_text
+from nestling.utils.machine import stop_requests
 
 FILE = "study.journal"
 GIVE_UP = 3  # failures in a row after which a search is hopeless
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def tune(
-    objective: Command | Training | Callable[[Any], float],
+    objective: Command | TrainingRun | Callable[[Any], float],
     out: str | Path,
     *,
     space: Space | None = None,
@@ -63,7 +63,7 @@ def tune(
         maximize: the figure is better when larger.
         prune: stop a trial that does worse than the median of the others at the same step.
         seed: of the proposals.
-        say: told of every trial in one line.
+        say: called with a line on every trial.
 
     Raises:
         ValueError: optuna is not installed, the folder holds another search, the very first trial failed, or several
@@ -72,7 +72,7 @@ def tune(
     optuna = _optuna()
     if trials < 1:
         raise ValueError(f"trials must be at least 1, not {trials}")
-    own = isinstance(objective, Command | Training)
+    own = isinstance(objective, Command | TrainingRun)
     if own:
         space = objective.space(space or Space(), DEFAULTS)
     elif space:
@@ -180,16 +180,10 @@ def _again(optuna: Any, study: Any, trial: Any) -> None:
 
 def _same_search(out: Path, objective: Any, space: Space | None, maximize: bool) -> None:
     """Write down what is searched; ValueError if the folder holds a search of something else."""
-    what = {
-        "objective": objective.template if isinstance(objective, Command) else type(objective).__name__,
-        "space": None if space is None else str(space),
-        "maximize": maximize,
-    }
-    if isinstance(objective, Training):
+    what = {"objective": _name(objective), "space": None if space is None else str(space), "maximize": maximize}
+    if isinstance(objective, TrainingRun):
         run = objective.config.to_dict()
         what["run"] = {k: v for k, v in run.items() if k not in ("out", "threads", "logging")}
-    elif not isinstance(objective, Command):
-        what["objective"] = f"{objective.__module__}:{objective.__qualname__}"
     path = out / "search.json"
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -200,6 +194,15 @@ def _same_search(out: Path, objective: Any, space: Space | None, maximize: bool)
                 "--out, or delete the folder"
             )
     write_text(path, json.dumps(what, indent=2) + "\n")
+
+
+def _name(objective: Any) -> str:
+    """What tells one objective from another in the study's folder."""
+    if isinstance(objective, Command):
+        return objective.template
+    if isinstance(objective, TrainingRun):
+        return "Training"  # not the class's name: folders outlive it
+    return f"{objective.__module__}:{objective.__qualname__}"
 
 
 def _counted(optuna: Any, study: Any) -> int:
@@ -235,7 +238,7 @@ def _outcome(
 
 
 def _paste(objective: Any, params: dict[str, Any]) -> str:
-    if isinstance(objective, Command | Training):
+    if isinstance(objective, Command | TrainingRun):
         return objective.paste(params)
     return ", ".join(f"{name}={value!r}" for name, value in params.items())
 

@@ -10,11 +10,11 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GenerationConfig, PreTrainedConfig
 
-from nestling.layers.continuum import ACTIVATIONS, VARIANTS
-from nestling.layers.settings import build_mixer
-from nestling.levels.schedule import Level, check_order
+from nestling.cms.blocks import ACTIVATIONS, VARIANTS
+from nestling.layers.mixers import build_mixer
 from nestling.memory.rule import META_GRADS
 from nestling.models.hope.cache import LAYER_TYPE
+from nestling.schedule import Level, check_order
 
 # what Hugging Face itself hands to a configuration besides its fields
 _PASSED_ON = {

@@ -12,12 +12,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from nestling.continuum.cache import LevelsCache
-from nestling.continuum.learning import Learning
-from nestling.layers.continuum import ContinuumMemory
-from nestling.layers.settings import build_mixer
-from nestling.levels.schedule import Schedule
-from nestling.models.hope.body import make_learner
+from nestling.cms.blocks import ContinuumMemory
+from nestling.cms.cache import LevelsCache
+from nestling.cms.learning_model import LearningMixin
+from nestling.layers.mixers import build_mixer
+from nestling.models.hope.backbone import make_learner
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.inputs import check_ids, check_names, check_positions, padding_mask
@@ -94,18 +93,6 @@ class HopePreTrainedModel(PreTrainedModel):
                 for index, parameters in module.level_parameters().items():
                     levels.setdefault(index, []).extend(parameters)
         return levels
-
-    def slow_level_parameters(self, schedule: Schedule | None = None) -> dict[int, list[nn.Parameter]]:
-        """The parameters that the outer loop steps at a pace of their own, by level index.
-
-        Args:
-            schedule: decides which levels are slow; None returns every level with a finite chunk size and lr > 0.
-        """
-        if schedule is not None and schedule.levels != self.config.levels:
-            raise ValueError(f"the schedule is for other levels than the model's:\n{schedule}\n{self.config.levels}")
-        clocked = [i for i, level in enumerate(self.config.levels) if level.chunk_size is not None and not level.frozen]
-        slow = clocked if schedule is None else schedule.slow
-        return {index: parameters for index, parameters in self.level_parameters().items() if index in slow}
 
 
 def _reset_unloaded(module: nn.Module) -> None:
@@ -192,11 +179,11 @@ class HopeModel(HopePreTrainedModel):
         )
 
 
-class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
+class HopeForCausalLM(LearningMixin, HopePreTrainedModel, GenerationMixin):
     """HopeModel with an output matrix over the vocabulary.
 
     Levels of the continuum memory whose chunk is shorter than a context learn from what the model reads, each stream
-    for itself; the cache carries them (`nestling.continuum.Learning`).
+    for itself; the cache carries them (`nestling.cms.LearningMixin`).
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - read by Hugging Face
@@ -228,7 +215,7 @@ class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        following: Tensor | None = None,
+        next_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the mean next-token loss if there are labels.
@@ -236,14 +223,14 @@ class HopeForCausalLM(Learning, HopePreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T], input_ids with -100 where no loss is taken; shifted inside.
             logits_to_keep: compute logits for the last so many tokens (0: all), or for these indices.
-            following: the next tokens, for levels that learn from what is read (`Learning.read`).
+            next_tokens: [B, 1], those after the input, for levels that learn from what is read (`LearningMixin.read`).
             Others as in HopeModel.
         """
         if labels is not None:
             check_ids(labels, self.config.vocab_size, name="labels", ignore=-100)
         if self.reads:
             self._check_call(input_ids, inputs_embeds, position_ids, past_key_values, kwargs)
-            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, following)
+            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, next_tokens)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

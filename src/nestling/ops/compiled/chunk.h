@@ -19,7 +19,7 @@ template <class T> struct Layer {
     const T *products, *keys, *writes, *erase, *gram;  // W_0 x, x, u, beta, x x^T
 };
 
-// d_t = u_t - beta_t W_{t-1} x_t (u_t without an erase), then W and S behind the chunk, and the reads of `queries`.
+// d_t = u_t - beta_t W_{t-1} x_t (u_t without an erase), then W and S after the chunk, and the reads of `queries`.
 template <class T>
 void chunk_forward(const Layer<T>& c, const Tables<T>& table, int C, bool after, T* weight, T* velocity, T* d,
                    const T* queries, T* reads, Scratch<T>& scratch) {
@@ -99,7 +99,7 @@ void chunk_backward(const Layer<T>& c, const Tables<T>& table, int C, bool after
     T *rows = scratch.take(C * o), *g_d = scratch.take(C * o), *pull = scratch.take(C * i), *square = scratch.take(C * C);
     T *g_gram = scratch.take(C * C), *y = scratch.take(C * o);
 
-    // the state behind the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
+    // the state after the chunk: W' = A[C, 0] W_0 + K[C, 0] S_0 + left^T x
     const T* last = A + C * S;
     T *ga = gt.decay, *gk = gt.mixed, *gm = gt.momentum;
     mm('N', 'T', C, o, i, c.keys, g_w, T(0), g_d);

@@ -11,7 +11,7 @@ from nestling.ops.compiled import run
 
 
 def forward(c: NamedTuple, after: bool) -> tuple[Tensor | None, ...]:
-    """Weight, velocity and reads behind the chunk, then d and x x^T for `backward`; `c` is a contiguous `Chunk`."""
+    """Weight, velocity and reads after the chunk, then d and x x^T for `backward`; `c` is a contiguous `Chunk`."""
     total, tokens, _ = c.writes.shape
     velocity = None if c.velocity is None else torch.empty_like(c.velocity)
     reads = None if c.queries is None else c.writes.new_empty(c.queries.shape[0], *c.writes.shape[1:])

@@ -16,7 +16,7 @@ template <class T> struct LinearGrads {
     T *weight, *velocity, *keys, *values, *queries, *eta, *mu, *decay, *mixed, *momentum, *anchor;
 };
 
-template <class T> T damping(const T* mu, int t) { return mu ? 1 - mu[t] : T(1); }
+template <class T> T one_minus(const T* mu, int t) { return mu ? 1 - mu[t] : T(1); }
 
 template <class T>
 void linear_forward(const LinearSizes& z, const LinearIn<T>& in, const LinearOut<T>& out, const LinearSaved<T>& save,
@@ -41,7 +41,7 @@ void linear_forward(const LinearSizes& z, const LinearIn<T>& in, const LinearOut
                 rate[t] = eta[t] / (1 + eta[t] * gram[t * C + t]);
                 for (int j = t * o; j < (t + 1) * o; ++j) {
                     error[j] = made[j] - error[j];
-                    writes[j] = -rate[t] * damping(mu, t) * error[j];
+                    writes[j] = -rate[t] * one_minus(mu, t) * error[j];
                 }
             }
             const bool reads = in.queries && m == z.stack - 1;
@@ -74,7 +74,7 @@ void linear_backward(const LinearSizes& z, const LinearIn<T>& in, const LinearSa
             T *writes = scratch.take(C * o), *g_writes = scratch.take(C * o), *g_made = scratch.take(C * o);
             T *g_rate = scratch.take(C), *g_W = grads.weight + N * w;
             std::fill(g_rate, g_rate + C, T(0));
-            for (int t = 0; t < C; ++t) scaled(o, -rate[t] * damping(mu, t), error + t * o, writes + t * o);
+            for (int t = 0; t < C; ++t) scaled(o, -rate[t] * one_minus(mu, t), error + t * o, writes + t * o);
             const bool reads = in.queries && up.reads && m == z.stack - 1;
             const Layer<T> c{o, i, W, at(in.velocity, N * w), at(in.anchor, N * w), made, k, writes, rate, gram};
             const LayerGrads<T> g_c{g_W, at(grads.velocity, N * w), at(grads.anchor, N * w), g_made, g_k, g_writes, g_rate,
@@ -85,13 +85,13 @@ void linear_backward(const LinearSizes& z, const LinearIn<T>& in, const LinearSa
             // u = -e (1 - mu) error, e = eta / (1 + eta |k|^2), error = W k - W v
             T* g_target = writes;
             for (int t = 0; t < C; ++t) {
-                const T reach = dot(o, g_writes + t * o, error + t * o), damp = damping(mu, t);
-                const T found = g_rate[t] - reach * damp, whole = 1 + eta[t] * gram[t * C + t];
+                const T reach = dot(o, g_writes + t * o, error + t * o), shrink = one_minus(mu, t);
+                const T found = g_rate[t] - reach * shrink, whole = 1 + eta[t] * gram[t * C + t];
                 grads.eta[g * C + t] += found / (whole * whole);
                 if (mu) grads.mu[g * C + t] += reach * rate[t];
                 axpy(i, -2 * rate[t] * rate[t] * found, k + t * i, g_k + t * i);
                 for (int j = t * o; j < (t + 1) * o; ++j) {
-                    g_target[j] = rate[t] * damp * g_writes[j];
+                    g_target[j] = rate[t] * shrink * g_writes[j];
                     g_made[j] -= g_target[j];
                 }
             }

@@ -10,7 +10,7 @@ from torch import Tensor
 from nestling.ops.compiled import run
 
 
-class Step(NamedTuple):
+class LinearStep(NamedTuple):
     """Arguments of a chunk step; N = n * G memories, the last G are read."""
 
     weight: Tensor  # [N, o, i]
@@ -26,8 +26,8 @@ class Step(NamedTuple):
     anchor: Tensor | None  # [N, o, i]
 
 
-def forward(step: Step, after: bool) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-    """(weight, velocity, reads) behind the chunk, and what `backward` needs."""
+def forward(step: LinearStep, after: bool) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+    """(weight, velocity, reads) after the chunk, and what `backward` needs."""
     total, out, _ = step.weight.shape
     groups, tokens, _ = step.keys.shape
     new = step.weight.new_empty
@@ -39,7 +39,7 @@ def forward(step: Step, after: bool) -> tuple[tuple[Tensor | None, ...], tuple[T
     return outputs, saved
 
 
-def backward(step: Step, after: bool, saved: tuple[Tensor, ...], *grads: Tensor | None) -> list[Tensor | None]:
+def backward(step: LinearStep, after: bool, saved: tuple[Tensor, ...], *grads: Tensor | None) -> list[Tensor | None]:
     """Gradients of every field of the step, from those of weight, velocity and reads."""
     grads = [None if g is None else g.contiguous() for g in grads]
     found = [None if t is None else torch.zeros_like(t) for t in step]
@@ -47,6 +47,6 @@ def backward(step: Step, after: bool, saved: tuple[Tensor, ...], *grads: Tensor 
     return found
 
 
-def _sizes(step: Step, after: bool) -> tuple[int, ...]:
+def _sizes(step: LinearStep, after: bool) -> tuple[int, ...]:
     groups, tokens, inner = step.keys.shape
     return step.weight.shape[0] // groups, groups, tokens, inner, step.weight.shape[1], int(after)

@@ -8,7 +8,7 @@ namespace {
 
 struct Sizes { int64_t stack, groups, tokens, inner, hidden, after; };  // n, G, C, p, h
 
-template <class T> struct Inputs {  // `Step` of fused.py
+template <class T> struct Inputs {  // `MLPStep` of fused.py
     const T *w2, *w1, *s2, *s1, *keys, *values, *queries, *eta, *mu, *decay, *mixed, *momentum, *anchor2, *anchor1;
 };
 template <class T> struct Outputs { T *w2, *w1, *s2, *s1, *reads; };
@@ -141,7 +141,7 @@ void step_backward(const Sizes& z, const Inputs<T>& in, const Saved<T>& save, co
             for (int t = 0; t < C; ++t) {
                 T *ge = g_error + t * p, *ge2 = g_error2 + t * h;
                 const T reach = dot(p, ge, error + t * p) + dot(h, ge2, error2 + t * h);
-                const T damp = mu ? 1 - mu[t] : T(1), scale = -rate[t] * damp, found = g_rate[t] - reach * damp;
+                const T shrink = mu ? 1 - mu[t] : T(1), scale = -rate[t] * shrink, found = g_rate[t] - reach * shrink;
                 const T ratio = size2[t] / total[t], kappa = h_size[t] + key_size[t] * (1 + ratio);
                 const T g_kappa = -2 * rate[t] * rate[t] * found, g_ratio = g_kappa * key_size[t] / total[t];
                 const T whole = 1 + eta[t] * kappa;

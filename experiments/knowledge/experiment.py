@@ -1,0 +1,297 @@
+"""Knowledge incorporation: read new documents once, and answer questions about them after the context is gone.
+
+The documents are biographies of invented people; every question has a closed set of answers, the values that occur in
+the documents, and the likeliest one counts as given. How far reading harms what the model could do before is measured
+on ordinary book text.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.knowledge import biographies
+from experiments.knowledge.biographies import Question, World
+from experiments.shared.continual.choice import weigh
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.streams import (
+    adapted,
+    finetune,
+    learner,
+    owned,
+    pieces,
+    prefilled,
+    read,
+)  # fmt: skip
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
+from experiments.shared.report import COLOURS, figure, markdown, pm, spread
+from experiments.shared.work import Progress, Row
+
+GROUP = "Continual learning"
+QUESTION = "Documents read once: can it answer when they are gone?"
+
+BASE = "closed book"
+PROMPT = "Question: {question}\nAnswer: {opening}"
+BETWEEN = "\n\n"  # of two documents
+WIDTH = {"placement": "width", "width": 27}  # the state of two levels is under 5% of the model's weights
+
+
+@dataclass
+class Knowledge(ContinualStudy):
+    """Sizes of the documents and of the text on which harm is measured."""
+
+    name: str = "knowledge"
+    people: int = 8
+    paraphrases: int = 4  # texts about each of them
+    context: int = 512  # tokens after which attention begins anew while levels read
+    other_text: str = "leo-tolstoy--war-and-peace.txt"
+    other_length: int = 512  # tokens of each of `other_parts` parts of that text
+    other_parts: int = 4
+
+    def methods(self) -> tuple[str, ...]:
+        return ("none", "context", "levels", "finetune")
+
+    def smoke(self) -> Knowledge:
+        chosen = [c for c in self.contenders if c.name in (BASE, "in context", "1 level", "fine-tuning, same weights")]
+        return replace(self, contenders=chosen, people=2, paraphrases=1, other_length=64, seeds=[0, 1])
+
+
+def defaults() -> Knowledge:
+    """The experiment's settings."""
+
+    def levels(lr: float, *sizes: int) -> list[dict[str, Any]]:
+        return [{"chunk_size": size, "lr": lr, "optimizer": "adamw"} for size in sizes]
+
+    one = levels(2e-4, 64)  # this and all other rates were chosen on seed 100
+    return Knowledge(contenders=[
+        LearnerContender(BASE, "none"),
+        LearnerContender("in context", "context"),
+        LearnerContender("1 level", "levels", one),
+        LearnerContender("2 levels", "levels", levels(2e-4, 64, 256)),
+        LearnerContender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
+        LearnerContender("1 level, width", "levels", levels(5e-4, 64), WIDTH),
+        LearnerContender("2 levels, width", "levels", levels(5e-4, 64, 256), WIDTH),
+        LearnerContender("2 levels, width, high rate", "levels", levels(4e-3, 64, 256), WIDTH),
+        LearnerContender("fine-tuning, same weights", "finetune", one, options={"lr": 1e-4, "size": 64}),
+        LearnerContender("fine-tuning, all weights", "finetune", options={"lr": 1e-4, "size": 64}),
+    ])  # fmt: skip
+
+
+def taught(
+    model: nn.Module, settings: Knowledge, contender: LearnerContender, ids: Tensor
+) -> tuple[nn.Module, Any, list[int]]:
+    """Let a contender learn from the documents [1, T]: the model, its cache without context (levels), and updates."""
+    if contender.method == "levels":
+        model = learner(model, LearnerContender(contender.name, "levels", contender.levels,
+                                         {"context": settings.context} | contender.stack))  # fmt: skip
+        _, cache = read(model, ids)
+        updates = [level.updates if level else 0 for level in cache.levels.levels]
+        cache.forget_context()
+        return model, cache, updates
+    if contender.method == "finetune":
+        model = learner(model, contender)
+        tuned = owned(model) if contender.levels else list(model.parameters())
+        losses, _ = finetune(model, pieces(ids, contender.options["size"]), contender.options["lr"], tuned)
+        return model, None, [len(losses)]
+    return model, None, []
+
+
+def answers(
+    model: nn.Module, questions: list[Question], encode: Callable[[str], list[int]], context: Any = None
+) -> list[list[float]]:
+    """The log-probability of every choice of every question, in nats."""
+    return [
+        weigh(model, encode(PROMPT.format(question=q.text, opening=q.opening)), [encode(f" {c}") for c in q.choices],
+              context)[0]
+        for q in questions
+    ]  # fmt: skip
+
+
+def measures(questions: list[Question], likely: list[list[float]]) -> dict[str, float]:
+    """How well questions were answered.
+
+    Returns:
+        accuracy: the likeliest choice is right.  calibrated: the same, with each choice measured against its mean over
+        all people (what the model says of anybody tells nothing).  right: log-probability of the right choice.
+        margin: the same minus the mean of the wrong ones.
+    """
+    groups: dict[str, list[list[float]]] = {}
+    for q, found in zip(questions, likely, strict=True):
+        groups.setdefault(q.attribute, []).append(found)
+    usual = {a: [sum(c) / len(c) for c in zip(*rows)] for a, rows in groups.items()}
+    total = dict.fromkeys(("accuracy", "calibrated", "right", "margin"), 0.0)
+    for q, found in zip(questions, likely, strict=True):
+        apart = [x - u for x, u in zip(found, usual[q.attribute], strict=True)]
+        wrong = [x for i, x in enumerate(found) if i != q.answer]
+        total["accuracy"] += max(range(len(found)), key=found.__getitem__) == q.answer
+        total["calibrated"] += max(range(len(apart)), key=apart.__getitem__) == q.answer
+        total["right"] += found[q.answer]
+        total["margin"] += found[q.answer] - sum(wrong) / len(wrong)
+    return {name: value / len(questions) for name, value in total.items()}
+
+
+def chance(questions: list[Question]) -> float:
+    """The accuracy of guessing."""
+    return sum(1 / len(q.choices) for q in questions) / len(questions)
+
+
+@functools.lru_cache(maxsize=8)
+def other(path: Path, settings_key: tuple[str, str, int, int], seed: int) -> tuple[Tensor, int]:
+    """Parts of ordinary text [parts, T], and the bytes of all but their first tokens."""
+    model, dtype, parts, length = settings_key
+    _, tokenizer = pretrained(model, dtype)
+    text, draw, rows = path.read_text(encoding="utf-8"), random.Random(seed), []
+    for _ in range(parts):
+        start = text.index(" ", int(draw.uniform(0.02, 0.9) * len(text))) + 1
+        rows.append(tokenizer(text[start : start + 12 * length], add_special_tokens=False)["input_ids"][:length])
+    size = sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)
+    return torch.tensor(rows), size
+
+
+class KnowledgeWork(ContinualWork):
+    def __init__(self, settings: Knowledge, folder: Path) -> None:
+        file = folder / settings.other_text
+        super().__init__(settings, f"{file.name} {file.stat().st_size}")
+        self.file = file
+
+    def run(self, job: StreamJob, progress: Progress | None) -> dict[str, Any]:
+        settings, contender = self.settings, self.settings.contender(job.contender)
+        plain, tokenizer = pretrained(settings.model, settings.dtype)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        world = biographies.build(settings.people, settings.paraphrases, job.seed)
+        documents = torch.tensor([encode(BETWEEN.join(world.texts) + BETWEEN)])
+        started = time.thread_time()
+        model, cache, updates = taught(plain, settings, contender, documents)
+        seconds = time.thread_time() - started
+        parts, size = other(
+            self.file, (settings.model, settings.dtype, settings.other_parts, settings.other_length), job.seed
+        )
+        with adapted(model, cache):
+            context = prefilled(model, documents[0].tolist()) if contender.method == "context" else None
+            likely = answers(model, world.questions, encode, context)
+            found = measures(world.questions, likely) | {"by_attribute": by_attribute(world, likely)}
+            losses = token_losses(model, parts)
+        bits = losses.sum().item() / math.log(2) / size
+        return found | {"other_bits": bits, "updates": updates, "tokens": documents.shape[1],
+                        "learning_seconds": seconds, "chance": chance(world.questions)}  # fmt: skip
+
+    def result(self, row: dict[str, Any]) -> str:
+        return f"{row['accuracy']:.2f} right, margin {row['margin']:.2f}, other text {row['other_bits']:.3f}"
+
+
+def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """The losses [B, T - 1] of a model that learns nothing, in nats."""
+    logits = model(ids[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none")
+
+
+def by_attribute(world: World, likely: list[list[float]]) -> dict[str, float]:
+    """The calibrated accuracy of the questions about each attribute."""
+    found = {}
+    for attribute in dict.fromkeys(q.attribute for q in world.questions):
+        mine = [(q, x) for q, x in zip(world.questions, likely, strict=True) if q.attribute == attribute]
+        found[attribute] = measures([q for q, _ in mine], [x for _, x in mine])["calibrated"]
+    return found
+
+
+def work(settings: Knowledge, data: str | Path | None, smoke: bool) -> KnowledgeWork:
+    """What does the jobs; of `data`, the books, only `other_text` is read."""
+    source = "a long book as plain text, for example a public-domain one from standardebooks.org (-o other_text=NAME)"
+    return KnowledgeWork(settings, find_data(data, "books", [settings.other_text], source))
+
+
+def plan(settings: Knowledge, contenders: list[LearnerContender], row: Row) -> list[StreamJob]:
+    """Every contender on every seed."""
+    return [StreamJob(c.name, seed) for seed in settings.seeds for c in contenders]
+
+
+def summarize(settings: Knowledge, contenders: list[LearnerContender], row: Row) -> dict[str, Any]:
+    """Means and spreads over seeds; gains and harm are taken against the closed book on the same seed."""
+    found, base = [], {seed: row(StreamJob(BASE, seed)) for seed in settings.seeds}
+    tokens = chance_ = None
+    for contender in contenders:
+        rows = {seed: r for seed in settings.seeds if (r := row(StreamJob(contender.name, seed)))}
+        if not rows:
+            continue
+        pairs = [(r, base[seed]) for seed, r in rows.items() if base[seed]]
+        first = next(iter(rows.values()))
+        tokens, chance_ = spread(r["tokens"] for r in rows.values()), first["chance"]
+        found.append({
+            "contender": contender.name,
+            "method": contender.method,
+            "levels": contender.levels,
+            "options": contender.options,
+            "updates": first["updates"],
+            **{k: spread(r[k] for r in rows.values()) for k in ("accuracy", "calibrated", "margin")},
+            "learning_seconds": spread(r["learning_seconds"] for r in rows.values()),
+            "gain": spread(r["right"] - b["right"] for r, b in pairs),
+            "harm": spread(r["other_bits"] - b["other_bits"] for r, b in pairs),
+            "by_attribute": {a: spread(r["by_attribute"][a] for r in rows.values()) for a in first["by_attribute"]},
+        })  # fmt: skip
+    return {
+        "experiment": "knowledge",
+        "people": settings.people,
+        "paraphrases": settings.paraphrases,
+        "tokens": tokens,
+        "chance": chance_,
+        "seeds": len(settings.seeds),
+        "contenders": found,
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The figures as Markdown, and the accuracy by attribute."""
+    rows, parts = [], []
+    for c in summary["contenders"]:
+        chunks = " + ".join(str(level["chunk_size"]) for level in c["levels"] if c["method"] == "levels") or "-"
+        rows.append([c["contender"], chunks, ", ".join(map(str, c["updates"])) or "-", pm(c["accuracy"], 2),
+                     pm(c["calibrated"], 2), pm(c["gain"], 2), pm(c["margin"], 2), pm(c["harm"]),
+                     pm(c["learning_seconds"], 0)])  # fmt: skip
+        parts.append([c["contender"], *(pm(a, 2) for a in c["by_attribute"].values())])
+    text = markdown(["learner", "chunks", "updates", "accuracy", "calibrated accuracy", "gain", "margin",
+                     "harm elsewhere", "seconds of learning"], rows)  # fmt: skip
+    text += "\nCalibrated accuracy by attribute:\n\n"
+    text += markdown(["learner", *summary["contenders"][0]["by_attribute"]], parts)
+    text += f"\n{summary['people']} invented people, {summary['paraphrases']} short texts about each, "
+    text += f"{summary['tokens']['mean']:,.0f} tokens read once; then every attribute of everybody is asked for, "
+    text += 'without the texts (but "in context"). '
+    text += f"Mean ± standard deviation over {summary['seeds']} sets of people. Accuracy: the likeliest of the values "
+    text += f"that occur is the right one; chance is {summary['chance']:.2f}. Calibrated: each value is first measured "
+    text += "against its mean over all people. Gain: log-probability of the right value, in nats, over "
+    text += f"{BASE}. Margin: the same minus the mean of the wrong values. Harm elsewhere: bits per byte of ordinary "
+    text += "book text after reading minus before.\n"
+    return text
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy, margin and harm of every learner."""
+    names = [c["contender"] for c in summary["contenders"]]
+    panels = [
+        (("accuracy", "calibrated"), "Right answers", "accuracy (hollow: calibrated)", summary["chance"]),
+        (("margin",), "Right value against the wrong ones", "nats", 0),
+        (("harm",), "Harm elsewhere", "bits per byte, after minus before", 0),
+    ]
+    with figure(path, len(panels), (15, 1.4 + 0.36 * len(names)), sharey=True) as axes:
+        for axis, (measures_, title, label, line) in zip(axes, panels):
+            for place, c in enumerate(summary["contenders"]):
+                colour = COLOURS[("none", "context", "levels", "finetune").index(c["method"])]
+                for n, measure in enumerate(measures_):
+                    if value := c[measure]:
+                        axis.errorbar(value["mean"], place + 0.3 * n, xerr=value["std"], fmt="o", color=colour,
+                                      capsize=3, markerfacecolor="white" if n else colour)  # fmt: skip
+            axis.axvline(line, color="0.5", linewidth=0.8, linestyle=":" if line else "-")
+            axis.set(title=title, xlabel=label)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].invert_yaxis()

@@ -1,0 +1,89 @@
+"""What the engine needs of a model: embedding, blocks one after another with their state, head.
+
+A mark is the state of one block's sequence layer at some moment, as a value: a key-value cache is marked by its length
+(keys and values are never written into), a recurrent state by itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+
+Layers = list[CacheLayerMixin]
+
+
+class Backbone(ABC):
+    """A causal language model in parts, with the names that Llama gave them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.model.model.layers)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> hidden [B, T, D]."""
+        return self.model.model.embed_tokens(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, D] -> logits [B, T, V]."""
+        return self.model.lm_head(self.model.model.norm(hidden))
+
+    @abstractmethod
+    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
+        """Through the blocks start..stop; `layers`, the cache's of all blocks, go on in place."""
+
+    @abstractmethod
+    def mark(self, layer: CacheLayerMixin) -> Any:
+        """The state of a block's sequence layer now."""
+
+    @abstractmethod
+    def restored(self, layer: CacheLayerMixin, mark: Any) -> CacheLayerMixin:
+        """A cache layer as it was at a mark, None for before the first token; `layer` stays."""
+
+    @abstractmethod
+    def detach(self, layer: CacheLayerMixin) -> None:
+        """Cut the graph at a block's state."""
+
+
+class LlamaBackbone(Backbone):
+    """A Llama-family model: `model.model.layers` with a rotary embedding outside, and `lm_head`."""
+
+    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
+        if start == stop:
+            return hidden
+        inner, seen = self.model.model, layers[start].get_seq_length()
+        cache = DynamicCache()
+        cache.layers = [layers[start]] * start + layers[start:]  # where the library looks for the length is block 0
+        places = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
+        mask = create_causal_mask(
+            config=inner.config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=places
+        )
+        rotary = inner.rotary_emb(hidden, position_ids=places)
+        for block in inner.layers[start:stop]:
+            hidden = block(
+                hidden, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
+                position_embeddings=rotary,
+            )  # fmt: skip
+        return hidden
+
+    def mark(self, layer: CacheLayerMixin) -> int:
+        return layer.get_seq_length()
+
+    def restored(self, layer: CacheLayerMixin, mark: int | None) -> CacheLayerMixin:
+        fresh = DynamicLayer()
+        if mark:
+            fresh.update(layer.keys[..., :mark, :], layer.values[..., :mark, :])
+        return fresh
+
+    def detach(self, layer: CacheLayerMixin) -> None:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()

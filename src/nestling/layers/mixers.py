@@ -1,0 +1,56 @@
+"""Every sequence layer by name: the linear-attention family as settings of one layer, and softmax attention."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from nestling.layers.attention import Attention
+from nestling.layers.titans import SelfModifyingTitans
+from nestling.layers.titans_config import TitansConfig
+
+_STATIC = dict(adaptive=(), self_targets=False, normalize_values=False, momentum=False, retain="zero")
+# without an erase the writes of a chunk add up: begin with steps of about 1 / chunk_size
+_DESCENT = dict(_STATIC, dgd=False, normalize_values=True, initial_rate=0.02)
+_HEBBIAN = dict(_STATIC, architecture="linear", objective="dot", dgd=False, rate="one", step="plain", read="after")
+_DELTA = dict(_STATIC, architecture="linear", objective="dot", dgd=True, step="layer", read="after", initial_rate=1.0)
+
+MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
+    # self-modifying Titans, NL Eqs. 83-93
+    "selfmod": (SelfModifyingTitans, {}),
+    # W + v k^T, NL Eq. 64
+    "linear_attention": (SelfModifyingTitans, dict(_HEBBIAN, decay="none")),
+    # gamma W + v k^T, one gamma per head
+    "retnet": (SelfModifyingTitans, dict(_HEBBIAN, decay="fixed")),
+    # W (I - e k k^T) + e v k^T, NL Eq. 65: DGD on the dot-product objective
+    "deltanet": (SelfModifyingTitans, dict(_DELTA, decay="none")),
+    # W alpha (I - e k k^T) + e v k^T
+    "gated_deltanet": (SelfModifyingTitans, dict(_DELTA, gated_erase=True)),
+    # gradient descent on the reconstruction of v by an MLP, no momentum, no decay
+    "ttt": (SelfModifyingTitans, dict(_DESCENT, decay="none")),
+    # the same with momentum and decay, deep and linear
+    "titans": (SelfModifyingTitans, dict(_DESCENT, momentum=True)),
+    "titans_linear": (SelfModifyingTitans, dict(_DESCENT, momentum=True, architecture="linear")),
+    "attention": (Attention, {}),
+}
+
+_SETTINGS = {SelfModifyingTitans: TitansConfig}  # where a layer's options are listed, if not in its own signature
+_SIZES = ("dim", "num_heads")
+
+
+def build_mixer(name: str, dim: int, num_heads: int, **options) -> nn.Module:
+    """A sequence layer by name, its settings changed by `options`.
+
+    Raises:
+        ValueError: an unknown name or option; the message lists the known ones.
+    """
+    if name not in MIXERS:
+        raise ValueError(f"mixer {name!r} is unknown; known are {', '.join(MIXERS)}")
+    layer, settings = MIXERS[name]
+    known = [option for option in inspect.signature(_SETTINGS.get(layer, layer)).parameters if option not in _SIZES]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ValueError(f"mixer {name!r} has no option {', '.join(unknown)}; it takes {', '.join(known)}")
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return layer(dim, num_heads, **(settings | options))

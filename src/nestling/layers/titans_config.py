@@ -1,0 +1,155 @@
+"""Every setting of the self-modifying Titans layer: its meaning, its default, and what it may be."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, fields
+
+from nestling.memory.rule import UpdateRule
+
+ADAPTIVE = ("k", "v", "q", "eta", "alpha")
+_LEAST = dict(dim=1, num_heads=1, expansion=1, chunk_size=1, conv_size=0, segment_size=0)
+_LEAST_OR_NONE = dict(head_dim=1, memory_chunk_size=1)
+_CHOICES = dict(
+    architecture=("mlp", "linear"), gates=("mlp", "linear"), decay=("learned", "fixed", "none"),
+    rate=("learned", "one"), retain=("initial", "zero"), read=("before", "after", "chunk"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TitansConfig:
+    """Settings of `SelfModifyingTitans` (NL Eqs. 83-93), and by them of the linear-attention family.
+
+    Raises:
+        ValueError: the first wrong setting by its name.
+    """
+
+    dim: int
+    """Width D of the input and output."""
+    num_heads: int = 4
+    """Heads H; each has its own memories (decision D7)."""
+    _: KW_ONLY
+    head_dim: int | None = None
+    """Width p of a head; None is dim // num_heads."""
+    expansion: int = 1
+    """Hidden width of an MLP memory, over p."""
+    chunk_size: int = 64
+    """Tokens between two updates of the weights the projections are read from (NL Eq. 90)."""
+    memory_chunk_size: int | None = None
+    """The same for the main memory; None is `chunk_size`."""
+    adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha")
+    """Which of k, v, q, eta, alpha are memories that learn in context (NL Eqs. 83-85); the others are projections."""
+    architecture: str = "mlp"
+    """Of the memories: "mlp" (NL Eq. 89) or "linear"."""
+    gates: str = "linear"
+    """Architecture of the eta and alpha memories: "mlp" or "linear"."""
+    objective: str = "l2"
+    """What a memory descends, see `memory.rule.UpdateRule`; so are dgd, gated_erase, step, self_targets, meta_grad."""
+    dgd: bool = True
+    """Erase along the key as Delta Gradient Descent does (NL Eqs. 57, 88)."""
+    gated_erase: bool = False
+    """Erase before the decay, as Gated DeltaNet writes it."""
+    step: str = "joint"
+    """Size of a write for a learning rate eta (decision D2)."""
+    self_targets: bool = True
+    """Memories generate their own targets M(v) (NL Eqs. 84-88); if False the target is v."""
+    momentum: bool = True
+    """A data-dependent momentum mu in (0, 1) of the writes (decision D5)."""
+    decay: str = "learned"
+    """One of "learned" (alpha from the data), "fixed" (one per head, as RetNet), or "none" (alpha = 1)."""
+    rate: str = "learned"
+    """One of "learned" (eta from the data) and "one" (eta = 1)."""
+    initial_rate: float = 0.02
+    """A learned eta before training. The writes of a chunk are taken at the same weights and add up."""
+    retain: str = "initial"
+    """What the decay returns a memory to: "initial", its learned initial state, or "zero" (NL Eq. 88 read literally;
+    both layers of a deep memory then fade together and it stops learning for good)."""
+    horizon: tuple[float, float] = (128.0, 2048.0)
+    """Tokens a learned decay remembers before training, from the first head to the last."""
+    read: str = "before"
+    """One of "before", W_{t-1} (NL Eq. 86), "after", W_t, and "chunk", the weights of the chunk's start (NL Eq. 90)."""
+    normalize_values: bool = True
+    """L2-normalise v like k and q; without it self-generated targets feed back and diverge."""
+    conv_size: int = 4
+    """Width of the causal convolution of the input, 0 for none."""
+    output_gate: bool = True
+    """Gate the output by silu of a projection of the input."""
+    meta_grad: str = "full"
+    """How the outer loss is differentiated through the writes (decision D9)."""
+    segment_size: int = 512
+    """Tokens: longer calls are recomputed piece by piece in the backward pass, so that only the states between pieces
+    are kept; 0 keeps everything."""
+    norm_limit: float = 8.0
+    """A weight whose root mean square exceeds this at a chunk's end is scaled back to it."""
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choices()
+        object.__setattr__(self, "adaptive", tuple(name for name in ADAPTIVE if name in self.adaptive))
+        _ = self.rule  # which checks its own settings
+
+    @property
+    def head_width(self) -> int:
+        """p, channels of a head."""
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def main_chunk_size(self) -> int:
+        """Tokens of a chunk of the main memory."""
+        return self.memory_chunk_size or self.chunk_size
+
+    @property
+    def rule(self) -> UpdateRule:
+        """By which the memories learn."""
+        names = (field.name for field in fields(UpdateRule))
+        return UpdateRule(**{name: getattr(self, name) for name in names})
+
+    def widths(self) -> dict[str, int]:
+        """What the input projection makes, and how many channels of each."""
+        inner = self.num_heads * self.head_width
+        widths = {"x": inner} if self.adaptive else {}
+        widths |= {name: inner for name in ("q", "k", "v") if name not in self.adaptive}
+        widths |= {"gate": inner} if self.output_gate else {}
+        if self.rate == "learned" and "eta" not in self.adaptive:
+            widths["eta"] = self.num_heads
+        if self.decay == "learned" and "alpha" not in self.adaptive:
+            widths["alpha"] = self.num_heads
+        return widths | ({"mu": self.num_heads} if self.momentum else {})
+
+    def _check_numbers(self) -> None:
+        given = {name: least for name, least in _LEAST_OR_NONE.items() if getattr(self, name) is not None}
+        for name, least in (_LEAST | given).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+        for name in ("norm_limit", "initial_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: change one, or give head_dim"
+            )
+        own = self.main_chunk_size
+        if own % self.chunk_size and self.chunk_size % own:
+            raise ValueError(
+                f"memory_chunk_size {own} and chunk_size {self.chunk_size}: one must be a multiple of the other"
+            )
+        if len(self.horizon) != 2 or min(self.horizon) <= 1:
+            raise ValueError(f"horizon must be two numbers of tokens above 1; got {self.horizon!r}")
+
+    def _check_choices(self) -> None:
+        unknown = set(self.adaptive) - set(ADAPTIVE)
+        if unknown:
+            raise ValueError(f"adaptive may hold {', '.join(ADAPTIVE)}; got {', '.join(sorted(unknown))}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if "eta" in self.adaptive and self.rate != "learned":
+            raise ValueError(f'adaptive holds "eta", which needs rate="learned"; got {self.rate!r}')
+        if "alpha" in self.adaptive and self.decay != "learned":
+            raise ValueError(f'adaptive holds "alpha", which needs decay="learned"; got {self.decay!r}')
+        numbers = [name for name in ("eta", "alpha") if name in self.adaptive]
+        if numbers and not self.self_targets:
+            raise ValueError(
+                f"self_targets=False makes the value every memory's target, which {' and '.join(numbers)}, a number "
+                "each, cannot take: leave them out of adaptive"
+            )

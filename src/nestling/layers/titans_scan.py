@@ -1,0 +1,140 @@
+"""The memories of a self-modifying Titans layer over one call: segment by segment, written to and read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nestling.layers.segments import Segment, segments
+from nestling.layers.titans_state import MemoryGroup, TitansState
+from nestling.memory.fused import fused_advance, is_fused
+from nestling.memory.rule import Anchor, Context, FastWeights, TokenFigures, advance, close_chunk, forward
+from nestling.ops.chunk import decay_table
+
+if TYPE_CHECKING:
+    from nestling.layers.titans import SelfModifyingTitans
+
+
+class Gates(NamedTuple):
+    """Learning rate, decay and momentum of every token, [B, H, C]."""
+
+    eta: Tensor
+    alpha: Tensor
+    mu: Tensor | None
+
+
+Observer = Callable[[TokenFigures, FastWeights, Gates], None]  # told of every segment of the main memory
+Memories = tuple[FastWeights, ...]  # one for each group
+
+
+@dataclass(frozen=True)
+class MemoryScan:
+    """One call of a layer.
+
+    Attributes:
+        anchors: what the weights of every group decay towards.
+        observe: called with the main memory's figures and weights after each segment, and the gates.
+    """
+
+    layer: SelfModifyingTitans
+    anchors: list[Anchor]
+    observe: Observer | None = None
+
+    def run(self, features: dict[str, Tensor], state: TitansState, lengths: list[int]) -> tuple[Tensor, Memories]:
+        """Reads [B, H, T, p] and the memories after the call, from the static projections of its tokens."""
+        plan = segments(state.position.tolist(), lengths, [g.chunk_size for g in self.layer.groups])
+        tensors = {name: f for name, f in features.items() if name != "gate"}
+        longest, size = max(lengths), self.layer.config.segment_size
+        recompute = size and torch.is_grad_enabled() and longest > size and self.observe is None
+        pieces = _pieces(plan, size) if recompute else [plan]
+        memories, outputs = _swap(state.memories), []
+        for piece in pieces:
+            if len(pieces) > 1:
+                y, memories = checkpoint(
+                    self.piece, piece, memories, tensors, use_reentrant=False, preserve_rng_state=False
+                )  # fmt: skip
+            else:
+                y, memories = self.piece(piece, memories, tensors)
+            outputs.append(y)
+        missing = next(iter(tensors.values())).shape[2] - longest
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return (F.pad(y, (0, 0, 0, missing)) if missing else y), _swap(memories)
+
+    def piece(self, plan: list[Segment], memories: Memories, tensors: dict[str, Tensor]) -> tuple[Tensor, Memories]:
+        """Some segments in a row."""
+        reads = []
+        # split at once: a slice's gradient would fill the whole length for every segment
+        sizes, begin, end = [s.stop - s.start for s in plan], plan[0].start, plan[-1].stop
+        parts = {name: f[:, :, begin:end].split(sizes, 2) for name, f in tensors.items()}
+        for i, segment in enumerate(plan):
+            part = {name: pieces[i] for name, pieces in parts.items()}
+            y, memories = self.segment(segment, memories, part)
+            reads.append(y)
+        return torch.cat(reads, 2), memories
+
+    def segment(self, segment: Segment, memories: Memories, part: dict[str, Tensor]) -> tuple[Tensor, Memories]:
+        """Project with the chunk's first weights, write to every memory, read the main one."""
+        part = self.layer.project(part, memories)
+        gates = self.layer.gates(part)
+        context = Context(part["k"], part["v"], *gates, decay_table(gates.alpha, gates.mu))
+        q, updated, y = part["q"], [], None
+        for i, (group, fast) in enumerate(zip(self.layer.groups, memories, strict=True)):
+            main = group.names[-1] == "memory"
+            running = main and self.layer.config.read != "chunk"
+            if main and not running:
+                y = forward(group.architecture, tuple(w[-1] for w in fast.start), q)
+            new, reads, figures = self.advance(
+                group, fast, context, segment.fresh[i], q if running else None, self.anchors[i]
+            )
+            y = reads if running else y
+            updated.append(self.close(new, fast, segment, i))
+            if self.observe is not None and main:
+                self.observe(figures, new, gates)
+        return y, tuple(updated)
+
+    def advance(
+        self, group: MemoryGroup, fast: FastWeights, context: Context, fresh: bool, q: Tensor | None, anchor: Anchor
+    ) -> tuple[FastWeights, Tensor | None, TokenFigures | None]:
+        """Write one segment, by the hand-differentiated step where it applies."""
+        rule, reading = self.layer.rule, dict(queries=q, after=self.layer.config.read == "after", anchor=anchor)
+        if fresh and self.observe is None and is_fused(group.architecture, rule):
+            return fused_advance(group.architecture, rule, fast, context, **reading)
+        return advance(group.architecture, rule, fast, context, fresh=fresh, **reading)
+
+    def close(self, new: FastWeights, old: FastWeights, segment: Segment, i: int) -> FastWeights:
+        """Open the next chunk where this one is complete; keep the state of sequences that have ended."""
+        device = new.now[0].device
+        if segment.active is not None:
+            on = segment.active.to(device).view(1, -1, 1, 1, 1)
+            now = tuple(torch.where(on, a, b) for a, b in zip(new.now, old.now, strict=True))
+            velocity = tuple(torch.where(on, a, b) for a, b in zip(new.velocity, old.velocity, strict=True))
+            new = FastWeights(new.start, now, velocity)
+        closes = segment.closes[i]
+        if closes is False:
+            return new
+        most = self.layer.config.norm_limit
+        limits = tuple(most * math.sqrt(w.shape[-2] * w.shape[-1]) for w in new.now)
+        return close_chunk(new, None if closes is True else closes.to(device), limits, self.layer.rule.meta_grad)
+
+
+def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:
+    """MemoryGroup segments into pieces of about `size` tokens."""
+    pieces, begin = [], None
+    for segment in plan:
+        if begin is None or segment.stop - begin > size:
+            pieces.append([])
+            begin = segment.start
+        pieces[-1].append(segment)
+    return pieces
+
+
+def _swap(memories: tuple[FastWeights, ...]) -> tuple[FastWeights, ...]:
+    """Between the state's layout [B, n, H, ...] and the scan's [n, B, H, ...], by views."""
+    return tuple(FastWeights(*(tuple(w.transpose(0, 1) for w in part) for part in fast)) for fast in memories)

@@ -1,0 +1,1 @@
+"""What every room needs and none owns: whole files, the machine, memory use, quiet libraries."""

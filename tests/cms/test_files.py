@@ -1,0 +1,115 @@
+"""Models with levels and their streams on disk."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from typer.testing import CliRunner
+
+from nestling import Level, stack_levels
+from nestling.cli.main import app
+from nestling.cms.files import RECIPE, load_stacked, save_stacked
+from nestling.generation import load_state, save_state
+from nestling.training.build import load_saved
+
+LEVELS = [Level(4, lr=0.5, optimizer="momentum"), Level(8, lr=0.25, optimizer="adamw", clip=1.0)]
+
+
+@torch.no_grad()
+def read(model, ids, cache=None):
+    out = model(ids, past_key_values=cache, use_cache=True)
+    return out.logits, out.past_key_values
+
+
+@pytest.mark.parametrize("placement", ["depth", "width"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_from_disk_learns_as_before(make, ids, tmp_path, placement, tied):
+    model = stack_levels(make(dtype=torch.float32, tie_word_embeddings=tied), LEVELS, placement, blocks=[1, 3], width=3)
+    save_stacked(model, tmp_path / "model")
+    for loaded in (load_stacked(tmp_path / "model"), load_saved(tmp_path / "model")):
+        assert loaded.recipe == model.recipe
+        assert torch.equal(read(loaded, ids)[0], read(model, ids)[0])
+
+
+@pytest.mark.parametrize("length", [3, 4, 9, 21])
+def test_a_stream_from_disk_goes_on_as_if_never_written(make, ids, tmp_path, length):
+    model = stack_levels(make(), LEVELS)
+    _, cache = read(model, ids[:, :length])
+    save_state(tmp_path / "a.state", cache, model)
+    loaded = load_state(tmp_path / "a.state", model)
+    assert torch.equal(read(model, ids[:, length:], loaded)[0], read(model, ids[:, length:], cache)[0])
+
+
+@pytest.mark.parametrize("prefix", ["nestling.continuum.", "nestling.cms."])
+def test_a_file_in_the_old_naming_goes_on(make, ids, tmp_path, prefix):
+    """`Surprise` was called `Pace`, and its package `continuum`."""
+    model = stack_levels(make(), [Level(4, lr=0.5, surprise=0.5), Level(8, lr=0.25)])
+    _, cache = read(model, ids[:, :21])
+    save_state(tmp_path / "new.state", cache, model)
+    with safe_open(tmp_path / "new.state", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    pace = prefix + ("pace" if "continuum" in prefix else "surprise") + ":Pace"
+    old = (
+        metadata["learned"]
+        .replace("nestling.cms.surprise:Surprise", pace)
+        .replace("nestling.cms.state", f"{prefix}state")
+    )
+    assert f'"{pace}"' in old and f"{prefix}state:LevelState" in old and ":Surprise" not in old
+    (tmp_path / "old.state").write_bytes(save(tensors, metadata | {"learned": old}))
+    loaded = load_state(tmp_path / "old.state", model)
+    assert torch.equal(read(model, ids[:, 21:], loaded)[0], read(model, ids[:, 21:], cache)[0])
+
+
+def test_the_stream_of_other_levels_is_refused(make, ids, tmp_path):
+    model = stack_levels(make(), LEVELS)
+    save_state(tmp_path / "a.state", read(model, ids)[1], model)
+    for other in (make(), stack_levels(make(), [Level(4)]), stack_levels(make(), LEVELS, variant="nested")):
+        with pytest.raises(ValueError, match="another model"):
+            load_state(tmp_path / "a.state", other)
+
+
+def test_what_does_not_belong_together_is_refused(make, tmp_path):
+    with pytest.raises(ValueError, match="has no levels"):
+        save_stacked(make(), tmp_path / "plain")
+    model = stack_levels(make(dtype=torch.float32), LEVELS, "width", width=3)
+    save_stacked(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="exists already"):
+        save_stacked(model, tmp_path / "model")
+    recipe = json.loads((tmp_path / "model" / RECIPE).read_text())
+    (tmp_path / "model" / RECIPE).write_text(json.dumps(recipe | {"width": 5}))
+    with pytest.raises(ValueError, match="do not fit"):
+        load_stacked(tmp_path / "model")
+    (tmp_path / "model" / RECIPE).write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load_stacked(tmp_path / "model")
+    with pytest.raises(ValueError, match="no levels.json"):
+        load_stacked(tmp_path)
+
+
+def test_convert(make, ids, tmp_path):
+    original = make(dtype=torch.float32)
+    original.save_pretrained(tmp_path / "original")
+    args = ["convert", str(tmp_path / "original"), str(tmp_path / "out"), "--json"]
+    args += ["-l", "4,lr=0.5", "-l", "8", "--blocks=-2:"]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout.splitlines()[-1])
+    loaded = load_stacked(tmp_path / "out")
+    assert made["state_bytes"] == loaded.state_bytes() and len(made["levels"]) == 2
+    with torch.no_grad():
+        assert torch.equal(loaded(ids[:, :4]).logits, original(ids[:, :4]).logits)
+    again = CliRunner().invoke(app, args)
+    assert again.exit_code == 2 and "exists already" in again.output
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [((), "at least one --level"), (("-l", "4,speed=3"), "no field"), (("-l", "4", "--blocks", "x"), "--blocks takes")],
+)
+def test_convert_names_what_is_wrong(make, tmp_path, changes, word):
+    make(dtype=torch.float32).save_pretrained(tmp_path / "original")
+    done = CliRunner().invoke(app, ["convert", str(tmp_path / "original"), str(tmp_path / "out"), *changes])
+    assert done.exit_code == 2 and word in done.output, done.output
+    assert not (tmp_path / "out").exists()
