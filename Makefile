@@ -63,7 +63,7 @@ bench: $(VENV)/.base  ## measure speed on this machine, correctness first
 
 # needs no installation: a machine with a GPU has its own torch, and may be cut off from every index
 gpu:  ## on a machine with a GPU: check and measure everything there, into runs/gpu (ARGS="--minutes 5 --out FOLDER")
-	PYTHONPATH=src:. $$(test -x $(BIN)/python && echo $(BIN)/python || echo python3) -m benchmarks.gpu $(ARGS)
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $$(test -x $(BIN)/python && echo $(BIN)/python || echo python3) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

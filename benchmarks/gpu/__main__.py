@@ -198,6 +198,8 @@ def _run(
             if part.name == "facts":
                 options["device"] = results["facts"].get("device", {}).get("what", {})
                 options["rates"] = {k: v for k, v in results["facts"].get("rates", {}).items() if isinstance(v, float)}
+                if options["device"].get("name") == "CPU" and not given.quick:
+                    raise SystemExit("torch finds no GPU here: --quick runs the same at toy sizes")
                 for other in parts:
                     if other.early and not given.quick:
                         start(other)
