@@ -16,7 +16,7 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint types docs check bench clean
+.PHONY: help demo test lint types docs check bench gpu clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -63,6 +63,10 @@ check: lint types docs test  ## what holds on every commit, as .ci/run asks it
 
 bench: $(VENV)/.base  ## measure speed on this machine, correctness first
 	$(BIN)/nestling bench $(ARGS)
+
+# needs no installation: a machine with a GPU has its own torch, and may be cut off from every index
+gpu:  ## on a machine with a GPU: check and measure everything there, into runs/gpu (ARGS="--minutes 5 --out FOLDER")
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $$(test -x $(BIN)/python && echo $(BIN)/python || echo python3) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
