@@ -93,7 +93,7 @@ class Levels(Speller):
         ids = self.tokens(group)
         if self.contender.levels:
             _, self.cache = read(self.model, torch.tensor([ids]), self.cache)
-        else:  # a model with levels of its own: its attention begins anew behind every window
+        else:  # a model with levels of its own: its attention begins anew after every window
             for part in pieces(torch.tensor([ids]), self.setup.window):
                 self.cache = self.model(part, past_key_values=self.cache, use_cache=True).past_key_values
                 self.cache.forget_context()
@@ -151,7 +151,7 @@ class FineTuned(Speller):
         self.backwards += self.share * tokens
 
     def _consolidate(self, group: Sequence[Example]) -> None:
-        """Add the diagonal Fisher information of a group's examples, at the weights it left behind."""
+        """Add the diagonal Fisher information of a group's examples, at the weights as it left them."""
         count = min(self.options["fisher"], len(group))
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.tuned]
         with trained(self.model, self.tuned), torch.enable_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from experiments.shared.continual.streams import following, left, repeated
+from experiments.shared.continual.streams import next_logits, pad_left, repeated
 
 Path = tuple[int, ...]
 Prior = dict[Path, dict[int, float]]  # by what is spelt: the log-probability of each next token without a text
@@ -38,7 +38,7 @@ class Trie:
 
 
 class Format:
-    """How a labelled text is written, and a class's name behind it."""
+    """How a labelled text is written, and a class's name after it."""
 
     def __init__(self, tokenizer: Any, labels: Sequence[str]) -> None:
         self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -59,14 +59,14 @@ class Format:
 
 @torch.no_grad()
 def prior(model: nn.Module, form: Format, trie: Trie, context: DynamicCache | None = None, batch: int = 32) -> Prior:
-    """How likely each next token of a name is behind texts without content, in the mean over them."""
+    """How likely each next token of a name is after texts without content, in the mean over them."""
     found: Prior = {}
     paths = sorted(path for path, options in trie.next.items() if len(options) > 1)
     rows = [(path, form.prompt(text) + [*path]) for path in paths for text in CONTENT_FREE]
     for at in range(0, len(rows), batch):
         part = rows[at : at + batch]
-        ids, mask = left([ids for _, ids in part])
-        logits, _ = following(model, ids, *behind(context, mask))
+        ids, mask = pad_left([ids for _, ids in part])
+        logits, _ = next_logits(model, ids, *after_context(context, mask))
         for (path, _), scores in zip(part, logits):
             options = trie.next[path]
             sums = found.setdefault(path, dict.fromkeys(options, 0.0))
@@ -75,8 +75,8 @@ def prior(model: nn.Module, form: Format, trie: Trie, context: DynamicCache | No
     return found
 
 
-def behind(context: DynamicCache | None, mask: Tensor) -> tuple[Tensor, DynamicCache | None]:
-    """The mask [B, seen + T] and cache of a batch of prompts, with mask [B, T], behind a context they share."""
+def after_context(context: DynamicCache | None, mask: Tensor) -> tuple[Tensor, DynamicCache | None]:
+    """The mask [B, seen + T] and cache of a batch of prompts, with mask [B, T], after a context they share."""
     if context is None:
         return mask, None
     return torch.cat([mask.new_ones(len(mask), context.get_seq_length()), mask], 1), repeated(context, len(mask))
@@ -92,9 +92,9 @@ def classify(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), batch):
         part = order[at : at + batch]
-        ids, mask = left([prompts[i] for i in part])
-        mask, past = behind(context, mask)
-        logits, past = following(model, ids, mask, past)
+        ids, mask = pad_left([prompts[i] for i in part])
+        mask, past = after_context(context, mask)
+        logits, past = next_logits(model, ids, mask, past)
         for n, given in enumerate(priors):
             for i, c in zip(part, _spell(model, trie, given, logits, mask, past), strict=True):
                 found[n][i] = c
@@ -102,7 +102,7 @@ def classify(
 
 
 def _spell(model: nn.Module, trie: Trie, given: Prior | None, logits: Tensor, mask: Tensor, past: Any) -> list[int]:
-    """Greedy classes of a batch, from the logits behind its prompts; `past` stays."""
+    """Greedy classes of a batch, from the logits after its prompts; `past` stays."""
     paths: list[Path] = [()] * len(logits)
     rows = list(range(len(logits)))  # those not decided yet
     fresh = True
@@ -120,4 +120,4 @@ def _spell(model: nn.Module, trie: Trie, given: Prior | None, logits: Tensor, ma
         past.batch_select_indices(torch.tensor(keep))
         rows, mask, fresh = [rows[k] for k in keep], mask[keep], False
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits, past = following(model, torch.tensor([paths[row][-1:] for row in rows]), mask, past)
+        logits, past = next_logits(model, torch.tensor([paths[row][-1:] for row in rows]), mask, past)

@@ -1,7 +1,7 @@
 """Classes that arrive group by group, in a stream read once: what is known of all seen, and what is forgotten.
 
 Labelled texts of CLINC150 and Banking77; after a group, held-out texts of every class seen so far are classified,
-without a hint at their group, by spelling a class's name. "Calibrated" subtracts how likely each name is behind texts
+without a hint at their group, by spelling a class's name. "Calibrated" subtracts how likely each name is after texts
 without content: for every contender alike.
 """
 
@@ -62,7 +62,7 @@ class Classes(ContinualStudy):
         return values
 
     def stages(self, groups: int) -> list[int]:
-        """The groups behind which is tested."""
+        """The groups after which is tested."""
         return [g for g in range(groups) if g in (0, groups - 1) or g % self.every == self.every - 1]
 
 

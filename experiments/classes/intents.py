@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.shared.continual.study import find_data
+from experiments.shared.data import find_data
 from nestling.training.config import unknown
 
 SOURCES = {

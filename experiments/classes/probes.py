@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from experiments.classes.intents import Example
 from experiments.classes.learner import ClassLearner, Setup
-from experiments.shared.continual.streams import left
+from experiments.shared.continual.streams import pad_left
 from experiments.shared.continual.study import LearnerContender
 
 
@@ -24,7 +24,7 @@ class Features(ClassLearner):
         found, order = torch.empty(0), sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for at in range(0, len(order), self.setup.batch):
             part = order[at : at + self.setup.batch]
-            ids, mask = left([self.setup.form.encode(texts[i]) for i in part])
+            ids, mask = pad_left([self.setup.form.encode(texts[i]) for i in part])
             where = (mask.cumsum(1) - 1).clamp_min(0)
             hidden = self.setup.model.base_model(ids, attention_mask=mask, position_ids=where, use_cache=False)[
                 0

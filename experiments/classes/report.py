@@ -56,7 +56,7 @@ def table(summary: dict[str, Any]) -> str:
     text += f"Mean ± standard deviation over up to {summary['seeds']} seeds (orders of classes, texts). Every class is "
     text += f"met in {summary['shots']} examples, once, and tested on {summary['tests']} texts; at the end over all "
     text += "classes. Forgetting: a group's best earlier accuracy minus its last, mean over groups. Calibrated: each "
-    text += "name's log-probability behind texts without content is subtracted. Attention reaches "
+    text += "name's log-probability after texts without content is subtracted. Attention reaches "
     text += f"{summary['window']:,} tokens. Tokens: of learning, through the whole model; seconds: learning and tests, "
     text += "on one thread.\n"
     return text

@@ -136,7 +136,7 @@ def summarize(
 def _speed(found: dict[str, Any]) -> float:
     if found["layer_speed_ratio"]:
         return found["layer_speed_ratio"]
-    return found["training_tokens_per_second"]["mean"] / 1e9  # not timed alone: behind all that were
+    return found["training_tokens_per_second"]["mean"] / 1e9  # not timed alone: after all that were
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -23,7 +23,8 @@ from experiments.domains import report
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.rows import by_contender
 from experiments.shared.continual.student import FINE_TUNING, Student
-from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob
+from experiments.shared.data import find_data
 from experiments.shared.work import Progress, Row
 
 GROUP = "Continual learning"

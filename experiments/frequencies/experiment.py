@@ -24,7 +24,8 @@ from experiments.domains.experiment import BLOCKS
 from experiments.frequencies.needles import Answer, Haystack, ask, build, encoder, held
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import adapted, learner, read
-from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob
+from experiments.shared.data import find_data
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
 from experiments.shared.work import Progress, Row
 

@@ -66,7 +66,7 @@ def build(
     book: Sequence[int], length: int, places: Sequence[int], encode: Callable[[str], list[int]],
     ends: Callable[[int], bool], seed: int,
 ) -> Haystack:  # fmt: skip
-    """A haystack of `length` tokens: a needle near each of `places`, behind the end of a sentence.
+    """A haystack of `length` tokens: a needle near each of `places`, after the end of a sentence.
 
     Args:
         book: tokens to hide them in, at least `length`.
@@ -123,7 +123,7 @@ def held(cache: DynamicCache) -> DynamicCache:
 def ask(
     model: nn.Module, needles: Sequence[Needle], context: DynamicCache | None, encode: Callable[[str], list[int]]
 ) -> list[Answer]:
-    """Ask for each of these needles behind what attention still holds, `context`; the model learns nothing.
+    """Ask for each of these needles after what attention still holds, `context`; the model learns nothing.
 
     Needles in and beyond what attention holds are asked for apart: numbers in front of its eyes are likelier by that
     alone.

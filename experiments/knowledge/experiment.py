@@ -32,7 +32,8 @@ from experiments.shared.continual.streams import (
     prefilled,
     read,
 )  # fmt: skip
-from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob
+from experiments.shared.data import find_data
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
 from experiments.shared.work import Progress, Row
 

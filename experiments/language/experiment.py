@@ -20,7 +20,7 @@ from nestling.training.config import DataConfig
 from nestling.training.evaluation import evaluate, token_losses
 
 GROUP = "Optimisers (on data)"
-QUESTION = "And on language, with a Transformer and with Hope?"
+QUESTION = "Is M3 better than AdamW and Muon on language, with a Transformer and with Hope?"
 
 __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 

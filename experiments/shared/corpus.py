@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.shared.data import find_data
 from nestling.training.config import DataConfig, unknown
 from nestling.training.data import Corpus, Tokens, load_corpus
 
+BOOKS = "a folder of .txt files, for example long public-domain books from standardebooks.org, one file each"
 # a few hundred kB that every machine has: enough for a smoke run
 _SOURCES = ("argparse.py", "inspect.py", "pickle.py", "tarfile.py", "typing.py")
 
@@ -34,16 +35,7 @@ def find_files(folder: str | Path | None, smoke: bool = False) -> list[Path]:
     """
     if folder is None and smoke:
         return [Path(sysconfig.get_paths()["stdlib"]) / name for name in _SOURCES]
-    if folder is None:
-        if not (root := os.environ.get("NESTLING_DATA")):
-            raise ValueError(
-                "no text: name a folder of .txt files with --data, or set NESTLING_DATA to a folder that holds `books` "
-                "(for example long public-domain books from standardebooks.org, one file each)"
-            )
-        folder = Path(root) / "books"
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"no folder {str(folder)!r}: name a folder of .txt files with --data")
+    folder = find_data(folder, "books", [], BOOKS)
     files = sorted(folder.glob("*.txt"))
     if len(files) < 2:
         raise ValueError(f"{folder} holds {len(files)} .txt files; at least two are needed, one of them to hold out")

@@ -1,19 +1,26 @@
-"""Committed results on a page: `python -m experiments.shared.show PAGE ...` writes its tables anew."""
+"""Committed results on pages: `python -m experiments.shared.show` writes their tables, and the index, anew."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
+from experiments import catalog
+from experiments.shared.report import markdown
 from nestling.utils.files import write_text
 
 MARKER = re.compile(r"(<!-- experiment (\S+) -->\n).*?<!-- end -->", re.DOTALL)
+INDEX = re.compile(r"(<!-- experiments -->\n).*?<!-- end -->", re.DOTALL)
+VERDICTS = ("holds", "holds in part", "does not hold", "cannot tell")
 
 
-def update_page(page: str, experiments: Path) -> str:
-    """The page with the text between `<!-- experiment NAME -->` and `<!-- end -->` taken from NAME/table.md.
+def update_page(page: str, experiments: Path, link: str = "../experiments") -> str:
+    """The page with the text between `<!-- experiment NAME -->` and `<!-- end -->` taken from NAME/table.md, and
+    between `<!-- experiments -->` and `<!-- end -->` a table of all experiments.
+
+    Args:
+        link: where the experiments are, seen from the page.
 
     Raises:
         ValueError: a marker names an experiment without a table.
@@ -25,19 +32,35 @@ def update_page(page: str, experiments: Path) -> str:
             raise ValueError(f"the page asks for experiment {match[2]!r}, but there is no {table}: run nestling eval")
         return f"{match[1]}\n{table.read_text().strip()}\n\n<!-- end -->"
 
-    return MARKER.sub(section, page)
+    page = MARKER.sub(section, page)
+    return INDEX.sub(lambda match: f"{match[1]}\n{index(experiments, link)}\n<!-- end -->", page)
 
 
-def main(pages: list[str], experiments: Path = Path("experiments")) -> None:
-    """Fill every page, and lay the plots of the experiments it names beside it in images/."""
-    for name in pages:
-        path = Path(name)
-        text = path.read_text()
-        write_text(path, update_page(text, experiments))
-        for experiment in MARKER.findall(text):
-            plot = experiments / experiment[1] / "plot.png"
-            if plot.is_file() and (path.parent / "images").is_dir():
-                shutil.copyfile(plot, path.parent / "images" / f"{experiment[1]}.png")
+def index(experiments: Path, link: str) -> str:
+    """A line for each experiment: question, where in the paper, verdict."""
+    rows = []
+    for group, found in catalog.by_group(experiments).items():
+        for name, question in found.items():
+            head = header((experiments / name / "README.md").read_text())
+            rows.append([f"[{name}]({link}/{name}/README.md)", group, question, head["Paper"], head["Verdict"]])
+    return markdown(["experiment", "about", "question", "in the paper", "verdict"], rows, left=5)
+
+
+def header(readme: str) -> dict[str, str]:
+    """What an experiment's README says first: its question, and in a word or two the place in the paper and verdict."""
+    lines = re.findall(r"^- \*\*(\w+)\*\*(?: \((.*?)\))?: (.*)$", readme, re.MULTILINE)
+    return {name: short or text for name, short, text in lines}
+
+
+def pages(root: Path) -> list[Path]:
+    """The pages that show results."""
+    return [root / "README.md", root / "docs" / "experiments.md", *sorted(root.glob("experiments/*/README.md"))]
+
+
+def main(paths: list[str], experiments: Path = Path("experiments")) -> None:
+    """Fill these pages; without any, all of `pages`."""
+    for path in map(Path, paths) if paths else pages(experiments.parent):
+        write_text(path, update_page(path.read_text(), experiments))
 
 
 if __name__ == "__main__":

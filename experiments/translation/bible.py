@@ -56,7 +56,7 @@ def pair(language: str, verse: Verse, encode: Encode) -> Pair:
 
 
 def stream(pairs: Sequence[Pair], encode: Encode) -> list[int]:
-    """Pairs one after the other, an empty line behind each."""
+    """Pairs one after the other, an empty line after each."""
     gap = encode("\n")
     return [token for p in pairs for token in (*p.prompt, *p.target, *gap)]
 

@@ -17,7 +17,8 @@ from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.rows import by_contender
 from experiments.shared.continual.streams import generate, prefilled, score
 from experiments.shared.continual.student import FINE_TUNING, Student
-from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob, find_data
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob
+from experiments.shared.data import find_data
 from experiments.shared.work import Progress, Row
 from experiments.translation import bible, report
 from experiments.translation.bible import Pair

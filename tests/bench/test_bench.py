@@ -191,7 +191,7 @@ def test_numbers_and_tables():
 def test_the_page_says_what_the_results_say(name):
     """No page holds a figure that is not in the committed results."""
     root = Path(__file__).parents[2]
-    results = {path.stem: json.loads(path.read_text()) for path in (root / "experiments" / "bench").glob("*.json")}
+    results = {path.stem: json.loads(path.read_text()) for path in (root / "benchmarks" / "results").glob("*.json")}
     page = (root / name).read_text()
     assert results
     assert show.update_page(page, results) == page

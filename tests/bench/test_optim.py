@@ -127,7 +127,7 @@ def test_the_command_measures_the_optimisers(monkeypatch, tmp_path):
 def test_the_page_says_what_the_results_say():
     """No page holds a figure that is not in the committed results."""
     root = Path(__file__).parents[2]
-    page, result = (root / "docs" / "optimizers.md").read_text(), root / "experiments" / "bench" / "optim.json"
+    page, result = (root / "docs" / "optimizers.md").read_text(), root / "benchmarks" / "results" / "optim.json"
     parts = {name: {"title": name, "rows": [{"x": 1}], "notes": []} for name in (*PARTS, "dgd")}
     empty = {"environment": bench.environment(SMALL) | {"load after": [0.0]}, "parts": parts}
     assert show.update_page(page, {"optim": empty}) != page  # every marker names a part

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.shared.show import main, update_page
+from experiments import catalog
+from experiments.shared.show import VERDICTS, header, main, pages, update_page
 
 ROOT = Path(__file__).parents[2]
+QUESTIONS = {name: question for group in catalog.by_group().values() for name, question in group.items()}
 
 
 def test_a_page_is_filled_again_and_again(tmp_path):
@@ -24,9 +26,18 @@ def test_an_unknown_experiment_is_named(tmp_path):
         update_page("<!-- experiment quality -->\n<!-- end -->", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/experiments{name}.md" for name in ("", "_optimizers", "_continual"))]
-)
+@pytest.mark.parametrize("page", pages(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
 def test_committed_pages_show_the_committed_results(page):
-    text = (ROOT / page).read_text()
+    text = page.read_text()
     assert update_page(text, ROOT / "experiments") == text
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_every_experiment_has_a_page_that_says_what_it_asked_and_found(name):
+    text = (ROOT / "experiments" / name / "README.md").read_text()
+    found = header(text)
+    assert found["Question"] == QUESTIONS[name]
+    assert found["Verdict"] in VERDICTS
+    assert found["Paper"]
+    for part in (f"    nestling eval {name}", f"<!-- experiment {name} -->", "](plot.png)", "\n## Limits\n"):
+        assert part in text

@@ -43,7 +43,7 @@ def read(
         piece: tokens of one forward call.
     """
     losses, plain = [], not hasattr(model, "learner")
-    tail = getattr(cache, "tail", None)  # logits behind the last token read [B, 1, V]
+    tail = getattr(cache, "tail", None)  # logits after the last token read [B, 1, V]
     at = 0
     while at < ids.shape[1]:
         if plain and context and cache is not None and cache.get_seq_length() >= context:
@@ -76,7 +76,7 @@ def adapted(model: nn.Module, cache: Any) -> Iterator[nn.Module]:
                 yield model
 
 
-def left(prompts: Sequence[Ids], pad: int = 0) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Ids], pad: int = 0) -> tuple[Tensor, Tensor]:
     """Prompts padded on the left: ids [B, T] and mask [B, T]."""
     width = max(len(p) for p in prompts)
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
@@ -98,8 +98,8 @@ def repeated(cache: DynamicCache | None, batch: int) -> DynamicCache | None:
     return cache
 
 
-def following(model: nn.Module, ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
-    """Logits [B, V] behind ids [B, T] that are padded on the left, and the cache; mask [B, seen + T]."""
+def next_logits(model: nn.Module, ids: Tensor, mask: Tensor, past: Any) -> tuple[Tensor, Any]:
+    """Logits [B, V] after ids [B, T] that are padded on the left, and the cache; mask [B, seen + T]."""
     where = (mask.cumsum(1)[:, -ids.shape[1] :] - 1).clamp_min(0)
     out = model.base_model(ids, attention_mask=mask, position_ids=where, past_key_values=past, use_cache=True)
     # not logits_to_keep=1: of a view with gaps torch multiplies row by row, each with a copy of the matrix
@@ -111,14 +111,14 @@ def score(
     model: nn.Module, prompts: Sequence[Ids], targets: Sequence[Ids], context: DynamicCache | None = None,
     batch: int = 16,
 ) -> list[float]:  # fmt: skip
-    """The loss in nats, summed, of each target behind its prompt (and behind the shared context)."""
+    """The loss in nats, summed, of each target after its prompt (and after the shared context)."""
     found = [0.0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(targets[i]))
     for at in range(0, len(order), batch):
         part = order[at : at + batch]
         rows = [[*prompts[i], *targets[i]] for i in part]
         width = max(len(r) for r in rows)
-        ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])  # padding behind: no mask is needed
+        ids = torch.tensor([r + [0] * (width - len(r)) for r in rows])  # padding at the end: no mask is needed
         logits = model(ids[:, :-1], past_key_values=repeated(context, len(part)), use_cache=True).logits
         losses = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
         for row, i in enumerate(part):
@@ -136,11 +136,11 @@ def generate(
     shared = prefilled(model, context)
     for at in range(0, len(order), batch):
         part = order[at : at + batch]
-        ids, mask = left([prompts[i] for i in part], stop)
+        ids, mask = pad_left([prompts[i] for i in part], stop)
         past, mask = repeated(shared, len(part)), torch.cat([mask.new_ones(len(part), len(context)), mask], 1)
         open_ = torch.ones(len(part), dtype=torch.bool)
         for _ in range(length):
-            logits, past = following(model, ids, mask, past)
+            logits, past = next_logits(model, ids, mask, past)
             ids = logits.argmax(-1, keepdim=True)
             open_ &= ids[:, 0] != stop
             if not open_.any():

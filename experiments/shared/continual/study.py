@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from experiments.shared.continual.pretrained import pretrained
@@ -74,25 +72,3 @@ class ContinualWork(StudyWork, ABC):
         """Settings checked themselves when they were made; a pre-trained model must be there."""
         if self.settings.model:
             pretrained(self.settings.model, self.settings.dtype)
-
-
-def find_data(folder: str | Path | None, name: str, files: list[str], source: str) -> Path:
-    """A data set's folder: `folder`, else `name` in the one that NESTLING_DATA names.
-
-    Args:
-        source: where the data come from, for the message.
-
-    Raises:
-        ValueError: no folder is known, or a file is missing.
-    """
-    if folder is None:
-        if not (root := os.environ.get("NESTLING_DATA")):
-            raise ValueError(
-                f"no data: name a folder with --data, or set NESTLING_DATA to a folder that holds `{name}`; {source}"
-            )
-        folder = Path(root) / name
-    folder = Path(folder).expanduser()
-    for file in files:
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder} lacks {file}: {source}")
-    return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.shared.data import find_data
+
+SOURCE = "get the four .gz files of Fashion-MNIST from github.com/zalandoresearch/fashion-mnist (data/fashion)"
 _FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
@@ -34,19 +36,7 @@ def find_folder(folder: str | Path | None) -> Path:
     Raises:
         ValueError: no folder is known, or a file of the data set is missing.
     """
-    source = "get the four .gz files of Fashion-MNIST from github.com/zalandoresearch/fashion-mnist (data/fashion)"
-    if folder is None:
-        if not (root := os.environ.get("NESTLING_DATA")):
-            raise ValueError(
-                "no images: name their folder with --data, or set NESTLING_DATA to a folder that holds "
-                f"`fashion-mnist`; {source}"
-            )
-        folder = Path(root) / "fashion-mnist"
-    folder = Path(folder).expanduser()
-    for name in (name for pair in _FILES.values() for name in pair):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}: {source}")
-    return folder
+    return find_data(folder, "fashion-mnist", [name for pair in _FILES.values() for name in pair], SOURCE)
 
 
 @functools.lru_cache(maxsize=2)

@@ -33,7 +33,7 @@ def settings(model):
     )  # fmt: skip
 
 
-def test_needles_lie_where_they_say_behind_sentences(settings, books):
+def test_needles_lie_where_they_say_after_sentences(settings, books):
     _, tokenizer = pretrained(settings.model, "float32")
     stack = haystack(settings, books, 0)
     assert len(stack.ids) == settings.length and len(stack.needles) == 4

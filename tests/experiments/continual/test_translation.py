@@ -82,7 +82,7 @@ def test_chrf_is_that_of_sacrebleu():
     assert 0 < chrf(["the sane", ""], ["the same", "b"]) < 100
 
 
-def test_bits_are_those_of_the_english_behind_its_source(settings, folder):
+def test_bits_are_those_of_the_english_after_its_source(settings, folder):
     pytest.importorskip("sacrebleu")
     job = work(settings, folder, False)
     model, tokenizer = pretrained(settings.model, "float32")
