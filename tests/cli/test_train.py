@@ -47,6 +47,18 @@ def test_options_reach_every_part_of_the_configuration(call, text, tmp_path):
     assert config.model.options["mixer_options"] == {"conv_size": 0}
 
 
+def test_a_pattern_of_mixers_from_the_command_line(call, text, tmp_path):
+    pattern = ["selfmod", {"mixer": "window_attention", "window": 4}]
+    arguments = ["--steps", 1, "--seq-len", 8, *TINY, "--set", f"mixers={json.dumps(pattern)}"]
+    arguments += ["--set", "num_hidden_layers=2"]
+    result = call("train", text, "--out", tmp_path / "r", *arguments)
+    assert result.exit_code == 0, result.stderr
+    saved = json.loads((tmp_path / "r" / "latest" / "config.json").read_text())
+    assert saved["mixers"] == pattern
+    wrong = call("train", text, "--out", tmp_path / "w", *arguments, "--set", 'mixers=["selfmod", "atention"]')
+    assert wrong.exit_code != 0 and "mixers[1] (decoder layers 1)" in wrong.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -145,7 +145,7 @@ def test_ttt_is_gradient_descent_by_autograd():
 
 def test_baselines_have_static_projections():
     for name in MIXERS:
-        if name in ("selfmod", "attention"):
+        if name in ("selfmod", "attention", "window_attention"):
             continue
         layer = build_mixer(name, DIM, HEADS)
         assert layer.config.adaptive == ()
@@ -155,7 +155,7 @@ def test_baselines_have_static_projections():
 @pytest.mark.parametrize("name", MIXERS)
 def test_every_mixer_learns(name):
     torch.manual_seed(0)
-    layer = build_mixer(name, DIM, HEADS, **({"head_dim": 4} if name == "attention" else {}))
+    layer = build_mixer(name, DIM, HEADS, **({"head_dim": 4} if name in ("attention", "window_attention") else {}))
     layer(torch.randn(2, 40, DIM))[0].square().mean().backward()
     for n, p in layer.named_parameters():
         assert p.grad is not None, n

@@ -11,11 +11,15 @@ MIXERS = {
     "deltanet": ("deltanet", {"chunk_size": 4}),
     "attention": ("attention", {"num_kv_heads": 1}),
     "window": ("attention", {"window": 5}),
+    # patterns: an entry for each layer, or fewer that repeat
+    "hybrid": [{"mixer": "selfmod", "chunk_size": 4}, {"mixer": "window_attention", "window": 5}],
+    "hybrid of heads": [{"mixer": "gated_deltanet", "chunk_size": 4, "num_heads": 1}, "attention"],
 }
 
 
 def tiny_config(mixer="attention", **changes):
-    name, options = MIXERS[mixer]
+    chosen = MIXERS[mixer]
+    which = {"mixers": chosen} if isinstance(chosen, list) else dict(zip(("mixer", "mixer_options"), chosen))
     return HopeConfig(
         **{
             "vocab_size": 40,
@@ -23,8 +27,7 @@ def tiny_config(mixer="attention", **changes):
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "intermediate_size": 24,
-            "mixer": name,
-            "mixer_options": options,
+            **which,
             **changes,
         }
     )

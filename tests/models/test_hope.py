@@ -159,7 +159,7 @@ def test_an_earlier_state_is_not_written_into(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mixer", ["selfmod", "deltanet", "window"])
+@pytest.mark.parametrize("mixer", ["selfmod", "deltanet", "window", "hybrid"])
 def test_state_does_not_grow_with_the_text(make_model, mixer):
     model = make_model(mixer)
     short = model(torch.randint(0, 40, (1, 8)), use_cache=True).past_key_values

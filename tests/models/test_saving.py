@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from nestling.layers.mixers import build_mixer
 from nestling.models import HopeConfig, HopeForCausalLM, HopeModel
 from nestling.schedule import Level, Schedule
 
@@ -38,10 +37,40 @@ def test_configuration_survives_json(tmp_path):
     assert HopeConfig.from_dict(config.to_dict()).state_signature() == config.state_signature()
 
 
+def test_a_pattern_of_mixers_survives_json(tmp_path):
+    mixers = ("selfmod", {"mixer": "window_attention", "window": 8, "num_heads": 2}, "selfmod")
+    config = HopeConfig(mixers=mixers, num_hidden_layers=5)
+    assert config.mixer_names == ["selfmod", "window_attention", "selfmod", "selfmod", "window_attention"]
+    assert config.layer_mixer(4) == ("window_attention", {"num_heads": 2, "window": 8})
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert again.state_signature() == config.state_signature() != HopeConfig(num_hidden_layers=5).state_signature()
+
+
+def test_a_pattern_of_one_is_the_mixer():
+    models = []
+    for fields in ({"mixer": "deltanet"}, {"mixers": ["deltanet"]}):
+        torch.manual_seed(0)
+        models.append(HopeForCausalLM(HopeConfig(hidden_size=16, num_hidden_layers=2, **fields)))
+    ids = torch.randint(0, 40, (1, 9))
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "says"),
     [
         ({"mixer": "mamba"}, ValueError, "mamba.*selfmod"),
+        ({"mixers": ["selfmod", "mamba"]}, ValueError, r"mixers\[1\] \(decoder layers 1, 3\): .*mamba"),
+        ({"mixers": ["selfmod", {"mixer": "attention", "windw": 4}]}, ValueError, r"mixers\[1\].*windw"),
+        ({"mixers": ["selfmod", {"mixer": "selfmod", "num_heads": 7}]}, ValueError, r"mixers\[1\].*num_heads 7"),
+        ({"mixers": ["selfmod", {"window": 4}]}, ValueError, r"mixers\[1\] must be a name"),
+        ({"mixers": [{"mixer": "selfmod", "chunk_size": torch.tensor(3)}]}, TypeError, r"mixers\[0\] must be plain"),
+        ({"mixers": []}, ValueError, "1 to 4"),
+        ({"mixers": ["selfmod"] * 5}, ValueError, "1 to 4 .* got 5"),
+        ({"mixers": ["selfmod"], "mixer_options": {"chunk_size": 4}}, ValueError, "belong to `mixer`"),
+        ({"mixers": ["selfmod"], "mixer": "attention"}, ValueError, "no effect"),
+        ({"mixers": "selfmod,attention"}, TypeError, "mixers"),
         ({"mixer": "attention", "mixer_options": {"windw": 4}}, ValueError, "windw.*window"),
         ({"mixer": "attention", "mixer_options": {"window": 0}}, ValueError, "window"),
         ({"mixer_options": {"chunk_size": 0}}, ValueError, "chunk_size"),
@@ -69,10 +98,10 @@ def test_layers_keep_their_own_initial_values(make_config, mixer):
     """Gate biases, initial states, convolutions: as the layer alone draws them, not the library's N(0, 0.02)."""
     config = make_config(mixer, hidden_size=64, intermediate_size=256, vocab_size=500)
     model = HopeForCausalLM(config)
-    own = build_mixer(config.mixer, 64, 2, **config.mixer_options)
+    own = config.build_layer_mixer(0)
     for name, parameter in model.model.layers[0].mixer.named_parameters():
         expected = own.get_parameter(name)
-        if expected.std() == 0 or "bias" in name:
+        if expected.numel() == 1 or expected.std() == 0 or "bias" in name:
             assert torch.equal(parameter, expected), name
         elif expected.numel() > 200:
             scale = 0.5 if name.startswith("out_proj") else 1.0  # 2 layers of 2 branches

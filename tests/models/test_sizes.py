@@ -32,6 +32,17 @@ def test_matched_keeps_what_it_is_not_told_to_change():
     assert plain.mixer_options == {"conv_size": 0}
 
 
+def test_a_pattern_of_mixers_is_matched_both_ways():
+    hope, pattern = sizes.config("tiny"), ["selfmod", {"mixer": "window_attention", "window": 32}]
+    hybrid = sizes.matched_config(hope, mixers=pattern)
+    assert hybrid.mixers == pattern
+    assert sizes.matched_config(hybrid, num_hidden_layers=2).mixers == pattern
+    back = sizes.matched_config(hybrid, "attention")
+    assert (back.mixer, back.mixers) == ("attention", None)
+    for config in (hybrid, back):
+        assert abs(sizes.parameters(config) / sizes.parameters(hope) - 1) <= 0.02
+
+
 def test_what_cannot_be_matched_is_an_error():
     with pytest.raises(ValueError, match="no intermediate_size gives"):
         sizes.matched_config(sizes.config("tiny"), "attention", num_hidden_layers=40)

@@ -51,10 +51,18 @@ def test_every_sequence_layer_is_read(make_hope, mixer):
     system = nestling.levels(make_hope(mixer=mixer, mixer_options={}))
     assert system.coverage.complete
     inner = [m for m in system.memories if m.lifetime == "context"]
-    assert all(m.frequency == ALWAYS for m in inner) == (mixer == "attention")
+    assert all(m.frequency == ALWAYS for m in inner) == ("attention" in mixer and mixer != "linear_attention")
     assert all("{" not in m.update and "  " not in m.update for m in inner)
     momentum = [m for m in inner if m.kind == "in-context momentum"]
     assert bool(momentum) == (mixer in ("selfmod", "titans", "titans_linear"))
+
+
+def test_a_pattern_of_mixers_is_read_layer_by_layer(make_hope):
+    model = make_hope(mixers=["selfmod", {"mixer": "window_attention", "window": 8}], mixer_options=None)
+    system = nestling.levels(model)
+    assert system.coverage.complete
+    names = {m.name for m in system.memories}
+    assert {"model.layers.0.mixer.memory", "model.layers.1.mixer.attention"} <= names
 
 
 def test_settings_of_self_modifying_titans_show(make_hope):

@@ -33,6 +33,8 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     "titans": (SelfModifyingTitans, dict(_DESCENT, momentum=True)),
     "titans_linear": (SelfModifyingTitans, dict(_DESCENT, momentum=True, architecture="linear")),
     "attention": (Attention, {}),
+    # of the last 128 tokens, its state bounded: for layers of a pattern (decision D18)
+    "window_attention": (Attention, dict(window=128)),
 }
 
 _SETTINGS = {SelfModifyingTitans: TitansConfig}  # where a layer's options are listed, if not in its own signature

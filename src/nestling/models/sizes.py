@@ -65,14 +65,16 @@ def matched_config(
         config: the model to match.
         mixer, mixer_options: the other sequence layer (None: config's own) and its options (None: its defaults).
         tolerance: largest relative difference in parameters.
-        overrides: further fields to change.
+        overrides: further fields to change, `mixers=[...]` among them.
 
     Raises:
         ValueError: no width of the MLPs comes close enough.
     """
     kept = {name: getattr(config, name) for name in _own_fields()}
-    if mixer is not None and mixer_options is None:
-        kept["mixer_options"] = {}
+    if mixer is not None:  # for all layers, with its own options
+        kept |= {"mixer": mixer, "mixer_options": {}, "mixers": None}
+    if overrides.get("mixers") is not None:
+        kept |= {"mixer": "selfmod", "mixer_options": {}}
     kept |= overrides
     kept |= {} if mixer is None else {"mixer": mixer}
     kept |= {} if mixer_options is None else {"mixer_options": mixer_options}
@@ -89,8 +91,8 @@ def matched_config(
         if width >= 1 and abs(parameters(of_width(width)) - target) <= tolerance * target:
             return of_width(width)
     raise ValueError(
-        f"no intermediate_size gives a {kept['mixer']} model {target} parameters within {tolerance:.1%}: without its "
-        f"MLPs it has {base - (one - base)}; change hidden_size or num_hidden_layers"
+        f"no intermediate_size gives a {kept['mixers'] or kept['mixer']} model {target} parameters within "
+        f"{tolerance:.1%}: without its MLPs it has {base - (one - base)}; change hidden_size or num_hidden_layers"
     )
 
 

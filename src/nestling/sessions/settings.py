@@ -53,7 +53,7 @@ def choose_context(model: PreTrainedModel, wanted: int | None) -> int | None:
     """
     size, limit = model.learner.chunk_size, getattr(model.config, "max_position_embeddings", None)
     if wanted is None:
-        if model.learner.context or getattr(model.config, "mixer", "attention") != "attention":
+        if model.learner.context or "attention" not in getattr(model.config, "mixer_names", ["attention"]):
             return model.learner.context  # a recurrent state is bounded as it is
         return max(size, min(CONTEXT, limit or CONTEXT) // size * size)
     if wanted < 0 or wanted % size:

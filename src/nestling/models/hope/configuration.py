@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nestling.cms.blocks import ACTIVATIONS, VARIANTS
@@ -49,6 +50,9 @@ class HopeConfig(PreTrainedConfig):
         intermediate_size: hidden width of each level's MLP; None is 8/3 of the width, up to a multiple of 32.
         mixer: the sequence layer: "selfmod" is Hope, "attention" Hope-Attention; the baselines by their names.
         mixer_options: keyword arguments of the sequence layer.
+        mixers: instead of the two, a sequence layer for each decoder layer, or a shorter list that repeats (decision
+            D18). An entry is a name, or a dict of it and its options, `{"mixer": "attention", "window": 64}`;
+            `num_heads` among them replaces num_attention_heads.
         cms_levels: levels of the continuum memory, fastest first, as dicts of `nestling.Level`'s fields; None is one
             level that the outer loop trains, the MLP of a Transformer.
         cms_variant: "sequential", "nested" or "independent".
@@ -82,6 +86,7 @@ class HopeConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     mixer: str = "selfmod"
     mixer_options: dict | None = None
+    mixers: list | tuple | None = None
     cms_levels: list | tuple | None = None
     cms_variant: str = "sequential"
     cms_meta_grad: str = "full"
@@ -130,10 +135,59 @@ class HopeConfig(PreTrainedConfig):
         levels = [Level()] if self.cms_levels is None else self.cms_levels
         self.cms_levels = [level.to_dict() for level in check_order(levels)]
         self.mixer_options = json_options(self.mixer_options or {})
+        if self.mixers is not None:
+            self.mixers = self._pattern()
         with torch.device("meta"):  # the layer checks its own options; nothing is allocated
-            build_mixer(self.mixer, self.hidden_size, self.num_attention_heads, **self.mixer_options)
+            for index in range(1 if self.mixers is None else len(self.mixers)):
+                self._checked(index)
         self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    @property
+    def mixer_names(self) -> list[str]:
+        """The sequence layer of each decoder layer, by name."""
+        return [self.layer_mixer(index)[0] for index in range(self.num_hidden_layers)]
+
+    def layer_mixer(self, index: int) -> tuple[str, dict[str, Any]]:
+        """The sequence layer of a decoder layer: its name, and its options with `num_heads`."""
+        entry = self.mixer_options | {"mixer": self.mixer}
+        if self.mixers is not None:
+            entry = self.mixers[index % len(self.mixers)]
+            entry = {"mixer": entry} if isinstance(entry, str) else entry
+        options = {"num_heads": self.num_attention_heads} | entry
+        return options.pop("mixer"), options
+
+    def build_layer_mixer(self, index: int) -> nn.Module:
+        """The sequence layer of a decoder layer."""
+        name, options = self.layer_mixer(index)
+        return build_mixer(name, self.hidden_size, **options)
+
+    def _pattern(self) -> list[str | dict[str, Any]]:
+        """`mixers` as JSON keeps it, each entry of a form that can be a sequence layer."""
+        count = self.num_hidden_layers
+        if not 1 <= len(self.mixers) <= count:
+            raise ValueError(f"mixers must name 1 to {count} sequence layers, one a layer; got {len(self.mixers)}")
+        if self.mixer_options:
+            raise ValueError('mixer_options belong to `mixer`: with mixers, write {"mixer": name, option: value}')
+        pattern = []
+        for index, entry in enumerate(self.mixers):
+            if not isinstance(entry, str | dict) or (isinstance(entry, dict) and "mixer" not in entry):
+                raise ValueError(f'mixers[{index}] must be a name or {{"mixer": name, option: value}}; got {entry!r}')
+            pattern.append(entry if isinstance(entry, str) else json_options(entry, f"mixers[{index}]"))
+        names = {entry if isinstance(entry, str) else entry["mixer"] for entry in pattern}
+        if self.mixer not in {"selfmod", *names}:
+            raise ValueError(f"mixer={self.mixer!r} has no effect beside mixers={pattern}: leave one of them out")
+        return pattern
+
+    def _checked(self, index: int) -> None:
+        """Raise what a sequence layer says of its options, naming the layers of a pattern."""
+        try:
+            self.build_layer_mixer(index)
+        except (ValueError, TypeError) as error:
+            if self.mixers is None:
+                raise
+            layers = ", ".join(str(i) for i in range(index, self.num_hidden_layers, len(self.mixers)))
+            raise type(error)(f"mixers[{index}] (decoder layers {layers}): {error}") from error
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         """Hugging Face would keep any name as an attribute: a misspelt option would be silently without effect."""
@@ -156,11 +210,12 @@ class HopeConfig(PreTrainedConfig):
 
     def state_signature(self) -> str:
         """What decides the shape and the meaning of a state: two models that share it can share a cache."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mixer", "mixer_options")
+        names = ["hidden_size", "num_hidden_layers", "num_attention_heads"]
+        names += ["mixer", "mixer_options"] if self.mixers is None else ["mixers"]
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
 
 
-def json_options(options: dict[str, Any]) -> dict[str, Any]:
+def json_options(options: dict[str, Any], field: str = "mixer_options") -> dict[str, Any]:
     """Options as JSON keeps them: sets and tuples become lists, so that a saved configuration equals the original."""
     plain = {
         name: sorted(value) if isinstance(value, set | frozenset) else [*value] if isinstance(value, tuple) else value
@@ -169,7 +224,7 @@ def json_options(options: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(plain)
     except TypeError as error:
-        raise TypeError(f"mixer_options must be plain numbers, strings, lists and dicts: {error}") from error
+        raise TypeError(f"{field} must be plain numbers, strings, lists and dicts: {error}") from error
     return plain
 
 

@@ -15,7 +15,6 @@ from transformers.utils.output_capturing import capture_outputs
 from nestling.cms.blocks import ContinuumMemory
 from nestling.cms.cache import LevelsCache
 from nestling.cms.learning_model import LearningMixin
-from nestling.layers.mixers import build_mixer
 from nestling.models.hope.backbone import make_learner
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
@@ -25,10 +24,10 @@ from nestling.models.hope.inputs import check_ids, check_names, check_positions,
 class HopeDecoderLayer(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then the continuum memory's residual blocks."""
 
-    def __init__(self, config: HopeConfig) -> None:
+    def __init__(self, config: HopeConfig, index: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = build_mixer(config.mixer, config.hidden_size, config.num_attention_heads, **config.mixer_options)
+        self.mixer = config.build_layer_mixer(index)
         self.memory = ContinuumMemory(
             config.hidden_size,
             config.levels,
@@ -112,7 +111,7 @@ class HopeModel(HopePreTrainedModel):
     def __init__(self, config: HopeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(HopeDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(HopeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.signature = config.state_signature()
