@@ -145,7 +145,7 @@ def test_ttt_is_gradient_descent_by_autograd():
 
 def test_baselines_have_static_projections():
     for name in MIXERS:
-        if name in ("selfmod", "attention", "window_attention"):
+        if name in ("selfmod", "selfmod_tracking", "attention", "window_attention"):
             continue
         layer = build_mixer(name, DIM, HEADS)
         assert layer.config.adaptive == ()

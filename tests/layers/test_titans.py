@@ -42,7 +42,29 @@ SETTINGS = {
     "norm_limit": dict(norm_limit=0.3),
     "retain_zero": dict(retain="zero"),
     "retain_zero_linear": dict(retain="zero", architecture="linear"),
-}
+    "erase_gate": dict(erase_gate=True),
+    "erase_gate_alone": dict(erase_gate=True, dgd=False, momentum=False, tied_write=False),
+    "erase_gate_first_of_two": dict(erase_gate=True, erase_range=2.0),
+    "erase_gate_last_of_two": dict(
+        erase_gate=True, erase_range=2.0, erase_layer="last", objective="dot", gated_erase=True, read="after"
+    ),
+    "tracking": dict(
+        erase_gate=True, erase_range=2.0, architecture="linear", objective="dot", momentum=False, conv_size=0
+    ),
+    "rate_gate": dict(rate="gate", step="layer", architecture="linear", memory_chunk_size=8),
+    "rate_gate_joint": dict(rate="gate", initial_rate=1.0),
+    "rate_gate_plain": dict(rate="gate", step="plain", adaptive=("k",)),
+    "qkv_conv": dict(qkv_conv=3),
+    "qkv_conv_static": dict(qkv_conv=4, conv_for="gates", adaptive=(), normalize_values=False),
+    "qkv_conv_some": dict(qkv_conv=2, adaptive=("v", "q", "alpha"), conv_for=("eta", "gate", "x")),
+    "conv_for_gates": dict(conv_for="gates", erase_gate=True),
+    "inner_skip": dict(skip="inner", first_rate=0.1),
+    "inner_skip_all": dict(
+        skip="inner", first_rate=0.02, adaptive=(), objective="dot", self_targets=False, rate="gate", step="layer",
+        erase_gate=True, erase_range=2.0, erase_layer="last", tied_write=False, gated_erase=True, momentum=False,
+        qkv_conv=4, conv_for="gates", read="after",
+    ),
+}  # fmt: skip
 
 
 def build(**options):
@@ -109,7 +131,12 @@ def entries(layer):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(gates="mlp", memory_chunk_size=8, adaptive=("k", "v", "q", "eta", "alpha"))]
+    "options",
+    [
+        {},
+        dict(gates="mlp", memory_chunk_size=8, adaptive=("k", "v", "q", "eta", "alpha")),
+        dict(erase_gate=True, erase_range=2.0, qkv_conv=3, conv_for="gates", skip="inner", first_rate=0.1),
+    ],
 )
 def test_meta_gradients_equal_finite_differences(options):
     layer = build(**options)
@@ -168,7 +195,7 @@ def test_first_order_holds_the_inner_gradient_fixed():
     )
     x = inputs(8)
     _, state = layer(x)
-    parts, _ = layer._features(x, x.new_zeros(2, 3, DIM), None)
+    parts, _, _ = layer._features(x, x.new_zeros(2, 3, DIM), (), None)
     alpha = torch.sigmoid(parts["alpha"] + layer.alpha_bias[:, None])
     (now,) = state.memories[0].now
     (grad,) = torch.autograd.grad(now.sum(), list(layer.initial.parameters()))

@@ -46,6 +46,23 @@ def build(**options):
         (dict(rate="one"), "eta"),
         (dict(decay="none"), "alpha"),
         (dict(self_targets=False), "self_targets"),
+        (dict(erase_range=2.0), "no effect without erase_gate"),
+        (dict(tied_write=False), "no effect without erase_gate"),
+        (dict(erase_gate=True, erase_range=2.5), "erase_range"),
+        (dict(erase_gate=True, erase_range=0), "erase_range"),
+        (dict(erase_gate=True, erase_range=2, architecture="linear"), "erase_range 2 needs objective='dot'.*same key"),
+        (dict(erase_gate=True, erase_range=1.5, erase_layer="last"), "erase_range 1.5 needs objective='dot'"),
+        (dict(erase_gate=True, erase_layer="middle"), "erase_layer"),
+        (dict(erase_gate=True, erase_layer="last", architecture="linear"), "erase_layer='last' is of a deep"),
+        (dict(skip="inner", architecture="linear"), "skip='inner' is of a deep"),
+        (dict(skip="inner", expansion=2), "expansion must be 1"),
+        (dict(first_rate=0.0), "first_rate"),
+        (dict(first_rate=0.1, architecture="linear"), "first_rate=0.1 is of a deep"),
+        (dict(initial_scale=-1.0), "initial_scale"),
+        (dict(qkv_conv=-1), "qkv_conv"),
+        (dict(conv_init="first"), "conv_init"),
+        (dict(conv_for="gate"), "conv_for"),
+        (dict(conv_for=("gate", "k", "beta")), "conv_for"),
     ],
 )
 def test_wrong_settings_are_named(options, words):
@@ -92,6 +109,7 @@ def foreign_states():
     yield "no momentum", build(momentum=False)(x)[1]
     yield "no convolution", build(conv_size=0)(x)[1]
     yield "a wider convolution", build(conv_size=6)(x)[1]
+    yield "convolutions after the projections", build(qkv_conv=3)(x)[1]
     yield "two chunk sizes", build(memory_chunk_size=8)(x)[1]
     yield "float64", build().double()(x.double())[1]
     yield "bfloat16", tree_map(lambda leaf: leaf.bfloat16() if leaf.is_floating_point() else leaf, own)

@@ -18,6 +18,11 @@ OPTIONS = {
     "all_adaptive": dict(adaptive=("k", "v", "q", "eta", "alpha"), gates="mlp", momentum=False),
     "linear_layer_step": dict(architecture="linear", step="layer", read="after", conv_size=0),
     "no_dgd": dict(dgd=False, norm_limit=0.5),
+    "erase_gate": dict(erase_gate=True, erase_range=2.0),
+    "tracking": dict(
+        erase_gate=True, erase_range=2.0, architecture="linear", objective="dot", momentum=False, conv_size=0
+    ),
+    "qkv_conv": dict(qkv_conv=4, conv_for="gates", skip="inner", first_rate=0.1, rate="gate"),
 }
 
 

@@ -48,6 +48,15 @@ def test_it_learns_and_leaves_a_hugging_face_model(config, llama):
     assert text.startswith("the cat")
 
 
+@pytest.mark.parametrize(("seq_len", "warns"), [(16, True), (17, False)])
+def test_a_window_no_longer_than_a_chunk_is_said(config, seq_len, warns):
+    options = {**config.model.options, "mixers": ["window_attention", {"mixer": "selfmod", "chunk_size": 16}]}
+    options = {name: value for name, value in options.items() if name != "mixer_options"} | {"num_hidden_layers": 2}
+    trainer = Trainer(config.changed(**{"model.options": options, "data.seq_len": seq_len}))
+    assert [w for w in trainer.warnings if "not longer than a memory's chunk of 16" in w] == trainer.warnings
+    assert bool(trainer.warnings) == warns
+
+
 def test_figures_are_written(config, llama):
     Trainer(config, model=llama()).run()
     rows = read_metrics(f"{config.out}/metrics.jsonl")

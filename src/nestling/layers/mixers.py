@@ -15,10 +15,17 @@ _STATIC = dict(adaptive=(), self_targets=False, normalize_values=False, momentum
 _DESCENT = dict(_STATIC, dgd=False, normalize_values=True, initial_rate=0.02)
 _HEBBIAN = dict(_STATIC, architecture="linear", objective="dot", dgd=False, rate="one", step="plain", read="after")
 _DELTA = dict(_STATIC, architecture="linear", objective="dot", dgd=True, step="layer", read="after", initial_rate=1.0)
+_TRACKING = dict(
+    architecture="linear", objective="dot", momentum=False, erase_gate=True, erase_range=2.0, conv_size=0,
+    chunk_size=16, horizon=(1024.0, 16384.0),
+)  # fmt: skip
 
 MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     # self-modifying Titans, NL Eqs. 83-93
     "selfmod": (SelfModifyingTitans, {}),
+    # the same on matrices with an erase gate of range 2: W alpha (I - 2 g k k^T) + g e v^ k^T, which can turn a value
+    # around and so keeps count modulo two; no convolution in front of gate and key, which would blur single tokens
+    "selfmod_tracking": (SelfModifyingTitans, _TRACKING),
     # W + v k^T, NL Eq. 64
     "linear_attention": (SelfModifyingTitans, dict(_HEBBIAN, decay="none")),
     # gamma W + v k^T, one gamma per head
@@ -27,6 +34,11 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     "deltanet": (SelfModifyingTitans, dict(_DELTA, decay="none")),
     # W alpha (I - e k k^T) + e v k^T
     "gated_deltanet": (SelfModifyingTitans, dict(_DELTA, gated_erase=True)),
+    # the same with a convolution after each of q, k and v, and a memory that begins small: it recalls pairs
+    "gated_deltanet_conv": (
+        SelfModifyingTitans,
+        dict(_DELTA, gated_erase=True, qkv_conv=4, conv_for="gates", initial_scale=0.1),
+    ),
     # gradient descent on the reconstruction of v by an MLP, no momentum, no decay
     "ttt": (SelfModifyingTitans, dict(_DESCENT, decay="none")),
     # the same with momentum and decay, deep and linear

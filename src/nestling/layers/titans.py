@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestling.layers.titans_config import TitansConfig
+from nestling.layers.titans_config import PATHS, TitansConfig
 from nestling.layers.titans_scan import Gates, MemoryScan, Observer
 from nestling.layers.titans_state import MemoryGroup, TitansState, check_call, state_dtype
 from nestling.memory.architectures import LinearMemory, MLPMemory
@@ -45,9 +45,15 @@ class SelfModifyingTitans(nn.Module):
         self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim))
         self.conv_weight = nn.Parameter(torch.empty(dim, config.conv_size)) if config.conv_size else None
-        self.eta_bias = nn.Parameter(torch.empty(num_heads)) if config.rate == "learned" else None
+        # after the projections, a path each (an adaptive one's is its memory's input)
+        paths = (name for name in PATHS if config.qkv_conv)
+        inner = num_heads * self.head_dim
+        self.path_convs = nn.ParameterDict({name: torch.empty(inner, config.qkv_conv) for name in paths})
+        self.eta_bias = nn.Parameter(torch.empty(num_heads)) if config.rate != "one" else None
         self.alpha_bias = nn.Parameter(torch.empty(num_heads)) if config.decay == "learned" else None
         self.mu_bias = nn.Parameter(torch.empty(num_heads)) if config.momentum else None
+        self.erase_bias = nn.Parameter(torch.empty(num_heads)) if config.erase_gate else None
+        self.log_first_rate = nn.Parameter(torch.empty(num_heads)) if config.first_rate is not None else None
         # initial states: what every sequence starts from, learned by the outer loop
         self.initial = nn.ModuleList(
             nn.ParameterList(torch.empty(len(g.names), num_heads, *shape) for shape in g.architecture.shapes())
@@ -61,10 +67,14 @@ class SelfModifyingTitans(nn.Module):
         nn.init.normal_(self.in_proj.weight, std=self.config.dim**-0.5)
         nn.init.normal_(self.out_proj.weight, std=(self.num_heads * self.head_dim) ** -0.5)
         nn.init.ones_(self.norm_weight)
-        if self.conv_weight is not None:
-            nn.init.uniform_(self.conv_weight, -0.5, 0.5)
+        for taps in (*([] if self.conv_weight is None else [self.conv_weight]), *self.path_convs.values()):
+            nn.init.uniform_(taps, -0.5, 0.5)
+            if self.config.conv_init == "last":
+                taps.mul_(0.5)[:, -1] += 1
         if self.eta_bias is not None:
-            nn.init.constant_(self.eta_bias, math.log(math.expm1(self.config.initial_rate)))  # softplus of it
+            rate = self.config.initial_rate
+            gate = _gate_logit(rate / (1 + rate)) if self.config.rate == "gate" else math.log(math.expm1(rate))
+            nn.init.constant_(self.eta_bias, gate)
         if self.alpha_bias is not None:
             span = torch.logspace(
                 math.log10(self.config.horizon[0]), math.log10(self.config.horizon[1]), self.num_heads
@@ -72,9 +82,15 @@ class SelfModifyingTitans(nn.Module):
             self.alpha_bias.copy_(torch.log(span - 1))  # sigmoid = 1 - 1 / span
         if self.mu_bias is not None:
             nn.init.zeros_(self.mu_bias)
+        if self.erase_bias is not None:
+            nn.init.zeros_(self.erase_bias)
+        if self.log_first_rate is not None:
+            nn.init.constant_(self.log_first_rate, math.log(self.config.first_rate))
         for group, weights in zip(self.groups, self.initial, strict=True):
             for weight, std in zip(weights, group.architecture.initial(), strict=True):
                 nn.init.normal_(weight, std=std)
+            if group.names[-1] == "memory":
+                weights[-1][-1].mul_(self.config.initial_scale)
 
     def _start(self, batch_size: int) -> list[tuple[Tensor, ...]]:
         """The learned initial weights of every group for each sequence, [n, B, H, o, i]."""
@@ -101,7 +117,11 @@ class SelfModifyingTitans(nn.Module):
             memories.append(FastWeights(start, start, velocity))
         size = 0 if self.conv_weight is None else self.conv_weight.shape[1] - 1
         conv = self.in_proj.weight.new_zeros(batch_size, size, self.config.dim)
-        return TitansState(torch.zeros(batch_size, dtype=torch.int64), conv, tuple(memories))
+        paths = tuple(
+            state_dtype(taps).new_zeros(batch_size, taps.shape[1] - 1, taps.shape[0])
+            for taps in self.path_convs.values()
+        )
+        return TitansState(torch.zeros(batch_size, dtype=torch.int64), conv, tuple(memories), paths)
 
     def forward(
         self, x: Tensor, state: TitansState | None = None, mask: Tensor | None = None
@@ -116,7 +136,7 @@ class SelfModifyingTitans(nn.Module):
         if mask is not None and not bool(mask.all()):
             x, order, count = pack(x, mask)
             lengths = count.tolist()
-        features, conv = self._features(x, state.conv, None if order is None else lengths)
+        features, conv, paths = self._features(x, state.conv, state.paths, None if order is None else lengths)
         if max(lengths) == 0:  # nothing but padding
             return torch.zeros_like(x), state
         with torch.autocast(x.device.type, enabled=False):
@@ -127,24 +147,46 @@ class SelfModifyingTitans(nn.Module):
             y = y * F.silu(features["gate"])
         y = self.out_proj(y)
         position = state.position + torch.tensor(lengths, device=state.position.device)
-        return (y if order is None else unpack(y, order)), TitansState(position, conv, memories)
+        return (y if order is None else unpack(y, order)), TitansState(position, conv, memories, paths)
 
-    def _features(self, x: Tensor, conv: Tensor, lengths: list[int] | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Static projections of the convolved input: heads [B, H, T, p] and gates [B, H, T], in the state's dtype."""
+    def _features(
+        self, x: Tensor, conv: Tensor, paths: tuple[Tensor, ...], lengths: list[int] | None
+    ) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
+        """Static projections of the input and what the convolutions carry over.
+
+        Heads [B, H, T, p] and gates [B, H, T], in the state's dtype; with convolutions after the projections, `x_k` is
+        what the memory of an adaptive k takes.
+        """
+        mask = None
+        if lengths is not None and (self.conv_weight is not None or self.path_convs):
+            mask = torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+        mixed = x
         if self.conv_weight is not None:
-            mask = None
-            if lengths is not None:
-                mask = torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
-            x, conv = short_convolution(x, self.conv_weight, None, conv, mask)
-        parts = dict(zip(self.widths, self.in_proj(x).split(list(self.widths.values()), -1), strict=True))
+            mixed, conv = short_convolution(x, self.conv_weight, None, conv, mask)
+        parts, paths = self._projected(x, mixed), list(paths)
+        for i, (name, taps) in enumerate(self.path_convs.items()):
+            path, out = ("x", f"x_{name}") if name in self.config.adaptive else (name, name)
+            y, paths[i] = short_convolution(state_dtype(parts[path]), state_dtype(taps), None, paths[i], mask)
+            parts[out] = F.silu(y)
         for name, part in parts.items():
-            if name in ("x", "q", "k", "v"):
+            if name[0] in "xqkv":
                 heads = state_dtype(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
                 raw = name == "v" and not self.config.normalize_values
                 parts[name] = heads if raw else _unit(heads)
-            elif name in ("eta", "alpha", "mu"):
+            elif name != "gate":
                 parts[name] = state_dtype(part.transpose(1, 2))
-        return parts, conv
+        return parts, conv, tuple(paths)
+
+    def _projected(self, x: Tensor, mixed: Tensor) -> dict[str, Tensor]:
+        """The input projection's parts, each of the input or of the convolved input."""
+        sizes = list(self.widths.values())
+        if mixed is x or set(self.widths) <= self.config.convolved:
+            return dict(zip(self.widths, self.in_proj(mixed).split(sizes, -1), strict=True))
+        rows = self.in_proj.weight.split(sizes)
+        return {
+            name: F.linear(mixed if name in self.config.convolved else x, row)
+            for name, row in zip(self.widths, rows, strict=True)
+        }
 
     def project(self, part: dict[str, Tensor], memories) -> dict[str, Tensor]:
         """Outputs of the projection memories for x, from the weights at the chunk's start (NL Eqs. 83-85, 90)."""
@@ -153,7 +195,10 @@ class SelfModifyingTitans(nn.Module):
             names = [name for name in group.names if name != "memory"]
             if not names:
                 continue
-            for name, out in zip(names, project(group.architecture, fast.start, part["x"], len(names)), strict=True):
+            x = part["x"]
+            if self.path_convs:
+                x = torch.stack([part.get(f"x_{name}", x) for name in names])
+            for name, out in zip(names, project(group.architecture, fast.start, x, len(names)), strict=True):
                 if name in ("eta", "alpha"):
                     part[name] = out.squeeze(-1)
                 else:
@@ -162,11 +207,12 @@ class SelfModifyingTitans(nn.Module):
         return part
 
     def gates(self, part: dict[str, Tensor]) -> Gates:
-        """Learning rate eta > 0, decay alpha in (0, 1], momentum mu in (0, 1): [B, H, C] (decisions D5, D7)."""
+        """Learning rate eta > 0, decay alpha in (0, 1], momentum mu in (0, 1), erase gate: [B, H, C] (D5, D7, D16)."""
         k = part["k"]
-        eta, alpha, mu = k.new_ones(k.shape[:-1]), k.new_ones(k.shape[:-1]), None
-        if self.config.rate == "learned":
-            eta = F.softplus(part["eta"] + self.eta_bias.to(k.dtype)[:, None])
+        eta, alpha, mu, erase = k.new_ones(k.shape[:-1]), k.new_ones(k.shape[:-1]), None, None
+        if self.config.rate != "one":
+            logits = part["eta"] + self.eta_bias.to(k.dtype)[:, None]
+            eta = _gate(logits) if self.config.rate == "gate" else F.softplus(logits)
         if self.config.decay == "learned":
             alpha = torch.sigmoid(part["alpha"] + self.alpha_bias.to(k.dtype)[:, None])
         elif self.config.decay == "fixed":
@@ -174,7 +220,13 @@ class SelfModifyingTitans(nn.Module):
             alpha = (1 - 2 ** (-5 - heads))[:, None] * alpha
         if self.config.momentum:
             mu = torch.sigmoid(part["mu"] + self.mu_bias.to(k.dtype)[:, None])
-        return Gates(eta, alpha, mu)
+        if self.config.erase_gate:
+            erase = _gate(part["erase"] + self.erase_bias.to(k.dtype)[:, None])
+        return Gates(eta, alpha, mu, erase)
+
+    def first_rate(self) -> Tensor | None:
+        """A factor on the step of the main memory's first layer, [H, 1]; None is 1."""
+        return None if self.log_first_rate is None else state_dtype(self.log_first_rate).exp()[:, None]
 
     @torch.no_grad()
     def inspect(self, x: Tensor, state: TitansState | None = None) -> dict[str, Tensor]:
@@ -187,7 +239,7 @@ class SelfModifyingTitans(nn.Module):
             seen.append({
                 "loss": figures.loss[-1], "step": figures.rate[-1], "eta": gates.eta, "alpha": gates.alpha,
                 "momentum": none if gates.mu is None else gates.mu, "norm": norm.unsqueeze(-1).expand_as(none),
-            })  # fmt: skip
+            } | ({} if gates.erase is None else {"erase": gates.erase}))  # fmt: skip
 
         self._run(x, state, None, observe)
         return {name: torch.cat([part[name] for part in seen], -1) for name in seen[0]}
@@ -197,17 +249,29 @@ def _plan(config: TitansConfig) -> tuple[MemoryGroup, ...]:
     """The memories, those of one shape and chunk size together; the main memory last of its group: it is read."""
     p, hidden = config.head_width, config.expansion * config.head_width
     full = MLPMemory(p, p, hidden) if config.architecture == "mlp" else LinearMemory(p, p)
+    main = MLPMemory(p, p, hidden, residual=False, inner=True) if config.skip == "inner" else full
     gate = MLPMemory(p, 1, hidden, residual=False) if config.gates == "mlp" else LinearMemory(p, 1)
     projections = tuple(name for name in ("k", "v", "q") if name in config.adaptive)
     gates = tuple(name for name in ("eta", "alpha") if name in config.adaptive)
     groups = []
-    if projections and config.main_chunk_size != config.chunk_size:
+    if projections and (config.main_chunk_size != config.chunk_size or main != full):
         groups.append(MemoryGroup(projections, full, config.chunk_size))
         projections = ()
-    groups.append(MemoryGroup((*projections, "memory"), full, config.main_chunk_size))
+    groups.append(MemoryGroup((*projections, "memory"), main, config.main_chunk_size))
     if gates:
         groups.append(MemoryGroup(gates, gate, config.chunk_size))
     return tuple(groups)
+
+
+def _gate(logits: Tensor) -> Tensor:
+    """A sigmoid stretched over its ends and clamped, so that exactly 0 and exactly 1 are reached (decision D16)."""
+    return (1.1 * torch.sigmoid(logits) - 0.05).clamp(0, 1)
+
+
+def _gate_logit(value: float) -> float:
+    """Where `_gate` is `value`, between 0 and 1."""
+    share = (value + 0.05) / 1.1
+    return math.log(share / (1 - share))
 
 
 def _unit(x: Tensor) -> Tensor:

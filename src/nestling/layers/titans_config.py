@@ -7,11 +7,14 @@ from dataclasses import KW_ONLY, dataclass, fields
 from nestling.memory.rule import UpdateRule
 
 ADAPTIVE = ("k", "v", "q", "eta", "alpha")
-_LEAST = dict(dim=1, num_heads=1, expansion=1, chunk_size=1, conv_size=0, segment_size=0)
+PATHS = ("q", "k", "v")  # projections that may have a short convolution of their own
+GATES = ("gate", "eta", "alpha", "mu", "erase")  # what else the input projection may make
+_LEAST = dict(dim=1, num_heads=1, expansion=1, chunk_size=1, conv_size=0, qkv_conv=0, segment_size=0)
 _LEAST_OR_NONE = dict(head_dim=1, memory_chunk_size=1)
 _CHOICES = dict(
     architecture=("mlp", "linear"), gates=("mlp", "linear"), decay=("learned", "fixed", "none"),
-    rate=("learned", "one"), retain=("initial", "zero"), read=("before", "after", "chunk"),
+    rate=("learned", "one", "gate"), retain=("initial", "zero"), read=("before", "after", "chunk"),
+    skip=("outer", "inner"), conv_init=("uniform", "last"),
 )  # fmt: skip
 
 
@@ -40,6 +43,9 @@ class TitansConfig:
     """Which of k, v, q, eta, alpha are memories that learn in context (NL Eqs. 83-85); the others are projections."""
     architecture: str = "mlp"
     """Of the memories: "mlp" (NL Eq. 89) or "linear"."""
+    skip: str = "outer"
+    """Of a deep main memory: "outer", z + W1 silu(W2 z) (NL Eq. 89), or "inner", W1 (z + silu(W2 z)): what is written
+    to W1 is bound to a key that W2 bends."""
     gates: str = "linear"
     """Architecture of the eta and alpha memories: "mlp" or "linear"."""
     objective: str = "l2"
@@ -50,6 +56,15 @@ class TitansConfig:
     """Erase before the decay, as Gated DeltaNet writes it."""
     step: str = "joint"
     """Size of a write for a learning rate eta (decision D2)."""
+    erase_gate: bool = False
+    """The main memory erases by a gate of its own, from a static projection: clamp(1.1 sigmoid - 0.05, 0, 1), which has
+    exact ends (decision D16); so do erase_range, erase_layer and tied_write."""
+    erase_range: float = 1.0
+    """Largest erase: 2 turns a key's value around, which tracking a state needs."""
+    erase_layer: str = "first"
+    """Which layer of a deep memory the gate erases in, "first" or "last"; the other ones as without it."""
+    tied_write: bool = True
+    """The erase's gate multiplies the step of every write too: at 0 a token leaves the main memory alone."""
     self_targets: bool = True
     """Memories generate their own targets M(v) (NL Eqs. 84-88); if False the target is v."""
     momentum: bool = True
@@ -57,9 +72,15 @@ class TitansConfig:
     decay: str = "learned"
     """One of "learned" (alpha from the data), "fixed" (one per head, as RetNet), or "none" (alpha = 1)."""
     rate: str = "learned"
-    """One of "learned" (eta from the data) and "one" (eta = 1)."""
+    """One of "learned" (eta > 0 from the data), "one" (eta = 1) and "gate" (the step is a share of the full one, from 0
+    to 1 with exact ends as the erase's gate)."""
     initial_rate: float = 0.02
-    """A learned eta before training. The writes of a chunk are taken at the same weights and add up."""
+    """A learned eta before training; of a "gate", the share is initial_rate / (1 + initial_rate). The writes of a chunk
+    are taken at the same weights and add up."""
+    first_rate: float | None = None
+    """A learned factor, from this value, on the step of a deep main memory's first layer; None for none."""
+    initial_scale: float = 1.0
+    """A factor on the main memory's initial weights, of a deep one's last layer: at 1 they drown what is written."""
     retain: str = "initial"
     """What the decay returns a memory to: "initial", its learned initial state, or "zero" (NL Eq. 88 read literally;
     both layers of a deep memory then fade together and it stops learning for good)."""
@@ -71,6 +92,15 @@ class TitansConfig:
     """L2-normalise v like k and q; without it self-generated targets feed back and diverge."""
     conv_size: int = 4
     """Width of the causal convolution of the input, 0 for none."""
+    conv_for: str | tuple[str, ...] = "all"
+    """Which projections see the convolved input: "all", "gates" (gate, eta, alpha, mu, erase, not x, q, k, v), or their
+    names."""
+    qkv_conv: int = 0
+    """Width of a causal convolution with SiLU after each of q, k and v, of an adaptive one before its memory; 0 for
+    none (decision D17)."""
+    conv_init: str = "uniform"
+    """Taps of all convolutions before training: "uniform" in (-1/2, 1/2), or "last", half of that and 1 on the token
+    itself."""
     output_gate: bool = True
     """Gate the output by silu of a projection of the input."""
     meta_grad: str = "full"
@@ -100,8 +130,14 @@ class TitansConfig:
     @property
     def rule(self) -> UpdateRule:
         """By which the memories learn."""
-        names = (field.name for field in fields(UpdateRule))
-        return UpdateRule(**{name: getattr(self, name) for name in names})
+        names = (field.name for field in fields(UpdateRule) if field.name != "relative")
+        return UpdateRule(**{name: getattr(self, name) for name in names}, relative=self.rate == "gate")
+
+    @property
+    def convolved(self) -> frozenset[str]:
+        """The parts of the input projection that see the convolved input."""
+        named = {"all": ("x", *PATHS, *GATES), "gates": GATES}
+        return frozenset(named.get(self.conv_for, self.conv_for) if self.conv_size else ())
 
     def widths(self) -> dict[str, int]:
         """What the input projection makes, and how many channels of each."""
@@ -109,11 +145,12 @@ class TitansConfig:
         widths = {"x": inner} if self.adaptive else {}
         widths |= {name: inner for name in ("q", "k", "v") if name not in self.adaptive}
         widths |= {"gate": inner} if self.output_gate else {}
-        if self.rate == "learned" and "eta" not in self.adaptive:
+        if self.rate != "one" and "eta" not in self.adaptive:
             widths["eta"] = self.num_heads
         if self.decay == "learned" and "alpha" not in self.adaptive:
             widths["alpha"] = self.num_heads
-        return widths | ({"mu": self.num_heads} if self.momentum else {})
+        widths |= {"mu": self.num_heads} if self.momentum else {}
+        return widths | ({"erase": self.num_heads} if self.erase_gate else {})
 
     def _check_numbers(self) -> None:
         given = {name: least for name, least in _LEAST_OR_NONE.items() if getattr(self, name) is not None}
@@ -124,6 +161,10 @@ class TitansConfig:
         for name in ("norm_limit", "initial_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
+        if self.first_rate is not None and not self.first_rate > 0:
+            raise ValueError(f"first_rate must be positive, or None; got {self.first_rate!r}")
+        if not self.initial_scale >= 0:
+            raise ValueError(f"initial_scale must not be negative; got {self.initial_scale!r}")
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(
                 f"dim {self.dim} is not a multiple of num_heads {self.num_heads}: change one, or give head_dim"
@@ -143,8 +184,25 @@ class TitansConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if "eta" in self.adaptive and self.rate != "learned":
-            raise ValueError(f'adaptive holds "eta", which needs rate="learned"; got {self.rate!r}')
+        if self.conv_for not in ("all", "gates") and (
+            isinstance(self.conv_for, str) or not set(self.conv_for) <= {"x", *PATHS, *GATES}
+        ):
+            known = ", ".join(("x", *PATHS, *GATES))
+            raise ValueError(f'conv_for must be "all", "gates" or names among {known}; got {self.conv_for!r}')
+        deep = self.architecture == "mlp"
+        for name, off in (("skip", "outer"), ("first_rate", None), ("erase_layer", "first")):
+            if not deep and getattr(self, name) != off:
+                raise ValueError(f"{name}={getattr(self, name)!r} is of a deep memory: it needs architecture='mlp'")
+        if self.skip == "inner" and self.expansion != 1:
+            raise ValueError(f"skip='inner' adds a key to a hidden layer: expansion must be 1; got {self.expansion}")
+        if self.erase_range > 1 and self.objective == "l2" and not (deep and self.erase_layer == "first"):
+            raise ValueError(
+                f"erase_range {self.erase_range} needs objective='dot' here: the l2 gradient, taken at the chunk's "
+                "start, erases the same key of the same layer once more, and a key written an odd number of times in a "
+                "chunk then grows from chunk to chunk. erase_layer='first' of a deep memory is apart from it"
+            )
+        if "eta" in self.adaptive and self.rate == "one":
+            raise ValueError(f'adaptive holds "eta", which needs a rate from the data; got rate={self.rate!r}')
         if "alpha" in self.adaptive and self.decay != "learned":
             raise ValueError(f'adaptive holds "alpha", which needs decay="learned"; got {self.decay!r}')
         numbers = [name for name in ("eta", "alpha") if name in self.adaptive]

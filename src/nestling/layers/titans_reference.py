@@ -16,6 +16,10 @@ S (D5). So with d_t the gradient of L at the product W x_t, each layer takes
     S <- mu_t S - (1 - mu_t) e_t d_t x_t^T
     W <- alpha_t W + (1 - alpha_t) W* - e_t W x_t x_t^T + S                                          NL Eq. 88
 
+With a gate g of its own for the erase (decision D16), the main memory takes in one of its layers
+
+    W <- alpha_t W + (1 - alpha_t) W* - alpha_t (r g_t / |x_t|^2) W x_t x_t^T + S
+
 Nothing is shared with the fast forms but the numbers read from a layer: its parameters and settings. Inner gradients
 are by hand down to a layer's product; autograd differentiates silu, and everything once more for the outer loss.
 Shapes: B sequences, T tokens, D channels; H heads of width p; each memory is one of [B, H].
@@ -37,11 +41,11 @@ class Memory:
 
     Args:
         weights: the initial state, [B, H, o, i] of each linear layer, first layer first.
-        residual: add the input to an MLP's output.
+        skip: where an MLP adds its input: "outer" to its output, "inner" to its hidden layer, "none" nowhere.
     """
 
-    def __init__(self, weights: list[Tensor], residual: bool, chunk_size: int, retain: str):
-        self.now, self.start, self.residual, self.chunk_size = weights, weights, residual, chunk_size
+    def __init__(self, weights: list[Tensor], skip: str, chunk_size: int, retain: str):
+        self.now, self.start, self.skip, self.chunk_size = weights, weights, skip, chunk_size
         self.velocity = [torch.zeros_like(w) for w in weights]
         self.anchor = weights if retain == "initial" else [torch.zeros_like(w) for w in weights]
 
@@ -54,12 +58,15 @@ class Memory:
         inputs, products = [z], [apply(weights[0], z)]
         if len(weights) == 1:
             return inputs, products, products[0]
-        inputs.append(silu(products[0]))
+        inputs.append(silu(products[0]) + z if self.skip == "inner" else silu(products[0]))
         products.append(apply(weights[1], inputs[1]))
-        return inputs, products, products[1] + z if self.residual else products[1]  # NL Eq. 89
+        return inputs, products, products[1] + z if self.skip == "outer" else products[1]  # NL Eq. 89
 
-    def write(self, rule, k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor, mu: Tensor | None) -> None:
-        """One token: the gradient at the chunk's start, applied to the running weights. eta, alpha, mu are [B, H]."""
+    def write(
+        self, rule, k: Tensor, v: Tensor, eta: Tensor, alpha: Tensor, mu: Tensor | None, gate: Tensor | None = None,
+        first_rate: Tensor | float = 1.0,
+    ) -> None:  # fmt: skip
+        """One token: the gradient at the chunk's start, applied to the running weights. All gates are [B, H]."""
         inputs, products, prediction = self.record(self.start, k)
         target = self(self.start, v) if rule.self_targets else v  # v^
         error = prediction - target if rule.objective == "l2" else -target
@@ -68,14 +75,21 @@ class Memory:
             back = (self.start[1] * error.unsqueeze(-1)).sum(-2)
             errors = [back * silu_slope(products[0]), error]
         now, velocity = [], []
-        parts = zip(self.now, self.anchor, self.velocity, inputs, errors, step_sizes(rule, eta, inputs, errors))
-        eta, alpha, mu = (None if gate is None else gate[..., None, None] for gate in (eta, alpha, mu))
-        for w, anchor, s, x, d, e in parts:
+        steps = step_sizes(rule, eta, inputs, errors)
+        steps[0] = first_rate * steps[0]
+        erased = 0 if rule.erase_layer == "first" else len(steps) - 1
+        parts = zip(self.now, self.anchor, self.velocity, inputs, errors, steps)
+        alpha, mu, gate = (None if g is None else g[..., None, None] for g in (alpha, mu, gate))
+        for i, (w, anchor, s, x, d, e) in enumerate(parts):
             e = e[..., None, None]
+            if gate is not None and rule.tied_write:
+                e = e * gate
             push = -e * outer(d, x)  # NL Eq. 88, its last term
             if mu is not None:
                 push = mu * s + (1 - mu) * push
             erase = e * alpha if rule.gated_erase else e if rule.dgd else 0 * e
+            if gate is not None and i == erased:
+                erase = alpha * rule.erase_range * gate / (x.square().sum(-1)[..., None, None] + 1e-6)
             now.append(alpha * w + (1 - alpha) * anchor - erase * outer(apply(w, x), x) + push)  # NL Eq. 88
             velocity.append(push)
         self.now, self.velocity = now, velocity
@@ -95,13 +109,14 @@ def step_sizes(rule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) ->
     sizes = [x.square().sum(-1) for x in inputs]
     if rule.step == "plain":
         return [eta] * len(inputs)
+    full = (lambda kappa: eta / (kappa + 1e-6)) if rule.relative else (lambda kappa: eta / (1 + eta * kappa))
     if rule.step == "layer":
-        return [eta / (1 + eta * size) for size in sizes]
+        return [full(size) for size in sizes]
     kappa = sizes[-1]  # curvature along the error, over both layers
     if len(inputs) == 2:
         first, last = (d.square().sum(-1) for d in errors)
         kappa = kappa + sizes[0] * (1 + first / (last + 1e-6))
-    return [eta / (1 + eta * kappa)] * len(inputs)
+    return [full(kappa)] * len(inputs)
 
 
 def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Tensor:
@@ -120,15 +135,20 @@ def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Te
         def projected(name: str, t: int = t) -> Tensor:
             """Of token t: by a memory at its chunk's start (NL Eqs. 83-85, 90), or by a matrix."""
             if name in config.adaptive:
-                return memories[name](memories[name].start, unit(static["x"][:, t]))
+                x = static[f"x_{name}"] if f"x_{name}" in static else static["x"]
+                return memories[name](memories[name].start, unit(x[:, t]))
             return static[name][:, t]
 
         k, q, v = unit(projected("k")), unit(projected("q")), projected("v")
         v = unit(v) if config.normalize_values else v
         eta = alpha = torch.ones_like(k[..., 0])
-        mu = None
+        mu = gate_t = None
         if config.rate == "learned":
             eta = torch.log1p(torch.exp(projected("eta").squeeze(-1) + layer.eta_bias))
+        elif config.rate == "gate":
+            eta = stretched(projected("eta").squeeze(-1) + layer.eta_bias)
+        if config.erase_gate:
+            gate_t = stretched(static["erase"][:, t].squeeze(-1) + layer.erase_bias)
         if config.decay == "learned":
             alpha = sigmoid(projected("alpha").squeeze(-1) + layer.alpha_bias)
         elif config.decay == "fixed":
@@ -138,7 +158,10 @@ def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Te
 
         before = main.now
         for memory in memories.values():
-            memory.write(layer.rule, k, v, eta, alpha, mu)  # NL Eq. 88
+            own = ()
+            if memory is main:
+                own = gate_t, 1.0 if layer.log_first_rate is None else torch.exp(layer.log_first_rate)
+            memory.write(layer.rule, k, v, eta, alpha, mu, *own)  # NL Eq. 88
         weights = {"before": before, "after": main.now, "chunk": main.start}[config.read]
         out.append(main(weights, q))  # NL Eq. 86
     y = torch.stack(out, 1)  # [B, T, H, p]
@@ -148,16 +171,27 @@ def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Te
 
 
 def static_projections(layer: SelfModifyingTitans, x: Tensor) -> dict[str, Tensor]:
-    """What a causal convolution and one matrix make of the input, by name, [B, T, width] each."""
+    """What causal convolutions and one matrix make of the input, by name, [B, T, width] each."""
+    chosen, mixed = layer.config.conv_for, x
     if layer.conv_weight is not None:
-        taps, tokens = layer.conv_weight.shape[1], x.shape[1]
-        past = torch.cat([x.new_zeros(x.shape[0], taps - 1, x.shape[-1]), x], 1)
-        x = torch.stack([(past[:, t : t + taps] * layer.conv_weight.T).sum(1) for t in range(tokens)], 1)
+        mixed = convolution(x, layer.conv_weight)
     static, at = {}, 0
     for name, width in layer.widths.items():
-        static[name] = x @ layer.in_proj.weight[at : at + width].T
+        heads = name in ("x", "q", "k", "v")
+        sees = chosen == "all" or (not heads if chosen == "gates" else name in chosen)
+        static[name] = (mixed if sees else x) @ layer.in_proj.weight[at : at + width].T
         at += width
+    for name, taps in layer.path_convs.items():  # after the projection; of an adaptive one, before its memory
+        adapts = name in layer.config.adaptive
+        static[f"x_{name}" if adapts else name] = silu(convolution(static["x" if adapts else name], taps))
     return static
+
+
+def convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """Causal, a filter for each channel: [B, T, D], [D, K] to [B, T, D]."""
+    taps, tokens = weight.shape[1], x.shape[1]
+    past = torch.cat([x.new_zeros(x.shape[0], taps - 1, x.shape[-1]), x], 1)
+    return torch.stack([(past[:, t : t + taps] * weight.T).sum(1) for t in range(tokens)], 1)
 
 
 def initial_memories(layer: SelfModifyingTitans, batch: int) -> dict[str, Memory]:
@@ -166,7 +200,8 @@ def initial_memories(layer: SelfModifyingTitans, batch: int) -> dict[str, Memory
     for group, weights in zip(layer.groups, layer.initial, strict=True):
         for j, name in enumerate(group.names):
             own = [w[j].expand(batch, *w.shape[1:]) for w in cast(nn.ParameterList, weights)]
-            found[name] = Memory(own, name not in ("eta", "alpha"), group.chunk_size, layer.config.retain)
+            skip = "none" if name in ("eta", "alpha") else layer.config.skip if name == "memory" else "outer"
+            found[name] = Memory(own, skip, group.chunk_size, layer.config.retain)
     return found
 
 
@@ -186,6 +221,10 @@ def unit(x: Tensor) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
+
+
+def stretched(x: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(1.1 * sigmoid(x) - 0.05, 0 * x), 0 * x + 1)
 
 
 def silu(x: Tensor) -> Tensor:

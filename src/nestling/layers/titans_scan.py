@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 class Gates(NamedTuple):
-    """Learning rate, decay and momentum of every token, [B, H, C]."""
+    """Learning rate, decay, momentum and the main memory's erase of every token, [B, H, C]."""
 
     eta: Tensor
     alpha: Tensor
     mu: Tensor | None
+    erase: Tensor | None = None
 
 
 Observer = Callable[[TokenFigures, FastWeights, Gates], None]  # told of every segment of the main memory
@@ -83,15 +84,17 @@ class MemoryScan:
         """Project with the chunk's first weights, write to every memory, read the main one."""
         part = self.layer.project(part, memories)
         gates = self.layer.gates(part)
-        context = Context(part["k"], part["v"], *gates, decay_table(gates.alpha, gates.mu))
+        decays = decay_table(gates.alpha, gates.mu)
+        context = Context(part["k"], part["v"], gates.eta, gates.alpha, gates.mu, decays)
         q, updated, y = part["q"], [], None
         for i, (group, fast) in enumerate(zip(self.layer.groups, memories, strict=True)):
             main = group.names[-1] == "memory"
             running = main and self.layer.config.read != "chunk"
             if main and not running:
                 y = forward(group.architecture, tuple(w[-1] for w in fast.start), q)
+            own = context._replace(erase=gates.erase, first_rate=self.layer.first_rate()) if main else context
             new, reads, figures = self.advance(
-                group, fast, context, segment.fresh[i], q if running else None, self.anchors[i]
+                group, fast, own, segment.fresh[i], q if running else None, self.anchors[i]
             )
             y = reads if running else y
             updated.append(self.close(new, fast, segment, i))
@@ -104,7 +107,8 @@ class MemoryScan:
     ) -> tuple[FastWeights, Tensor | None, TokenFigures | None]:
         """Write one segment, by the hand-differentiated step where it applies."""
         rule, reading = self.layer.rule, dict(queries=q, after=self.layer.config.read == "after", anchor=anchor)
-        if fresh and self.observe is None and is_fused(group.architecture, rule):
+        plain = context.erase is None and context.first_rate is None
+        if fresh and plain and self.observe is None and is_fused(group.architecture, rule):
             return fused_advance(group.architecture, rule, fast, context, **reading)
         return advance(group.architecture, rule, fast, context, fresh=fresh, **reading)
 

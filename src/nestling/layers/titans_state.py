@@ -17,6 +17,8 @@ class TitansState(NamedTuple):
     position: Tensor  # tokens seen, int64 [B]
     conv: Tensor  # last inputs of the convolution, [B, conv_size - 1, D]
     memories: tuple[FastWeights, ...]  # one for each group of memories of one shape and chunk size
+    # last inputs of the convolutions of q, k and v, [B, qkv_conv - 1, H p]; a state from before they were has none
+    paths: tuple[Tensor, ...] = ()
 
 
 class MemoryGroup(NamedTuple):
@@ -56,6 +58,13 @@ def check_call(layer: nn.Module, x: Tensor, state: TitansState | None, mask: Ten
     if state.conv.shape[1:] != (size, dim):
         raise ValueError(
             f"state holds a convolution's last inputs {tuple(state.conv.shape[1:])}, this layer's are {(size, dim)}"
+        )
+    size, inner = max(layer.config.qkv_conv - 1, 0), layer.num_heads * layer.head_dim
+    found, wanted = [tuple(path.shape[1:]) for path in state.paths], [(size, inner)] * len(layer.path_convs)
+    if found != wanted:
+        raise ValueError(
+            f"state holds last inputs {found} of the convolutions after the projections, this layer's are {wanted}: it "
+            "comes from a layer with another qkv_conv"
         )
     for fast, weights in zip(state.memories, layer.initial, strict=True):
         if bool(fast.velocity) != layer.config.momentum:

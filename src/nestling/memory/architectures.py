@@ -55,22 +55,33 @@ class LinearMemory:
 
 @dataclass(frozen=True)
 class MLPMemory:
-    """M(z) = z + W1 silu(W2 z), the residual optional (NL Eq. 89). Layer 0 is W2, layer 1 is W1."""
+    """M(z) = z + W1 silu(W2 z), the residual optional (NL Eq. 89). Layer 0 is W2, layer 1 is W1.
+
+    inner: the input is added before W1 instead, M(z) = W1 (z + silu(W2 z)): a linear memory with a deep key.
+    """
 
     inputs: int
     outputs: int
     hidden: int
     residual: bool = True
+    inner: bool = False
+
+    def __post_init__(self):
+        if self.inner and (self.residual or self.hidden != self.inputs):
+            raise ValueError("an inner skip needs a hidden width of the input's, and no residual around it")
 
     def shapes(self):
         return [(self.hidden, self.inputs), (self.outputs, self.hidden)]
 
     def initial(self):
+        if self.inner:  # near the linear memory
+            return [0.1, self.hidden**-0.5]
         # pre-activations of order 1, and an output that begins small beside the residual
         return [1.0, 1.0 / self.hidden]
 
     def forward(self, z, linear):
-        out = linear(1, silu(linear(0, z)))
+        hidden = silu(linear(0, z))
+        out = linear(1, z + hidden if self.inner else hidden)
         return z + out if self.residual else out
 
     def errors(self, weights, products, error):

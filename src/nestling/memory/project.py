@@ -15,8 +15,11 @@ from nestling.ops.compiled import read as compiled_read
 def project(architecture: Architecture, weights: tuple[Tensor, ...], x: Tensor, count: int) -> tuple[Tensor, ...]:
     """Outputs of the first `count` memories of a stack for the same inputs (NL Eqs. 83-85).
 
-    weights [n, B, H, o, i] for each layer, x [B, H, C, i]; outputs [B, H, C, o].
+    weights [n, B, H, o, i] for each layer, x [B, H, C, i], or [count, B, H, C, i] of its own for each memory; outputs
+    [B, H, C, o].
     """
+    if x.dim() == 5:
+        return forward(architecture, tuple(w[:count] for w in weights), x).unbind(0)
     if isinstance(architecture, MLPMemory) and architecture.residual and compiled.is_available(*weights, x):
         return _Project.apply(architecture, count, x.contiguous(), *(w.contiguous() for w in weights)).unbind(0)
     return project_reference(architecture, count, x, *weights).unbind(0)

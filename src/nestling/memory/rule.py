@@ -19,6 +19,8 @@ from nestling.ops.chunk import Chunk, Decays, delta_chunk
 
 STEPS = ("joint", "layer", "plain")
 META_GRADS = ("full", "first_order", "none")
+ERASE_LAYERS = ("first", "last")
+TINY = 1e-6  # beside a square norm that is divided by
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ class UpdateRule:
             curvature along the error over all layers; "layer" e = eta / (1 + eta |x|^2) in each layer (decision D1);
             "plain" e = eta.
         self_targets: the target of a memory is its own output for the value (NL Eqs. 84-88), else the value.
+        erase_gate: the main memory erases by a gate g of its own, apart from eta (decision D16): before the decay, by
+            alpha r g / |x|^2 in one of its layers.
+        erase_range: r, up to 2: the eigenvalue along a key reaches down to alpha (1 - r).
+        erase_layer: which layer, "first" or "last".
+        tied_write: g also multiplies the main memory's step e in every layer.
+        relative: eta is the share, 0 to 1, of the full step: e = eta / kappa, or eta / |x|^2, where it would have been
+            eta / (1 + eta kappa).
         meta_grad: how the outer loss is differentiated through the writes (decision D9): "full"; "first_order" takes
             the inner gradient as independent of the weights; "none" stops at each chunk's start.
     """
@@ -43,11 +52,23 @@ class UpdateRule:
     step: str = "joint"
     self_targets: bool = True
     meta_grad: str = "full"
+    erase_gate: bool = False
+    erase_range: float = 1.0
+    erase_layer: str = "first"
+    tied_write: bool = True
+    relative: bool = False
 
     def __post_init__(self):
-        for name, allowed in (("objective", tuple(OBJECTIVES)), ("step", STEPS), ("meta_grad", META_GRADS)):
+        choices = (
+            ("objective", tuple(OBJECTIVES)), ("step", STEPS), ("meta_grad", META_GRADS), ("erase_layer", ERASE_LAYERS)
+        )  # fmt: skip
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if not 0 < self.erase_range <= 2:
+            raise ValueError(f"erase_range must be above 0 and at most 2; got {self.erase_range!r}")
+        if not self.erase_gate and (self.erase_range, self.erase_layer, self.tied_write) != (1, "first", True):
+            raise ValueError("erase_range, erase_layer and tied_write have no effect without erase_gate=True")
 
 
 class FastWeights(NamedTuple):
@@ -70,6 +91,9 @@ class Context(NamedTuple):
     decay: Tensor  # alpha [B, H, C]
     momentum: Tensor | None  # mu [B, H, C]
     decays: Decays  # tables of the two, [B, H, C + 1, C + 1]
+    # of the main memory, the last of its stack, alone
+    erase: Tensor | None = None  # gate g of the erase, [B, H, C]
+    first_rate: Tensor | None = None  # a factor on the first layer's step, [H, 1]
 
 
 class TokenFigures(NamedTuple):
@@ -103,7 +127,8 @@ def advance(
     inner = fast.start if rule.meta_grad == "full" else tuple(w.detach() for w in fast.start)
     inputs, products, error, loss = _inner_gradient(architecture, rule, inner, context)
     errors = architecture.errors(inner, products, error)
-    rates = _rates(rule, context.rate, inputs, errors)
+    rates = _rates(rule, context, inputs, errors)
+    erases = _erases(rule, rates, context, inputs)
     shrink = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average keeps the step's size
     shared = fresh and rule.meta_grad == "full"
     memories = error.shape[0]
@@ -115,10 +140,9 @@ def advance(
     def write(layer: int, q: Tensor | None) -> Tensor | None:
         x, w = inputs[layer], fast.now[layer]
         s = fast.velocity[layer] if fast.velocity else None
-        base = erase = None
-        if rule.dgd or rule.gated_erase:
+        base, erase = None, erases[layer]
+        if erase is not None:
             base = products[layer] if shared else product(w, x)
-            erase = rates[layer] * context.decay if rule.gated_erase else rates[layer]
         writes = (-shrink * rates[layer]).unsqueeze(-1) * errors[layer]
         chunk = Chunk(
             weight=_flat(w), velocity=_flat(s), products=_flat(base), keys=_flat(x), writes=_flat(writes),
@@ -167,27 +191,59 @@ def _inner_gradient(architecture, rule, weights, context):
     return inputs, products, objective.error(prediction, target).expand_as(prediction), loss
 
 
-def _rates(rule: UpdateRule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
+def _rates(rule: UpdateRule, context: Context, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
     """Step e of each layer for each token, [n, B, H, C]."""
+    eta = context.rate
     if rule.step == "plain":
-        return [eta.expand(x.shape[:-1]) for x in inputs]
-    sizes = [x.square().sum(-1) for x in inputs]
-    if rule.step == "layer":
-        return [eta / (1 + eta * size) for size in sizes]
-    rate, _ = joint_step(eta, sizes, [error.square().sum(-1) for error in errors])
-    return [rate] * len(inputs)
+        rates = [eta.expand(x.shape[:-1]) for x in inputs]
+    else:
+        sizes = [x.square().sum(-1) for x in inputs]
+        if rule.step == "layer":
+            rates = [_step(eta, size, rule.relative) for size in sizes]
+        else:
+            rate, _ = joint_step(eta, sizes, [error.square().sum(-1) for error in errors], rule.relative)
+            rates = [rate] * len(inputs)
+    if context.first_rate is not None:
+        rates[0] = _with_last(rates[0], rates[0][-1:] * context.first_rate)
+    if context.erase is not None and rule.tied_write:
+        rates = [_with_last(rate, rate[-1:] * context.erase) for rate in rates]
+    return rates
 
 
-def joint_step(eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _erases(rule: UpdateRule, rates: list[Tensor], context: Context, inputs: list[Tensor]) -> list[Tensor | None]:
+    """What each token takes from each layer along its key, [n, B, H, C]; None for nothing."""
+    erases = [None] * len(rates)
+    if rule.dgd or rule.gated_erase:
+        erases = [rate * context.decay if rule.gated_erase else rate for rate in rates]
+    if context.erase is not None:
+        at = 0 if rule.erase_layer == "first" else len(rates) - 1
+        size = inputs[at][-1:].square().sum(-1) + TINY
+        gated = rule.erase_range * context.erase * context.decay / size
+        erases[at] = _with_last(torch.zeros_like(rates[at]) if erases[at] is None else erases[at], gated)
+    return erases
+
+
+def _with_last(stack: Tensor, last: Tensor) -> Tensor:
+    """[n, ...] with the main memory's part [1, ...] in place of the last."""
+    return last if stack.shape[0] == 1 else torch.cat([stack[:-1], last])
+
+
+def _step(eta: Tensor, kappa: Tensor, relative: bool) -> Tensor:
+    return eta / (kappa + TINY) if relative else eta / (1 + eta * kappa)
+
+
+def joint_step(
+    eta: Tensor, inputs: list[Tensor], errors: list[Tensor], relative: bool = False
+) -> tuple[Tensor, Tensor]:
     """e = eta / (1 + eta kappa) for squared norms of each layer's input and error; also the last error's, guarded.
 
     kappa is the Rayleigh quotient of the memory's tangent kernel along its own error, sum_l |x_l|^2 |d_l|^2 / |d|^2.
     The 1 beside the ratio keeps e |x_l|^2 < 1: every layer's erase contracts, even where no error reaches the layer.
     """
-    kappa, total = inputs[-1], errors[-1] + 1e-6
+    kappa, total = inputs[-1], errors[-1] + TINY
     for size, error in zip(inputs[:-1], errors[:-1], strict=True):
         kappa = kappa + size * (1 + error / total)
-    return eta / (1 + eta * kappa), total
+    return _step(eta, kappa, relative), total
 
 
 def close_chunk(

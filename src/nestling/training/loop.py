@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nestling.layers.titans import SelfModifyingTitans
 from nestling.schedule import Schedule
 from nestling.training import checkpoint
 from nestling.training.batches import Batches
@@ -67,6 +68,7 @@ class Trainer:
             check_same_run(state, config, self.corpus.fingerprint)
         self.model = self._make_model(model, source).to(self.device)
         self.model.train()
+        self.warnings += _chunk_warnings(self.model, config.data.seq_len)
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         self._called = torch.compile(self.model) if config.compile else self.model
@@ -242,6 +244,17 @@ class Trainer:
                 f"{config.data.seq_len} tokens, which a {type(self.model).__name__} does not do"
             )
         return schedule
+
+
+def _chunk_warnings(model: PreTrainedModel, window: int) -> list[str]:
+    """Memories whose chunk is not shorter than a training window: reading never begins a second chunk there."""
+    chunks = [g.chunk_size for m in model.modules() if isinstance(m, SelfModifyingTitans) for g in m.groups]
+    if window > max(chunks, default=0):
+        return []
+    return [
+        f"a training window of {window} tokens is not longer than a memory's chunk of {max(chunks)}: what the model "
+        "does with a second chunk stays untrained. Take a larger seq_len, or a smaller chunk_size of the mixer"
+    ]
 
 
 def _train_levels_only(model: PreTrainedModel) -> None:
