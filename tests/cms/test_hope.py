@@ -15,11 +15,14 @@ from streams import read
 
 LEVELS = [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": 8, "lr": 0.2}, {"chunk_size": None}]
 
+HYBRID = [{"mixer": "selfmod", "qkv_conv": 2, "erase_gate": True}, {"mixer": "window_attention", "window": 6}]
+
 
 def hope(levels=LEVELS, mixer="attention", dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    config = HopeConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mixer=mixer,
-                        cms_levels=levels, **changes)  # fmt: skip
+    which = {"mixers": HYBRID} if mixer == "hybrid" else {"mixer": mixer}
+    config = HopeConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                        cms_levels=levels, **which, **changes)  # fmt: skip
     return HopeForCausalLM(config).to(dtype).eval()
 
 
@@ -40,7 +43,7 @@ def test_without_a_rate_it_is_the_model_without_fast_levels_bit_for_bit(ids, mix
 @settings(max_examples=12, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 40), max_size=4, unique=True),
-    mixer=st.sampled_from(["attention", "selfmod"]),
+    mixer=st.sampled_from(["attention", "selfmod", "hybrid"]),
     variant=st.sampled_from(["sequential", "nested", "independent"]),
     optimizer=st.sampled_from(["gd", "momentum", "dgd"]),
 )
@@ -135,7 +138,7 @@ def test_training_from_scratch_teaches_levels_to_adapt():
         assert learned < model(ids, labels=ids).loss - 0.05
 
 
-@pytest.mark.parametrize("mixer", ["attention", "selfmod"])
+@pytest.mark.parametrize("mixer", ["attention", "selfmod", "hybrid"])
 def test_a_stream_from_disk_goes_on(ids, tmp_path, mixer):
     model = hope(mixer=mixer)
     want, _ = read(model, ids)

@@ -286,11 +286,12 @@ def test_memory_and_state_are_bounded_by_the_context(model, write, session, tmp_
     assert len(made.notes.loss.points) <= Series().limit
 
 
-@pytest.mark.parametrize("mixer", ["attention", "selfmod"])
+@pytest.mark.parametrize("mixer", ["attention", "selfmod", "window"])
 def test_a_hope_model_that_was_killed_goes_on_bit_for_bit(write, session, mixer):
     levels = [{"chunk_size": 8, "lr": 0.1}, {"chunk_size": 16, "lr": 0.1, "surprise": 0.5}, {"chunk_size": None}]
     config = HopeConfig(
-        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mixer=mixer, cms_levels=levels
+        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, cms_levels=levels,
+        **({"mixers": ["selfmod", "window_attention"]} if mixer == "window" else {"mixer": mixer}),
     )  # fmt: skip
     model, texts = HopeForCausalLM(config), [write("a.txt", 300), write("b.txt", 100)]
     whole = session(model, texts, "whole.state", save_every=4)
