@@ -150,7 +150,8 @@ def main() -> int:
     log = given.out / "log.txt"
     log.write_text("")
     options = {"quick": given.quick, "threads": 1 if given.quick else 0, "rates": {}}
-    results: dict[str, Any] = {"command": " ".join(sys.argv[1:]), "seconds imports": time.monotonic() - begin}
+    results: dict[str, Any] = {"minutes": given.minutes, "quick": given.quick, "only": given.only}
+    results["seconds imports"] = time.monotonic() - begin
     results["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     parts = [part for part in PARTS if part.name in only or part.name == "facts"]
     with tempfile.TemporaryDirectory() as folder:
