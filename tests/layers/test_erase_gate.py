@@ -1,7 +1,5 @@
 """The erase's own gate, the convolutions after the projections, and where memories begin (decisions D16, D17)."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,16 +117,20 @@ def test_only_one_layer_of_a_deep_memory_is_gated(layer):
 def test_projection_memories_keep_their_own_erase():
     """The gate is the main memory's alone."""
     layers = [build(adaptive=("k", "v"), **options) for options in ({}, dict(erase_gate=True))]
-    shared = {n: p for n, p in layers[0].named_parameters() if n != "in_proj.weight"}
     with torch.no_grad():
-        for name, p in shared.items():
-            layers[1].get_parameter(name).copy_(p)
+        for name, p in layers[0].named_parameters():
+            if not name.startswith(("initial", "in_proj")):
+                layers[1].get_parameter(name).copy_(p)
+        for both, own, main in zip(layers[0].initial[0], *layers[1].initial):
+            own.copy_(both[:2]), main.copy_(both[2:])
         layers[1].in_proj.weight[: layers[0].in_proj.weight.shape[0]] = layers[0].in_proj.weight
     x = torch.randn(1, 9, DIM, dtype=torch.float64)
-    states = [layer(x)[1].memories[0] for layer in layers]
-    for a, b in itertools.chain(zip(states[0].now, states[1].now), zip(states[0].velocity, states[1].velocity)):
-        torch.testing.assert_close(a[:, :2], b[:, :2])  # k and v
-        assert (a[:, 2] - b[:, 2]).abs().max() > 1e-6  # the main memory
+    (plain,), (own, main) = (layer(x)[1].memories for layer in layers)
+    for a, k_and_v, memory in zip(
+        (*plain.now, *plain.velocity), (*own.now, *own.velocity), (*main.now, *main.velocity)
+    ):
+        torch.testing.assert_close(a[:, :2], k_and_v)
+        assert (a[:, 2:] - memory).abs().max() > 1e-6
 
 
 @torch.no_grad()

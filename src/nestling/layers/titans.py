@@ -41,6 +41,7 @@ class SelfModifyingTitans(nn.Module):
         self.config = config = TitansConfig(dim, num_heads, **options)
         self.num_heads, self.head_dim = config.num_heads, config.head_width
         self.rule, self.widths, self.groups = config.rule, config.widths(), _plan(config)
+        self.projection_rule = self.rule.without_gate()
         self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
         self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim))
@@ -254,7 +255,8 @@ def _plan(config: TitansConfig) -> tuple[MemoryGroup, ...]:
     projections = tuple(name for name in ("k", "v", "q") if name in config.adaptive)
     gates = tuple(name for name in ("eta", "alpha") if name in config.adaptive)
     groups = []
-    if projections and (config.main_chunk_size != config.chunk_size or main != full):
+    alone = config.main_chunk_size != config.chunk_size or main != full
+    if projections and (alone or config.erase_gate or config.first_rate is not None):
         groups.append(MemoryGroup(projections, full, config.chunk_size))
         projections = ()
     groups.append(MemoryGroup((*projections, "memory"), main, config.main_chunk_size))

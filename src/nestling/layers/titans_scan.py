@@ -106,9 +106,10 @@ class MemoryScan:
         self, group: MemoryGroup, fast: FastWeights, context: Context, fresh: bool, q: Tensor | None, anchor: Anchor
     ) -> tuple[FastWeights, Tensor | None, TokenFigures | None]:
         """Write one segment, by the hand-differentiated step where it applies."""
-        rule, reading = self.layer.rule, dict(queries=q, after=self.layer.config.read == "after", anchor=anchor)
-        plain = context.erase is None and context.first_rate is None
-        if fresh and plain and self.observe is None and is_fused(group.architecture, rule):
+        own = context.erase is not None or context.first_rate is not None  # what the hand-written steps do not know
+        rule = self.layer.rule if own else self.layer.projection_rule
+        reading = dict(queries=q, after=self.layer.config.read == "after", anchor=anchor)
+        if fresh and not own and self.observe is None and is_fused(group.architecture, rule):
             return fused_advance(group.architecture, rule, fast, context, **reading)
         return advance(group.architecture, rule, fast, context, fresh=fresh, **reading)
 

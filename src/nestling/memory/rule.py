@@ -7,7 +7,7 @@ update of a layer over a chunk is the generalised delta rule. Gradients are take
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,10 @@ class UpdateRule:
         if not self.erase_gate and (self.erase_range, self.erase_layer, self.tied_write) != (1, "first", True):
             raise ValueError("erase_range, erase_layer and tied_write have no effect without erase_gate=True")
 
+    def without_gate(self) -> UpdateRule:
+        """By which memories learn that have no erase gate: all but the main one."""
+        return replace(self, erase_gate=False, erase_range=1.0, erase_layer="first", tied_write=True)
+
 
 class FastWeights(NamedTuple):
     """Fast weights of a stack of memories; one tensor [n, B, H, o, i] per linear layer in each field."""
@@ -91,7 +95,7 @@ class Context(NamedTuple):
     decay: Tensor  # alpha [B, H, C]
     momentum: Tensor | None  # mu [B, H, C]
     decays: Decays  # tables of the two, [B, H, C + 1, C + 1]
-    # of the main memory, the last of its stack, alone
+    # of the main memory, which is then a stack of its own
     erase: Tensor | None = None  # gate g of the erase, [B, H, C]
     first_rate: Tensor | None = None  # a factor on the first layer's step, [H, 1]
 
@@ -204,9 +208,9 @@ def _rates(rule: UpdateRule, context: Context, inputs: list[Tensor], errors: lis
             rate, _ = joint_step(eta, sizes, [error.square().sum(-1) for error in errors], rule.relative)
             rates = [rate] * len(inputs)
     if context.first_rate is not None:
-        rates[0] = _with_last(rates[0], rates[0][-1:] * context.first_rate)
+        rates[0] = rates[0] * context.first_rate
     if context.erase is not None and rule.tied_write:
-        rates = [_with_last(rate, rate[-1:] * context.erase) for rate in rates]
+        rates = [rate * context.erase for rate in rates]
     return rates
 
 
@@ -217,15 +221,9 @@ def _erases(rule: UpdateRule, rates: list[Tensor], context: Context, inputs: lis
         erases = [rate * context.decay if rule.gated_erase else rate for rate in rates]
     if context.erase is not None:
         at = 0 if rule.erase_layer == "first" else len(rates) - 1
-        size = inputs[at][-1:].square().sum(-1) + TINY
-        gated = rule.erase_range * context.erase * context.decay / size
-        erases[at] = _with_last(torch.zeros_like(rates[at]) if erases[at] is None else erases[at], gated)
+        size = inputs[at].square().sum(-1) + TINY
+        erases[at] = rule.erase_range * context.erase * context.decay / size
     return erases
-
-
-def _with_last(stack: Tensor, last: Tensor) -> Tensor:
-    """[n, ...] with the main memory's part [1, ...] in place of the last."""
-    return last if stack.shape[0] == 1 else torch.cat([stack[:-1], last])
 
 
 def _step(eta: Tensor, kappa: Tensor, relative: bool) -> Tensor:
