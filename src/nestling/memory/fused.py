@@ -19,6 +19,7 @@ from nestling.memory.architectures import Architecture, LinearMemory, MLPMemory
 from nestling.memory.fused_linear import flat, linear_advance
 from nestling.memory.rule import Anchor, Context, FastWeights, UpdateRule, advance, joint_step
 from nestling.ops import compiled
+from nestling.ops import triton as kernels
 from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
 from nestling.ops.compiled import step as compiled_step
 
@@ -51,28 +52,13 @@ def fused_advance(
         momentum=flat(context.decays.momentum, 2), anchor2=flat(anchor2, 3), anchor1=flat(anchor1, 3),
     )  # fmt: skip
 
-    def definition(*args):
-        """The same by `rule.advance`, for second derivatives."""
-        s = MLPStep(*args)
+    step = MLPStep(*(None if t is None else t.contiguous() for t in step))
+    if kernels.is_available(*step, sides=(step.keys.shape[1], *step.w2.shape[1:])):
+        from nestling.memory.fused_kernels import mlp_step  # triton itself is imported where it is used
 
-        def stacked(*weights: Tensor | None) -> tuple[Tensor, ...]:
-            return tuple(w.view(*lead, *w.shape[1:]) for w in weights if w is not None)
-
-        def heads(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.view(*lead[1:], *t.shape[1:])
-
-        weights = stacked(s.w2, s.w1)
-        tokens = Context(
-            keys=heads(s.keys), values=heads(s.values), rate=heads(s.eta), decay=None, momentum=heads(s.mu),
-            decays=Decays(heads(s.decay), heads(s.mixed), heads(s.momentum)),
-        )  # fmt: skip
-        new, reads, _ = advance(
-            architecture, rule, FastWeights(weights, weights, stacked(s.s2, s.s1)), tokens, fresh=True,
-            queries=heads(s.queries), after=after, anchor=stacked(s.anchor2, s.anchor1),
-        )  # fmt: skip
-        return *(flat(w, 3) for w in (*new.now, *(new.velocity or no))), flat(reads, 2)
-
-    w2, w1, s2, s1, reads = _Step.apply(definition, after, *(None if t is None else t.contiguous() for t in step))
+        w2, w1, s2, s1, reads = mlp_step(step, after)
+    else:
+        w2, w1, s2, s1, reads = _Step.apply(after, *step)
     now = w2.view(*lead, *w2.shape[1:]), w1.view(*lead, *w1.shape[1:])
     velocity = (s2.view_as(now[0]), s1.view_as(now[1])) if fast.velocity else ()
     return FastWeights(fast.start, now, velocity), None if reads is None else reads.view_as(queries), None
@@ -97,11 +83,34 @@ class MLPStep(NamedTuple):
     anchor1: Tensor | None
 
 
+def by_rule(step: MLPStep, after: bool) -> tuple[Tensor | None, ...]:
+    """The same by `rule.advance`, for second derivatives: w2, w1, s2, s1 and the reads."""
+    groups = step.keys.shape[0]
+
+    def stacked(*weights: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(w.unflatten(0, (-1, 1, groups)) for w in weights if w is not None)
+
+    def heads(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.unsqueeze(0)
+
+    weights, hidden = stacked(step.w2, step.w1), step.w2.shape[1]
+    tokens = Context(
+        keys=heads(step.keys), values=heads(step.values), rate=heads(step.eta), decay=None, momentum=heads(step.mu),
+        decays=Decays(heads(step.decay), heads(step.mixed), heads(step.momentum)),
+    )  # fmt: skip
+    inner = step.keys.shape[-1]
+    new, reads, _ = advance(
+        MLPMemory(inner, inner, hidden), UpdateRule(), FastWeights(weights, weights, stacked(step.s2, step.s1)), tokens,
+        fresh=True, queries=heads(step.queries), after=after, anchor=stacked(step.anchor2, step.anchor1),
+    )  # fmt: skip
+    return *(flat(w, 3) for w in (*new.now, *(new.velocity or (None, None)))), flat(reads, 2)
+
+
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, definition, after, *args):
+    def forward(ctx, after, *args):
         step = MLPStep(*args)
-        ctx.definition, ctx.after, ctx.compiled = definition, after, compiled.is_available(*step)
+        ctx.after, ctx.compiled = after, compiled.is_available(*step)
         outputs, saved = (compiled_step.forward if ctx.compiled else _forward)(step, after)
         ctx.save_for_backward(*step, *saved)
         return outputs
@@ -111,14 +120,13 @@ class _Step(torch.autograd.Function):
         tensors = ctx.saved_tensors  # once: recomputation allows one unpacking
         args, saved = tensors[: len(MLPStep._fields)], tensors[len(MLPStep._fields) :]
         if torch.is_grad_enabled():  # a second derivative is wanted
-            return None, None, *differentiate(ctx.definition, args, grads, ctx.needs_input_grad[2:])
-        if ctx.compiled:
-            return (
-                None,
-                None,
-                *compiled_step.backward(MLPStep(*args), ctx.after, compiled_step.CompiledSaved(*saved), *grads),
+            return None, *differentiate(
+                lambda *a: by_rule(MLPStep(*a), ctx.after), args, grads, ctx.needs_input_grad[1:]
             )
-        return None, None, *_backward(MLPStep(*args), ctx.after, Saved(*saved), *grads)
+        if ctx.compiled:
+            kept = compiled_step.CompiledSaved(*saved)
+            return None, *compiled_step.backward(MLPStep(*args), ctx.after, kept, *grads)
+        return None, *_backward(MLPStep(*args), ctx.after, Saved(*saved), *grads)
 
 
 class Saved(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nestling.ops import compiled
+from nestling.ops import triton as kernels
 from nestling.ops.compiled import chunk as compiled_chunk
 from nestling.ops.compiled import table as compiled_table
 
@@ -102,6 +103,11 @@ class Chunk(NamedTuple):
 
 def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """W and S after the chunk, and the reads W_t q_t if `after`, else W_{t-1} q_t, [R, C, o]."""
+    sides = chunk.keys.shape[-1], *chunk.writes.shape[1:]
+    if kernels.is_available(*chunk, sides=sides):
+        from nestling.ops.triton.chunk import delta_chunk as by_kernels  # triton itself is imported where it is used
+
+        return by_kernels(Chunk(*(None if t is None else t.contiguous() for t in chunk)), after)
     return _Chunk.apply(after, *(None if t is None else t.contiguous() for t in chunk))
 
 
