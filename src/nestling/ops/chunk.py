@@ -34,6 +34,10 @@ class Decays(NamedTuple):
 
 def decay_table(decay: Tensor, momentum: Tensor | None) -> Decays:
     """Decay tables A, K, M of a chunk from decay [..., C] and momentum [..., C] (None: no momentum)."""
+    if decay.dim() > 1 and kernels.is_available(decay, momentum, sides=(decay.shape[-1],)):
+        from nestling.ops.triton.chunk import decay_table as by_kernels
+
+        return Decays(*by_kernels(decay.contiguous(), None if momentum is None else momentum.contiguous()))
     if compiled.is_available(decay, momentum):
         return Decays(*_Table.apply(decay.contiguous(), None if momentum is None else momentum.contiguous()))
     return _decay_table(decay, momentum)

@@ -1,12 +1,12 @@
-"""The delta rule over one chunk as an operator of torch, `nestling::delta_chunk`, which torch.compile leaves whole."""
+"""The delta rule over one chunk and its decay tables as operators of torch, which torch.compile leaves whole."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nestling.ops.chunk import Chunk, chunk_reference, differentiate
-from nestling.ops.triton.launch import backward_rule, forward_rule
+from nestling.ops.chunk import Chunk, _decay_table, chunk_reference, differentiate
+from nestling.ops.triton.launch import backward_rule, backward_table, forward_rule, forward_table
 
 _ALWAYS = ("weight", "keys", "writes", "decay")
 FIELDS = ", ".join(f"Tensor{'' if name in _ALWAYS else '?'} {name}" for name in Chunk._fields)
@@ -100,3 +100,65 @@ def _autograd(ctx, g_weight, g_velocity, g_reads, *_):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
+
+
+def decay_table(decay: Tensor, momentum: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`ops.chunk.decay_table` by the kernels: A, K, M of contiguous [..., C]."""
+    lead, tokens = decay.shape[:-1], decay.shape[-1]
+    tables = _table_forward(decay.flatten(0, -2), None if momentum is None else momentum.flatten(0, -2))
+    shape = *lead, tokens + 1, tokens + 1
+    return tuple(None if momentum is None and i else t.view(shape) for i, t in enumerate(tables))
+
+
+def _tables(decay: Tensor, momentum: Tensor | None) -> tuple[Tensor, ...]:
+    groups, side = decay.shape[0], decay.shape[1] + 1
+    return tuple(decay.new_empty((groups, side, side) if there else 0) for there in (True, *[momentum is not None] * 2))
+
+
+@torch.library.custom_op(
+    "nestling::decay_table", mutates_args=(), schema="(Tensor decay, Tensor? momentum) -> (Tensor, Tensor, Tensor)"
+)
+def _table_forward(decay, momentum):
+    tables = _tables(decay, momentum)
+    forward_table(decay, momentum, tables)
+    return tables
+
+
+_table_forward.register_fake(_tables)
+
+
+@torch.library.custom_op(
+    "nestling::decay_table_backward",
+    mutates_args=(),
+    schema="(Tensor A, Tensor? M, Tensor? g_A, Tensor? g_K, Tensor? g_M) -> (Tensor, Tensor)",
+)
+def _table_backward(A, M, g_A, g_K, g_M):
+    grads = [torch.zeros_like(A) if g is None else g.contiguous() for g in (g_A, g_K, g_M)]
+    found = _table_places(A, M)
+    backward_table((A, M), grads, found)
+    return found
+
+
+def _table_places(A, M, *_):
+    places = A.new_empty(A.shape[0], A.shape[1] - 1)
+    return places, A.new_empty(0) if M is None else torch.empty_like(places)
+
+
+_table_backward.register_fake(_table_places)
+
+
+def _table_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[0], None if inputs[1] is None else output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _table_autograd(ctx, *grads):
+    decay, momentum, A, M = ctx.saved_tensors
+    grads = [g if i == 0 or momentum is not None else None for i, g in enumerate(grads)]
+    if torch.is_grad_enabled():  # a second derivative is wanted
+        return tuple(differentiate(_decay_table, (decay, momentum), grads, ctx.needs_input_grad))
+    g_decay, g_momentum = _table_backward(A, M, *grads)
+    return g_decay, None if momentum is None else g_momentum
+
+
+_table_forward.register_autograd(_table_autograd, setup_context=_table_setup)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nestling.ops.triton import inner, rule, rule_backward
+from nestling.ops.triton import inner, inner_linear, rule, rule_backward, table
 
 WARPS: int | None = None  # for every kernel, in place of `warps`
 
@@ -84,6 +84,52 @@ def backward_inner(step: Sequence[Tensor | None], saved: Sequence[Tensor], grads
     inner.inner_backward[(w2.shape[0],)](
         w2, w1, keys, values, eta, eta if mu is None else mu, *saved, *grads, *found, *sizes, stride, **options
     )  # fmt: skip
+
+
+def forward_linear(step: Sequence[Tensor | None], outputs: Sequence[Tensor], rate: Tensor) -> None:
+    """`inner_linear.linear_forward` for a `LinearStep`; outputs are the kernel's, up to writes."""
+    weight, _, keys, values, _, eta, mu, *_ = step
+    sizes, options = _linear(weight, keys, mu)
+    given = weight, keys, values, eta, eta if mu is None else mu
+    inner_linear.linear_forward[(weight.shape[0],)](*given, *outputs, rate, *sizes, **options)
+
+
+def backward_linear(step: Sequence[Tensor | None], saved: Sequence[Tensor], grads, found, stride: int) -> None:
+    """`inner_linear.linear_backward` for a `LinearStep`: saved, grads and found are the kernel's, in its order."""
+    weight, _, keys, values, _, eta, mu, *_ = step
+    sizes, options = _linear(weight, keys, mu)
+    given = weight, keys, values, eta, eta if mu is None else mu
+    inner_linear.linear_backward[(weight.shape[0],)](*given, *saved, *grads, *found, *sizes, stride, **options)
+
+
+def _linear(weight: Tensor, keys: Tensor, mu: Tensor | None):
+    groups, tokens, ins = keys.shape
+    tiles = padded(tokens), padded(weight.shape[1]), padded(ins)
+    options = dict(
+        C=tiles[0], O=tiles[1], I=tiles[2], MOVES=mu is not None, P=precision(), num_warps=warps(*tiles), num_stages=1
+    )  # fmt: skip
+    return (tokens, weight.shape[1], ins, groups), options
+
+
+def forward_table(decay: Tensor, momentum: Tensor | None, tables: Sequence[Tensor | None]) -> None:
+    """`table.table_forward` for decay and momentum [G, C]; tables are A, K, M."""
+    groups, tokens = decay.shape
+    table.table_forward[(groups,)](
+        *_given((decay, momentum, *tables), decay), tokens, **_table(tokens, momentum is not None)
+    )  # fmt: skip
+
+
+def backward_table(tables: Sequence[Tensor | None], grads: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> None:
+    """`table.table_backward`: tables A and M, grads of A, K and M, found for decay and momentum."""
+    decay = tables[0]
+    tokens = decay.shape[-1] - 1
+    given = _given((*tables, *grads, *found), decay)
+    table.table_backward[(decay.shape[0],)](*given, tokens, **_table(tokens, tables[1] is not None))
+
+
+def _table(tokens: int, moves: bool) -> dict:
+    side = padded(tokens)
+    return dict(C=side, MOVES=moves, P=precision(), num_warps=warps(side, side, side), num_stages=1)
 
 
 def _inner(w2: Tensor, keys: Tensor, mu: Tensor | None):

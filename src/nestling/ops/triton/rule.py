@@ -66,7 +66,7 @@ def chunk_forward(
     store_tile(new_weight + cells, w, outs, ins, ins, O, I)
 
     if READ:
-        if n >= first_read:
+        if n >= first_read:  # noqa: SIM102 (the outer one is decided by the compiler)
             line = 0
             if AFTER:
                 line = side

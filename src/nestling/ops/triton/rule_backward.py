@@ -106,7 +106,7 @@ def chunk_backward(
     first_a = tl.zeros([C], tl.float32)
     first_k = first_a
     if READ:
-        if n >= first_read:
+        if n >= first_read:  # noqa: SIM102 (the outer one is decided by the compiler)
             at = n - first_read
             g_r = load_tile(g_reads + at * tokens * outs, tokens, outs, outs, C, O)
             q = load_tile(queries + at * size, tokens, ins, ins, C, I)

@@ -7,7 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nestling.ops.triton import shares
 from nestling.ops.triton.launch import backward_inner, backward_rule, forward_inner, forward_rule
+
+RESULTS = "w2", "w1", "s2", "s1", "queries"  # the fields whose new values or reads a step returns
+OWN = "w2", "w1", "s2", "s1", "queries", "anchor2", "anchor1"
 
 
 class KernelSaved(NamedTuple):
@@ -28,6 +32,9 @@ class KernelSaved(NamedTuple):
     d1: Tensor
     inverse1: Tensor
     read: Tensor  # [G, C, h]; empty without queries
+
+
+Saved = KernelSaved
 
 
 def outputs(step: NamedTuple) -> tuple[tuple[Tensor, ...], KernelSaved]:
@@ -57,12 +64,8 @@ def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor, ...], KernelSa
     return made
 
 
-SHARED = "keys", "values", "eta", "mu", "decay", "mixed", "momentum"  # given to all memories of a head
-OWN = "w2", "w1", "s2", "s1", "queries", "anchor2", "anchor1"
-
-
 def backward(step: NamedTuple, after: bool, saved: KernelSaved, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the `OWN` fields, then of the `SHARED` ones side by side [G, ...], for `unpack`."""
+    """Gradients of the `OWN` fields, then the sum of the shares."""
     groups, tokens, inner = step.keys.shape
     total = step.w2.shape[0]
     new, like = step.w2.new_empty, torch.empty_like
@@ -75,15 +78,14 @@ def backward(step: NamedTuple, after: bool, saved: KernelSaved, *grads: Tensor |
     found2, found1, found_s2, found_s1, found_a2, found_a1 = (
         None if t is None else like(t) for t in (*states, step.anchor2, step.anchor1)
     )
-    # what all memories of a head were given: each writes its share, one sum adds them up
-    shares = new(total, shared_size(step))
-    share = unpack(shares, step)
+    parts = new(total, shares.width(step))
+    share = shares.unpack(parts, step)
     tables = share["decay"], share.get("mixed"), share.get("momentum")
     g_pre, g_hidden, g_u2, g_u1 = like(saved.pre), like(saved.pre), like(saved.pre), like(saved.error)
     g_out, g_keys, g_e2, g_e1 = like(saved.out), new(total, tokens, inner), like(saved.rate), like(saved.rate)
     g_read = None if g_y is None else like(saved.read)
     g_q = None if g_y is None else new(groups, tokens, inner)
-    how = dict(after=after, groups=groups, table_stride=shares.shape[1])
+    how = dict(after=after, groups=groups, table_stride=parts.shape[1])
     first, second = _rules(step, saved)
     backward_rule(
         second, (saved.d1, saved.inverse1), (up1, up_s1, g_y),
@@ -96,24 +98,9 @@ def backward(step: NamedTuple, after: bool, saved: KernelSaved, *grads: Tensor |
     backward_inner(
         step, (*saved[:2], *saved[3:5], saved.sizes, saved.rate),
         (g_hidden, g_keys, g_u2, g_u1, g_e2, g_e1, g_pre, g_out),
-        (found2, found1, share["keys"], share["values"], share["eta"], share.get("mu", share["eta"])), shares.shape[1],
+        (found2, found1, share["keys"], share["values"], share["eta"], share.get("mu", share["eta"])), parts.shape[1],
     )  # fmt: skip
-    whole = shares.view(total // groups, groups, -1).sum(0) if total > groups else shares
-    return found2, found1, found_s2, found_s1, g_q, found_a2, found_a1, whole
-
-
-def _sizes(step: NamedTuple) -> dict[str, int]:
-    return {name: getattr(step, name)[0].numel() for name in SHARED if getattr(step, name) is not None}
-
-
-def shared_size(step: NamedTuple) -> int:
-    return sum(_sizes(step).values())
-
-
-def unpack(shares: Tensor, step: NamedTuple) -> dict[str, Tensor]:
-    """Views of each field's part of shares [..., all]."""
-    sizes = _sizes(step)
-    return dict(zip(sizes, shares.split(list(sizes.values()), 1), strict=True))
+    return found2, found1, found_s2, found_s1, g_q, found_a2, found_a1, shares.add_up(parts, groups)
 
 
 def _rules(step: NamedTuple, saved: KernelSaved) -> tuple[tuple, tuple]:

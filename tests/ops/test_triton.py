@@ -1,0 +1,244 @@
+"""The Triton kernels against the float64 definitions, values and all gradients, by Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, so these tests run in a process of their own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+from nestling.layers.titans import SelfModifyingTitans
+from nestling.memory.fused import MLPStep, by_rule
+from nestling.memory.fused_linear import linear_by_rule
+from nestling.ops import triton as kernels
+from nestling.ops.chunk import Chunk, _decay_table, chunk_reference, decay_table, delta_chunk
+from nestling.ops.compiled.linear import LinearStep
+
+INTERPRETED = kernels.is_interpreted()
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_a_process_that_interprets")
+SIZES = [(2, 1, 7, 5, 6), (1, 2, 16, 16, 16), (2, 1, 20, 9, 18)]  # memories, heads, tokens, inputs, outputs or hidden
+FLAGS = list(product((False, True), repeat=4))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_in_a_process_that_interprets():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (pip install 'nestling[gpu]'): NO KERNEL IS TESTED")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=230)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def rand(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(rand(*shape), dim=-1)
+
+
+def gate(*shape):
+    return torch.rand(*shape, dtype=torch.float64)
+
+
+def tables(groups, tokens, moves):
+    decay = 0.7 + 0.3 * gate(groups, tokens)
+    decay[0, tokens // 2] = 0.0  # nothing is divided by a decay
+    return _decay_table(decay, gate(groups, tokens) if moves else None)._asdict()
+
+
+def mlp_arguments(n, groups, tokens, p, h, moves, anchor, reads):
+    total, row = n * groups, (groups, tokens, p)
+    return MLPStep(
+        w2=2 * p**-0.5 * rand(total, h, p), w1=h**-0.5 * rand(total, p, h), s2=0.1 * rand(total, h, p) if moves else None,
+        s1=0.1 * rand(total, p, h) if moves else None, keys=unit(*row), values=unit(*row),
+        queries=unit(*row) if reads else None, eta=gate(groups, tokens), mu=gate(groups, tokens) if moves else None,
+        **tables(groups, tokens, moves), anchor2=0.3 * rand(total, h, p) if anchor else None,
+        anchor1=0.3 * rand(total, p, h) if anchor else None,
+    )  # fmt: skip
+
+
+def linear_arguments(n, groups, tokens, i, o, moves, anchor, reads):
+    total, row = n * groups, (groups, tokens, i)
+    return LinearStep(
+        weight=rand(total, o, i), velocity=0.1 * rand(total, o, i) if moves else None, keys=unit(*row), values=unit(*row),
+        queries=unit(*row) if reads else None, eta=gate(groups, tokens), mu=gate(groups, tokens) if moves else None,
+        **tables(groups, tokens, moves), anchor=rand(total, o, i) if anchor else None,
+    )  # fmt: skip
+
+
+def chunk_arguments(n, groups, tokens, i, o, moves, anchor, reads, erase=True):
+    total = n * groups
+    return Chunk(
+        weight=rand(total, o, i), velocity=rand(total, o, i) if moves else None, products=rand(total, tokens, o),
+        keys=unit(total, tokens, i), writes=rand(total, tokens, o), erase=gate(total, tokens) if erase else None,
+        **tables(total, tokens, moves), queries=unit(groups, tokens, i) if reads else None,
+        anchor=rand(total, o, i) if anchor else None,
+    )  # fmt: skip
+
+
+def run(function, step, after, dtype):
+    """Outputs and gradients, by name."""
+    step = type(step)(*(None if t is None else t.to(dtype).requires_grad_() for t in step))
+    outputs = [o for o in function(step, after) if o is not None]
+    torch.manual_seed(1)
+    weights = [rand(*o.shape) for o in outputs]
+    loss = sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True))
+    names, leaves = zip(*((name, t) for name, t in step._asdict().items() if t is not None), strict=True)
+    found = {f"output {i}": o for i, o in enumerate(outputs)}
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    for name, grad in zip(names, grads, strict=True):
+        found[name] = grad.tril() if name in ("decay", "mixed", "momentum") else grad  # above is no table
+    return found
+
+
+def compare(by_kernels, definition, step, after, allowed=1e-5):
+    want, got = run(definition, step, after, torch.float64), run(by_kernels, step, after, torch.float32)
+    for name, w in want.items():
+        assert (got[name] - w).norm() <= allowed * w.norm() + 1e-6, name
+
+
+def mlp_step(step, after):
+    from nestling.memory.fused_kernels import mlp_step
+
+    return mlp_step(step, after)
+
+
+def linear_step(step, after):
+    from nestling.memory.fused_kernels import linear_step
+
+    return linear_step(step, after)
+
+
+def plain_chunk(step, after):
+    return chunk_reference(step, after)
+
+
+@interpreted
+@pytest.mark.parametrize("moves, anchor, after, reads", FLAGS)
+def test_mlp_step(moves, anchor, after, reads):
+    torch.manual_seed(0)
+    sizes = SIZES[FLAGS.index((moves, anchor, after, reads)) % 3]
+    compare(mlp_step, by_rule, mlp_arguments(*sizes, moves, anchor, reads), after)
+
+
+@interpreted
+@pytest.mark.parametrize("moves, anchor, after, reads", FLAGS)
+def test_linear_step(moves, anchor, after, reads):
+    torch.manual_seed(0)
+    sizes = SIZES[FLAGS.index((moves, anchor, after, reads)) % 3]
+    compare(linear_step, linear_by_rule, linear_arguments(*sizes, moves, anchor, reads), after)
+
+
+@interpreted
+@pytest.mark.parametrize("erase", [True, False])
+@pytest.mark.parametrize("moves, anchor, after, reads", FLAGS)
+def test_delta_chunk(moves, anchor, after, reads, erase):
+    torch.manual_seed(0)
+    sizes = SIZES[(FLAGS.index((moves, anchor, after, reads)) + erase) % 3]
+    step = chunk_arguments(*sizes, moves, anchor, reads, erase)
+    if not erase:
+        step = step._replace(products=None)
+    compare(delta_chunk, plain_chunk, step, after)
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 16, 23])
+@pytest.mark.parametrize("moves", [True, False])
+def test_decay_table(tokens, moves):
+    torch.manual_seed(0)
+    decay, momentum = gate(2, 3, tokens), gate(2, 3, tokens) if moves else None
+    decay[0, 0, tokens // 2] = 0.0
+    found = []
+    for form, dtype in ((_decay_table, torch.float64), (decay_table, torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in (decay, momentum) if t is not None]
+        made = [t for t in form(leaves[0], leaves[1] if moves else None) if t is not None]
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(made, leaves, [rand(*t.shape).to(dtype) for t in made])
+        found.append([*made, *grads])
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@interpreted
+def test_like_keys_lose_no_digits():
+    """Fully written equal keys: the product (I - L)(I + L^2)... would leave none of float32's digits at 64 tokens."""
+    torch.manual_seed(0)
+    step = chunk_arguments(1, 1, 64, 16, 16, False, False, True)
+    step = step._replace(keys=step.keys[:, :1].expand_as(step.keys).contiguous(), erase=0.99 * torch.ones_like(step.erase))
+    compare(delta_chunk, plain_chunk, step, False)
+
+
+@interpreted
+def test_bf16_inputs_with_float32_state():
+    torch.manual_seed(0)
+    step = mlp_arguments(2, 1, 20, 16, 16, True, True, True)
+    rows = ("keys", "values", "queries")
+
+    def rounded(step, after):
+        return mlp_step(step._replace(**{name: getattr(step, name).bfloat16() for name in rows}), after)
+
+    compare(rounded, by_rule, step, False, allowed=2e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, dict(architecture="linear", read="after", momentum=False), dict(gates="mlp")])
+def test_a_layer(options):
+    """A whole layer, its last chunk cut off, against itself in float64."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(8, 2, chunk_size=6, **options).to(torch.float32).to(dtype)
+        x = torch.randn(1, 15, 8).to(dtype).requires_grad_()
+        y, _ = layer(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], allow_unused=True)])
+    for want, got in zip(*found, strict=True):
+        assert (want is None) == (got is None)
+        if want is not None:
+            assert (got - want).norm() <= 1e-5 * want.norm() + 1e-7
+
+
+@interpreted
+def test_second_derivatives_are_the_rules():
+    torch.manual_seed(0)
+    step, found = linear_arguments(1, 1, 5, 4, 4, True, True, True), []
+    for function, dtype in ((linear_by_rule, torch.float64), (linear_step, torch.float32)):
+        given = LinearStep(*(t.to(dtype).requires_grad_() for t in step))
+        reads = function(given, False)[2]
+        (slope,) = torch.autograd.grad(reads.square().sum(), given.keys, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), given.weight)[0])
+    assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["mlp", "linear", "chunk", "table"])
+def test_compile_sees_one_operator(kind):
+    """torch.compile traces the step whole, without a graph break, and its gradients."""
+    torch.manual_seed(0)
+    if kind == "table":
+        step, function = [gate(2, 5), gate(2, 5)], decay_table
+    else:
+        make = dict(mlp=mlp_arguments, linear=linear_arguments, chunk=chunk_arguments)[kind]
+        step = make(1, 2, 5, 4, 4, True, True, True)
+        form = dict(mlp=mlp_step, linear=linear_step, chunk=delta_chunk)[kind]
+        function = lambda *a: form(type(step)(*a), False)  # noqa: E731
+    graphs = []
+
+    def record(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    found = []
+    for run in (function, torch.compile(function, fullgraph=True, backend=record)):
+        leaves = [t.float().requires_grad_() for t in step]
+        found.append(torch.autograd.grad(sum(o.sum() for o in run(*leaves)), leaves, allow_unused=True))
+    names = dict(mlp="mlp_step", linear="linear_step", chunk="delta_chunk", table="decay_table")
+    assert len(graphs) == 1 and sum(f"nestling.{names[kind]}" in target for target in graphs[0]) == 1
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
