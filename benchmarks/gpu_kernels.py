@@ -1,6 +1,7 @@
 """The Triton kernels on a GPU: right against float64, and how long they take, alone and in a layer.
 
-`python3 -m benchmarks.gpu_kernels --out FOLDER`. Kernels are compiled by processes side by side, then used from the cache.
+`python3 -m benchmarks.gpu_kernels --out FOLDER`. Processes side by side compile the kernels, which are then taken from
+Triton's cache.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ import torch
 
 from nestling.layers.titans import SelfModifyingTitans
 from nestling.memory.fused import MLPStep, by_rule
+from nestling.memory.fused_linear import linear_by_rule
 from nestling.ops import triton as kernels
-from nestling.ops.chunk import Chunk, chunk_reference, decay_table, delta_chunk
+from nestling.ops.chunk import decay_table
+from nestling.ops.compiled.linear import LinearStep
 
 HEADS, STACK, WIDTH = 64, 3, 64  # 4 sequences of 16 heads; memories of k, v and the main one
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MLP = [(64, "tf32x3", 8), (64, "tf32", 8), (64, "tf32", 4), (32, "tf32x3", 4), (32, "tf32", 4), (16, "tf32x3", 4)]
-GATES = [(64, "tf32x3", 4), (64, "tf32", 4), (32, "tf32x3", 4), (32, "tf32", 4), (16, "tf32x3", 4)]
-PARTS = {"mlp": [[3], [4], [0, 1, 2, 5]], "gate": [[0, 1]]}  # launches of a step compiled by one process
-JOBS = [("mlp", c, part) for c in MLP for part in PARTS["mlp"][:2]]
-JOBS += [("mlp", c, PARTS["mlp"][2]) for c in MLP] + [("gate", c, [0, 1]) for c in GATES]
+LAYERS = [(64, "tf32x3"), (64, "tf32"), (32, "tf32x3"), (16, "tf32x3")]
+OTHER_WARPS = [(64, "tf32", 4), (64, "tf32x3", 4)]
+# one process compiles one of the heavy kernels, or all the light ones of one direction
+JOBS = [
+    ("layer", (*c, None), part) for c in LAYERS for part in ("second", "first", "gate", "rule", "backward", "forward")
+]
+JOBS += [("mlp", c, part) for c in OTHER_WARPS for part in ("second", "first", "rule", "backward", "forward")]
 
 
 class TookTooLong(Exception):
@@ -72,30 +77,29 @@ def mlp_arguments(tokens, n=STACK, groups=HEADS, p=WIDTH):
     )  # fmt: skip
 
 
-def gate_arguments(tokens, total=2 * HEADS, outs=1, ins=WIDTH):
+def gate_arguments(tokens, n=2, groups=HEADS, outs=1, ins=WIDTH):
     torch.manual_seed(0)
 
     def rand(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
-    keys = torch.nn.functional.normalize(rand(total, tokens, ins), dim=-1)
-    return Chunk(
-        weight=rand(total, outs, ins), velocity=rand(total, outs, ins), products=rand(total, tokens, outs), keys=keys,
-        writes=rand(total, tokens, outs), erase=torch.rand(total, tokens, dtype=torch.float64),
-        **tables(total, tokens)._asdict(), queries=None, anchor=rand(total, outs, ins),
+    keys, values = (torch.nn.functional.normalize(rand(groups, tokens, ins), dim=-1) for _ in range(2))
+    total = n * groups
+    return LinearStep(
+        weight=rand(total, outs, ins), velocity=rand(total, outs, ins), keys=keys, values=values, queries=None,
+        eta=torch.rand(groups, tokens, dtype=torch.float64), mu=torch.rand(groups, tokens, dtype=torch.float64),
+        **tables(groups, tokens)._asdict(), anchor=rand(total, outs, ins),
     )  # fmt: skip
 
 
 def by_kernels(kind):
-    if kind == "mlp":
-        from nestling.memory.fused_kernels import mlp_step
+    from nestling.memory.fused_kernels import linear_step, mlp_step
 
-        return mlp_step
-    return lambda c, after: delta_chunk(c, after)
+    return mlp_step if kind == "mlp" else linear_step
 
 
-def prepare(kind, tokens, dtype, device):
-    made = (mlp_arguments if kind == "mlp" else gate_arguments)(tokens)
+def prepare(kind, tokens, dtype, device, p=WIDTH):
+    made = mlp_arguments(tokens, p=p) if kind == "mlp" else gate_arguments(tokens)
     return type(made)(*(None if t is None else t.to(device, dtype).requires_grad_() for t in made))
 
 
@@ -114,13 +118,22 @@ def use(precision, warps):
     launch.WARPS = warps
 
 
+def part_of(name: str, options: dict) -> str:
+    """Which process compiles a kernel."""
+    if name == "chunk_backward":
+        return "second" if options["ACTIVE"] else "first" if options["ADD"] else "gate"
+    if name == "chunk_forward":
+        return "rule"
+    return "backward" if name.endswith("backward") else "forward"
+
+
 def compile_job(index: int) -> None:
     """Launch only some kernels of a step: the others are compiled by other processes at the same time."""
     kind, (tokens, precision, warps), part = JOBS[index]
-    from nestling.ops.triton import inner, rule, rule_backward
+    from nestling.ops.triton import bounded, inner, inner_linear, rule, rule_backward, table
 
     use(precision, warps)
-    count, times = [0], {}
+    times = {}
 
     class Only:
         def __init__(self, kernel):
@@ -128,22 +141,29 @@ def compile_job(index: int) -> None:
 
         def __getitem__(self, grid):
             def launch(*args, **options):
+                name = self.kernel.__name__
+                if part_of(name, options) != part:
+                    return
+                key = f"{name} {[v for k, v in sorted(options.items()) if k.isupper()]}"
                 begin = time.perf_counter()
-                if count[0] in part:
-                    made = self.kernel[grid](*args, **options)
-                    torch.cuda.synchronize()
-                    times[f"{count[0]} {self.kernel.__name__}"] = dict(
-                        seconds=round(time.perf_counter() - begin, 2), registers=getattr(made, "n_regs", None), spills=getattr(made, "n_spills", None),
-                        shared_kib=made.metadata.shared // 1024,
-                    )  # fmt: skip
-                count[0] += 1
+                made = self.kernel[grid](*args, **options)
+                torch.cuda.synchronize()
+                times.setdefault(key, dict(
+                    seconds=round(time.perf_counter() - begin, 2), registers=getattr(made, "n_regs", None),
+                    spills=getattr(made, "n_spills", None), shared_kib=made.metadata.shared // 1024,
+                ))  # fmt: skip
 
             return launch
 
-    inner.inner_forward, inner.inner_backward = Only(inner.inner_forward), Only(inner.inner_backward)
-    rule.chunk_forward, rule_backward.chunk_backward = Only(rule.chunk_forward), Only(rule_backward.chunk_backward)
-    step = prepare(kind, tokens, torch.float32, DEVICE)
-    loss_of(by_kernels(kind)(step, False)).backward()
+    for module in (bounded, inner, inner_linear, rule, rule_backward, table):
+        for name, kernel in list(vars(module).items()):
+            if name.endswith(("_forward", "_backward")) and hasattr(kernel, "run"):
+                setattr(module, name, Only(kernel))
+    if kind == "layer":
+        layer = SelfModifyingTitans(16 * WIDTH, 16, chunk_size=tokens).to(DEVICE)
+        layer(torch.randn(4, 2 * tokens, 16 * WIDTH, device=DEVICE))[0].sum().backward()
+    else:
+        loss_of(by_kernels(kind)(prepare(kind, tokens, torch.float32, DEVICE), False)).backward()
     print(json.dumps(times))
 
 
@@ -174,13 +194,13 @@ def compile_all(folder: Path, seconds: float) -> list[dict]:
     return found + [dict(job=JOBS[i], error="left out, no time") for i in waiting]
 
 
-def check(kind, tokens, precision, warps) -> dict:
+def check(kind, tokens, precision, warps, sides=(WIDTH,)) -> dict:
     use(precision, warps)
-    want_step = prepare(kind, tokens, torch.float64, "cpu")
-    reference = by_rule if kind == "mlp" else lambda c, after: chunk_reference(c, after)
+    want_step = prepare(kind, tokens, torch.float64, "cpu", sides[0])
+    reference = by_rule if kind == "mlp" else linear_by_rule
     want = [o for o in reference(want_step, False) if o is not None]
     loss_of(want).backward()
-    step = prepare(kind, tokens, torch.float32, DEVICE)
+    step = prepare(kind, tokens, torch.float32, DEVICE, sides[0])
     got = [o for o in by_kernels(kind)(step, False) if o is not None]
     found = {f"output {i}": error(g, w) for i, (g, w) in enumerate(zip(got, want, strict=True))}
     loss_of(got).backward()
@@ -254,30 +274,80 @@ def kernel_times(function) -> dict:
     )
 
 
-def time_layer(chunk, precision, with_kernels=True, tokens=4096, batch=4, profiled=False, graph=True) -> dict:
+class Block(torch.nn.Module):
+    """A softmax block to compare with: attention and an MLP of 4 widths."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, linear = heads, torch.nn.Linear
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = linear(width, 3 * width), linear(width, width)
+        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norms[0](x)).chunk(3, -1))
+        read = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(read.transpose(1, 2).flatten(2))
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norms[1](x))))
+
+
+def time_layer(
+    chunk, precision, with_kernels=True, tokens=4096, batch=4, profiled=False, graph=True, eager=True
+) -> dict:
+    """Forward and backward in bf16; chunk None is the softmax block. Times in ms."""
     use(precision, None)
     torch.manual_seed(0)
-    layer = SelfModifyingTitans(16 * WIDTH, 16, chunk_size=chunk).cuda()
-    x = torch.randn(batch, tokens, 16 * WIDTH, device="cuda", requires_grad=True)
+    width = 16 * WIDTH
+    layer = (Block(width, 16) if chunk is None else SelfModifyingTitans(width, 16, chunk_size=chunk)).cuda()
+    x = torch.randn(batch, tokens, width, device="cuda", requires_grad=True)
     leaves = [x, *layer.parameters()]
 
     def both():
         with torch.autocast("cuda", torch.bfloat16):
-            y, _ = layer(x)
+            y = layer(x)
+            y = y if chunk is None else y[0]
         return torch.autograd.grad(y.float().square().mean(), leaves, allow_unused=True)
 
-    found = {}
+    found = dict(chunk=chunk, precision=precision, kernels=with_kernels, tokens=tokens, batch=batch)
     with contextlib.nullcontext() if with_kernels else kernels.disabled():
         begin = time.perf_counter()
-        both()
+        grads = both()
         torch.cuda.synchronize()
+        found["finite"] = all(bool(g.isfinite().all()) for g in grads if g is not None)
         found["first_s"] = time.perf_counter() - begin
-        found["ms"] = milliseconds(both, 2) if found["first_s"] < 4 else None
-        if profiled:
-            found["profile"] = kernel_times(both)
-        if graph:
-            found["graph_ms"] = milliseconds(graphed(both), 3)
+        steps = (("ms", milliseconds, eager and found["first_s"] < 6), ("profile", kernel_times, profiled),
+                 ("graph_ms", lambda f: milliseconds(graphed(f), 3), graph))  # fmt: skip
+        for name, measure, wanted in steps:
+            if wanted:
+                try:
+                    found[name] = measure(both) if name != "ms" else measure(both, 2)
+                except Exception as problem:
+                    found[name] = f"{type(problem).__name__}: {problem}"[:1500]
+                    if isinstance(problem, TookTooLong):
+                        raise
+    found["tokens_per_s"] = round(1000 * batch * tokens / found.get("graph_ms", found.get("ms", 1)))
     return found
+
+
+def layers_agree(chunk=64, tokens=300) -> dict:
+    """A whole layer in float32 by the kernels and by PyTorch, against float64 by PyTorch on this GPU."""
+    use("tf32x3", None)
+    made = {}
+    for name, dtype, on in (
+        ("float64", torch.float64, False),
+        ("plain", torch.float32, False),
+        ("kernels", torch.float32, True),
+    ):
+        torch.manual_seed(0)
+        layer = SelfModifyingTitans(4 * WIDTH, 4, chunk_size=chunk).cuda().to(dtype)
+        x = torch.randn(2, tokens, 4 * WIDTH).cuda().to(dtype).requires_grad_()
+        with contextlib.nullcontext() if on else kernels.disabled():
+            y, _ = layer(x)
+            made[name] = [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+    return {
+        name: max(error(g, w.cpu()) for g, w in zip(made[name], made["float64"], strict=True))
+        for name in ("plain", "kernels")
+    }
 
 
 def attempt(found: dict, name: str, seconds: float, function, *args, **options) -> None:
@@ -287,7 +357,7 @@ def attempt(found: dict, name: str, seconds: float, function, *args, **options) 
             found[name] = function(*args, **options)
     except Exception as problem:
         found[name] = dict(
-            error=f"{type(problem).__name__}: {problem}"[-2500:], at=traceback.format_exc().splitlines()[-7:-1]
+            error=f"{type(problem).__name__}: {problem}"[-6000:], at=traceback.format_exc().splitlines()[-7:-1]
         )
     text = json.dumps(found[name])
     print(f"{name} [{time.time() - begin:.1f} s]: {text[:700]}", flush=True)
@@ -297,14 +367,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     parser.add_argument("--job", type=int)
-    parser.add_argument("--seconds", type=float, default=88)
+    parser.add_argument("--seconds", type=float, default=170)
     options = parser.parse_args()
     if options.job is not None:
         compile_job(options.job)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     end, found = time.time() + options.seconds, {}
-    found["compiled"] = compile_all(options.out, options.seconds * 0.6)
+    found["compiled"] = compile_all(options.out, options.seconds * 0.5)
     for row in found["compiled"]:
         print(json.dumps(row)[:1200], flush=True)
 
@@ -320,21 +390,31 @@ def main() -> None:
         save()
 
     save()
-    whole = {(row["job"][0], tuple(row["job"][1])) for row in found["compiled"] if "error" in row}
-    settings = [(kind, c) for kind, all_of in (("mlp", MLP), ("gate", GATES)) for c in all_of if (kind, c) not in whole]
-    first = [s for s in settings if s[1][0] == 64]
-    for kind, c in first:
-        go(f"check {kind} {c}", check, kind, *c)
-    go("layer chunk 64, tf32x3", time_layer, 64, "tf32x3", seconds=15, profiled=True)
-    go("layer chunk 64, tf32", time_layer, 64, "tf32", seconds=12)
-    for kind, c in settings:
-        go(f"time {kind} {c}", time_step, kind, *c)
-    for kind, c in settings:
-        if (kind, c) not in first:
-            go(f"check {kind} {c}", check, kind, *c)
-    for chunk, precision in ((32, "tf32x3"), (32, "tf32"), (16, "tf32x3")):
-        go(f"layer chunk {chunk}, {precision}", time_layer, chunk, precision, seconds=15)
-    go("layer chunk 64 without kernels", time_layer, 64, "tf32x3", False, seconds=12, graph=False)
+    for chunk, precision in LAYERS:
+        for kind, warps in (("mlp", None), ("linear", None)):
+            go(f"check {kind} {chunk} {precision}", check, kind, chunk, precision, warps)
+        if (chunk, precision) == LAYERS[0]:
+            go("layers agree", layers_agree, seconds=12)
+            go("block, batch 4", time_layer, None, "tf32")
+            go("layer chunk 64, tf32x3, batch 4", time_layer, 64, "tf32x3", seconds=20, profiled=True)
+        if (chunk, precision) == LAYERS[1]:
+            go("layer chunk 64, tf32, batch 4", time_layer, 64, "tf32", seconds=15, profiled=True)
+            for kind in ("mlp", "linear"):
+                for p in ("tf32x3", "tf32"):
+                    go(f"time {kind} 64 {p}", time_step, kind, 64, p, None)
+    for chunk, precision in LAYERS[2:]:
+        go(f"layer chunk {chunk}, {precision}, batch 4", time_layer, chunk, precision, seconds=15, eager=False)
+    go("block, batch 1", time_layer, None, "tf32", batch=1)
+    for p in ("tf32x3", "tf32"):
+        go(f"layer chunk 64, {p}, batch 1", time_layer, 64, p, batch=1, seconds=12)
+    go("layer chunk 64 without kernels, batch 4", time_layer, 64, "tf32x3", False, seconds=15)
+    for c in OTHER_WARPS:
+        go(f"check mlp {c}", check, "mlp", *c)
+        go(f"time mlp {c}", time_step, "mlp", *c)
+    for chunk, precision in LAYERS[2:]:
+        go(f"time mlp {chunk} {precision}", time_step, "mlp", chunk, precision, None)
+    for sides in ((37, 64, 64), (64, 32, 32), (64, 128, 128), (128, 64, 64)):
+        go(f"check mlp of other sides {sides}", check, "mlp", *sides[:1], "tf32x3", None, seconds=25, sides=sides[1:])
     save()
 
 

@@ -56,8 +56,8 @@ def tables(groups, tokens, moves):
 def mlp_arguments(n, groups, tokens, p, h, moves, anchor, reads):
     total, row = n * groups, (groups, tokens, p)
     return MLPStep(
-        w2=2 * p**-0.5 * rand(total, h, p), w1=h**-0.5 * rand(total, p, h), s2=0.1 * rand(total, h, p) if moves else None,
-        s1=0.1 * rand(total, p, h) if moves else None, keys=unit(*row), values=unit(*row),
+        w2=2 * p**-0.5 * rand(total, h, p), w1=h**-0.5 * rand(total, p, h),
+        s2=0.1 * rand(total, h, p) if moves else None, s1=0.1 * rand(total, p, h) if moves else None, keys=unit(*row), values=unit(*row),
         queries=unit(*row) if reads else None, eta=gate(groups, tokens), mu=gate(groups, tokens) if moves else None,
         **tables(groups, tokens, moves), anchor2=0.3 * rand(total, h, p) if anchor else None,
         anchor1=0.3 * rand(total, p, h) if anchor else None,
@@ -67,8 +67,8 @@ def mlp_arguments(n, groups, tokens, p, h, moves, anchor, reads):
 def linear_arguments(n, groups, tokens, i, o, moves, anchor, reads):
     total, row = n * groups, (groups, tokens, i)
     return LinearStep(
-        weight=rand(total, o, i), velocity=0.1 * rand(total, o, i) if moves else None, keys=unit(*row), values=unit(*row),
-        queries=unit(*row) if reads else None, eta=gate(groups, tokens), mu=gate(groups, tokens) if moves else None,
+        weight=rand(total, o, i), velocity=0.1 * rand(total, o, i) if moves else None, keys=unit(*row),
+        values=unit(*row), queries=unit(*row) if reads else None, eta=gate(groups, tokens), mu=gate(groups, tokens) if moves else None,
         **tables(groups, tokens, moves), anchor=rand(total, o, i) if anchor else None,
     )  # fmt: skip
 
@@ -167,11 +167,28 @@ def test_decay_table(tokens, moves):
 
 
 @interpreted
+@pytest.mark.parametrize("limit", [1.0, 100.0])
+def test_bounded(limit):
+    from nestling.ops.triton.bounded import bounded, plain
+
+    torch.manual_seed(0)
+    weight, found = rand(2, 3, 5, 7), []
+    for form, dtype in ((plain, torch.float64), (bounded, torch.float32)):
+        w = weight.to(dtype).requires_grad_()
+        out = form(w, limit)
+        found.append([out, *torch.autograd.grad((out**3).sum(), w)])
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@interpreted
 def test_like_keys_lose_no_digits():
     """Fully written equal keys: the product (I - L)(I + L^2)... would leave none of float32's digits at 64 tokens."""
     torch.manual_seed(0)
     step = chunk_arguments(1, 1, 64, 16, 16, False, False, True)
-    step = step._replace(keys=step.keys[:, :1].expand_as(step.keys).contiguous(), erase=0.99 * torch.ones_like(step.erase))
+    step = step._replace(
+        keys=step.keys[:, :1].expand_as(step.keys).contiguous(), erase=0.99 * torch.ones_like(step.erase)
+    )
     compare(delta_chunk, plain_chunk, step, False)
 
 

@@ -82,7 +82,9 @@ def _operator(name: str, kind: type, form: ModuleType, definition: Callable) -> 
 
     def run(arguments, after: bool) -> tuple[Tensor | None, ...]:
         outputs = forward(*arguments, after)[:results]
-        return tuple(o if getattr(arguments, f) is not None else None for f, o in zip(form.RESULTS, outputs, strict=True))
+        return tuple(
+            o if getattr(arguments, f) is not None else None for f, o in zip(form.RESULTS, outputs, strict=True)
+        )
 
     run.__doc__ = f"`nestling::{name}` of a contiguous `{kind.__name__}`: new weights, new velocities, reads."
     return run

@@ -65,8 +65,8 @@ def linear_by_rule(step: compiled_linear.LinearStep, after: bool) -> tuple[Tenso
     )  # fmt: skip
     weights = stacked(step.weight)
     new, reads, _ = advance(
-        LinearMemory(ins, outs), UpdateRule(), FastWeights(weights, weights, stacked(step.velocity)), tokens, fresh=True,
-        queries=heads(step.queries), after=after, anchor=stacked(step.anchor),
+        LinearMemory(ins, outs), UpdateRule(), FastWeights(weights, weights, stacked(step.velocity)), tokens,
+        fresh=True, queries=heads(step.queries), after=after, anchor=stacked(step.anchor),
     )  # fmt: skip
     (moved,) = new.velocity or (None,)
     return flat(new.now[0], 3), flat(moved, 3), flat(reads, 2)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nestling.memory.architectures import Architecture, plain, product
 from nestling.memory.objectives import OBJECTIVES
+from nestling.ops import triton as kernels
 from nestling.ops.chunk import Chunk, Decays, delta_chunk
 
 STEPS = ("joint", "layer", "plain")
@@ -266,6 +267,10 @@ def close_chunk(
 
 
 def _bounded(weight: Tensor, limit: float) -> Tensor:
+    if kernels.is_available(weight, sides=tuple(weight.shape[-2:])):
+        from nestling.ops.triton.bounded import bounded  # triton itself is imported where it is used
+
+        return bounded(weight, limit)
     norm = torch.linalg.vector_norm(weight.detach(), dim=(-2, -1))
     if not weight.is_cuda and bool((norm <= limit).all()):  # the usual case costs one pass
         return weight

@@ -1,4 +1,4 @@
-"""The chunk forms as Triton kernels for GPUs: the equations of ops/chunk.py and memory/fused.py, one memory per program.
+"""The chunk forms as Triton kernels for GPUs, one memory per program: the equations of ops/chunk.py and memory/fused.py.
 
 Chosen by device: tensors on CUDA, where triton can be imported and the sizes fit; else PyTorch does the work. With
 TRITON_INTERPRET=1 they take CPU tensors, which is how machines without a GPU test them.
@@ -34,7 +34,7 @@ def is_available(weight: Tensor, *others: Tensor | None, sides: tuple[int, ...])
     if not (_enabled and weight.device.type == device and weight.dtype == torch.float32 and is_installed()):
         return False
     alike = all(t.device == weight.device and t.dtype.itemsize <= 4 for t in others if t is not None)
-    return alike and 1 <= min(sides) and max(sides) <= LONGEST
+    return alike and min(sides) > 0 and max(sides) <= LONGEST
 
 
 @contextmanager

@@ -63,8 +63,8 @@ def backward_rule(
         *_given(c, weight), *saved, weight if extra is None else extra, *_given(grads, weight), *_given(found, weight),
         tokens, outs, ins, keys.shape[0], groups, total - (0 if queries is None else queries.shape[0]), table_stride,
         C=tiles[0], O=tiles[1], I=tiles[2], MOVES=velocity is not None, ANCHOR=anchor is not None,
-        ERASE=erase is not None, READ=grads[2] is not None, AFTER=after, ACTIVE=active, EXTRA=extra is not None, ADD=add, P=precision(),
-        num_warps=warps(*tiles), num_stages=1,
+        ERASE=erase is not None, READ=grads[2] is not None, AFTER=after, ACTIVE=active, EXTRA=extra is not None,
+        ADD=add, P=precision(), num_warps=warps(*tiles), num_stages=1,
     )  # fmt: skip
 
 
@@ -119,7 +119,9 @@ def forward_table(decay: Tensor, momentum: Tensor | None, tables: Sequence[Tenso
     )  # fmt: skip
 
 
-def backward_table(tables: Sequence[Tensor | None], grads: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> None:
+def backward_table(
+    tables: Sequence[Tensor | None], grads: Sequence[Tensor | None], found: Sequence[Tensor | None]
+) -> None:
     """`table.table_backward`: tables A and M, grads of A, K and M, found for decay and momentum."""
     decay = tables[0]
     tokens = decay.shape[-1] - 1

@@ -61,7 +61,12 @@ def backward(step: NamedTuple, after: bool, saved: LinearSaved, *grads: Tensor |
     parts = new(step.weight.shape[0], shares.width(step))
     share = shares.unpack(parts, step)
     tables = share["decay"], share.get("mixed"), share.get("momentum")
-    g_made, g_keys, g_u, g_e = like(saved.products), new(parts.shape[0], tokens, inner), like(saved.writes), like(saved.rate)
+    g_made, g_keys, g_u, g_e = (
+        like(saved.products),
+        new(parts.shape[0], tokens, inner),
+        like(saved.writes),
+        like(saved.rate),
+    )
     backward_rule(
         _rule(step, saved), (saved.d, saved.inverse), (up, up_s, g_y),
         (g_w, g_s, g_made, g_keys, g_u, g_e, *tables, g_q, g_a), after, groups, table_stride=parts.shape[1],

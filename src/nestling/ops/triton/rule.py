@@ -65,8 +65,8 @@ def chunk_forward(
     w += t_mm(left, x, P)
     store_tile(new_weight + cells, w, outs, ins, ins, O, I)
 
-    if READ:
-        if n >= first_read:  # noqa: SIM102 (the outer one is decided by the compiler)
+    if READ:  # noqa: SIM102 (the compiler decides this one, the program the next)
+        if n >= first_read:
             line = 0
             if AFTER:
                 line = side

@@ -46,7 +46,8 @@ def chunk_backward(
     g_weight, g_velocity, g_products, g_keys, g_writes, g_erase, g_decay, g_mixed, g_momentum, g_queries, g_anchor,
     tokens, outs, ins, key_groups, groups, first_read, table_stride,
     C: tl.constexpr, O: tl.constexpr, I: tl.constexpr, MOVES: tl.constexpr, ANCHOR: tl.constexpr, ERASE: tl.constexpr,
-    READ: tl.constexpr, AFTER: tl.constexpr, ACTIVE: tl.constexpr, EXTRA: tl.constexpr, ADD: tl.constexpr, P: tl.constexpr,
+    READ: tl.constexpr, AFTER: tl.constexpr, ACTIVE: tl.constexpr, EXTRA: tl.constexpr, ADD: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Arguments as in `chunk_forward`. Gradients of tables lie `table_stride` apart; ADD adds to what is there.
 
@@ -105,8 +106,8 @@ def chunk_backward(
     seen_k = seen_a
     first_a = tl.zeros([C], tl.float32)
     first_k = first_a
-    if READ:
-        if n >= first_read:  # noqa: SIM102 (the outer one is decided by the compiler)
+    if READ:  # noqa: SIM102 (the compiler decides this one, the program the next)
+        if n >= first_read:
             at = n - first_read
             g_r = load_tile(g_reads + at * tokens * outs, tokens, outs, outs, C, O)
             q = load_tile(queries + at * size, tokens, ins, ins, C, I)

@@ -63,11 +63,17 @@ def table_backward(
     at = g * side * side
     inner = at + side + 1
     a = load_tile(table_decay + inner, tokens, tokens, side, C, C)
-    grad, g_first = load_tile(g_table + inner, tokens, tokens, side, C, C), load_row(g_table + at + side, tokens, side, C)
+    grad, g_first = (
+        load_tile(g_table + inner, tokens, tokens, side, C, C),
+        load_row(g_table + at + side, tokens, side, C),
+    )
     t = tl.arange(0, C)
     lower = t[:, None] >= t[None, :]
     if MOVES:
-        m, start = load_tile(table_momentum + inner, tokens, tokens, side, C, C), load_row(table_momentum + at + side, tokens, side, C)
+        m, start = (
+            load_tile(table_momentum + inner, tokens, tokens, side, C, C),
+            load_row(table_momentum + at + side, tokens, side, C),
+        )
         mixed = tl.where(lower, load_tile(g_mixed + inner, tokens, tokens, side, C, C), 0.0)
         mixed_first = load_row(g_mixed + at + side, tokens, side, C)
         grad += mm_t(mixed, m, P) + mixed_first[:, None] * start[None, :] - mixed
