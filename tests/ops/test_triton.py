@@ -57,8 +57,10 @@ def mlp_arguments(n, groups, tokens, p, h, moves, anchor, reads):
     total, row = n * groups, (groups, tokens, p)
     return MLPStep(
         w2=2 * p**-0.5 * rand(total, h, p), w1=h**-0.5 * rand(total, p, h),
-        s2=0.1 * rand(total, h, p) if moves else None, s1=0.1 * rand(total, p, h) if moves else None, keys=unit(*row), values=unit(*row),
-        queries=unit(*row) if reads else None, eta=gate(groups, tokens), mu=gate(groups, tokens) if moves else None,
+        s2=0.1 * rand(total, h, p) if moves else None,
+        s1=0.1 * rand(total, p, h) if moves else None, keys=unit(*row), values=unit(*row),
+        queries=unit(*row) if reads else None, eta=gate(groups, tokens),
+        mu=gate(groups, tokens) if moves else None,
         **tables(groups, tokens, moves), anchor2=0.3 * rand(total, h, p) if anchor else None,
         anchor1=0.3 * rand(total, p, h) if anchor else None,
     )  # fmt: skip
@@ -68,7 +70,8 @@ def linear_arguments(n, groups, tokens, i, o, moves, anchor, reads):
     total, row = n * groups, (groups, tokens, i)
     return LinearStep(
         weight=rand(total, o, i), velocity=0.1 * rand(total, o, i) if moves else None, keys=unit(*row),
-        values=unit(*row), queries=unit(*row) if reads else None, eta=gate(groups, tokens), mu=gate(groups, tokens) if moves else None,
+        values=unit(*row), queries=unit(*row) if reads else None, eta=gate(groups, tokens),
+        mu=gate(groups, tokens) if moves else None,
         **tables(groups, tokens, moves), anchor=rand(total, o, i) if anchor else None,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The chunk forms as Triton kernels for GPUs, one memory per program: the equations of ops/chunk.py and memory/fused.py.
+"""The chunk forms as Triton kernels for GPUs, one memory per program: ops/chunk.py and memory/fused.py as equations.
 
 Chosen by device: tensors on CUDA, where triton can be imported and the sizes fit; else PyTorch does the work. With
 TRITON_INTERPRET=1 they take CPU tensors, which is how machines without a GPU test them.

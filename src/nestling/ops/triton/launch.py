@@ -19,8 +19,9 @@ def padded(size: int) -> int:
 
 
 def warps(tokens: int, outs: int, ins: int) -> int:
-    """Warps of a program, by the sides of its tiles."""
-    return WARPS or (8 if tokens * min(outs, ins) >= 64 * 64 else 4)
+    """Warps of a program, by its largest tile: 4 would keep 32 numbers of one of 64 x 64 in each thread."""
+    *_, second, first = sorted((tokens, outs, ins, tokens))
+    return WARPS or (8 if first * second >= 64 * 64 else 4)
 
 
 def precision() -> str:
