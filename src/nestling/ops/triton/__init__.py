@@ -6,7 +6,6 @@ TRITON_INTERPRET=1 they take CPU tensors, which is how machines without a GPU te
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,12 +15,8 @@ import torch
 from torch import Tensor
 
 LONGEST = 128  # side of a tile: tokens of a chunk, inputs and outputs of a layer
+INSTALLED = importlib.util.find_spec("triton") is not None
 _enabled = True
-
-
-@functools.cache
-def is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def is_interpreted() -> bool:
@@ -31,7 +26,7 @@ def is_interpreted() -> bool:
 def is_available(weight: Tensor, *others: Tensor | None, sides: tuple[int, ...]) -> bool:
     """Whether the kernels take tensors like these: one GPU, float32 state, no side beyond `LONGEST`."""
     device = "cpu" if is_interpreted() else "cuda"
-    if not (_enabled and weight.device.type == device and weight.dtype == torch.float32 and is_installed()):
+    if not (_enabled and weight.device.type == device and weight.dtype == torch.float32 and INSTALLED):
         return False
     alike = all(t.device == weight.device and t.dtype.itemsize <= 4 for t in others if t is not None)
     return alike and min(sides) > 0 and max(sides) <= LONGEST

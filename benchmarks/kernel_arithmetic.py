@@ -1,0 +1,56 @@
+"""The kernels' arithmetic on paper: `python -m benchmarks.kernel_arithmetic` prints the table of docs/kernels.md.
+
+One MLP memory with momentum, decay towards an anchor and reads by one memory of three; head size p, hidden width p.
+"""
+
+from __future__ import annotations
+
+from math import log2
+
+TF32, PRODUCTS, HBM = 494e12, 3, 3.35e12  # an H100 SXM: dense tf32 per second, products for a float32 one, bytes
+SHARED, REGISTERS, PROGRAMS = 227, 256, 132  # KiB of a multiprocessor, and multiprocessors
+READING = 1 / 3
+
+
+def operations(C: int, p: int) -> tuple[float, float]:
+    """Of a memory's chunk, forward and backward."""
+    cpp, ccp, inverse = 2 * C * p * p, 2 * C * C * p, 2 * (log2(C) - 1) * 2 * C**3
+    rule = 4 * cpp + 3 * ccp + inverse + READING * 3 * (cpp + ccp)
+    back = 8 * cpp + 6 * ccp + READING * (6 * cpp + 7 * ccp)
+    return 5 * cpp + 2 * rule, 10 * cpp + 2 * back
+
+
+def moved(C: int, p: int) -> tuple[float, float]:
+    """Bytes read and written, each tensor of a kernel once."""
+    return 4.0 * (12 * p * p + 18 * C * p + 6 * C * C), 4.0 * (22 * p * p + 28 * C * p + 16 * C * C)
+
+
+def held(C: int, p: int) -> tuple[float, float]:
+    """KiB of float32 tiles: the operands of the largest product, and what the backward rule keeps from step to step."""
+    sides = sorted((C, C, p, p))
+    return 4 * (sides[-1] * sides[-2] + sides[-1] * sides[-2]) / 1024, 4 * (4 * p * p + 5 * C * p + 2 * C * C) / 1024
+
+
+def layer(C: int, p: int, width: int = 1024, tokens: int = 16384, stack: int = 3) -> tuple[float, float]:
+    """ms forward and backward of all MLP memories of a layer: bound by products, and by memory."""
+    chunks = stack * (width // p) * tokens / C
+    return tuple(1e3 * chunks * sum(f(C, p)) / rate for f, rate in ((operations, TF32 / PRODUCTS), (moved, HBM)))
+
+
+def table() -> list[str]:
+    head = "chunk | head | MFLOP forward | backward | MiB moved | FLOP per byte | operands KiB | kept KiB | fits"
+    rows = [f"| {head} | products ms | memory ms |", "|" + "---|" * 11]
+    for p in (32, 64, 128):
+        for C in (16, 32, 64, 128, 256):
+            work, traffic, (operands, kept) = operations(C, p), moved(C, p), held(C, p)
+            fits = "yes" if operands <= SHARED and kept <= REGISTERS else "spills" if operands <= SHARED else "no"
+            products, memory = layer(C, p)
+            rows.append(
+                f"| {C} | {p} | {work[0] / 1e6:.1f} | {work[1] / 1e6:.1f} | {sum(traffic) / 2**20:.2f} | "
+                f"{sum(work) / sum(traffic):.0f} | {operands:.0f} | {kept:.0f} | {fits} | {products:.1f} | {memory:.1f} |"
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
