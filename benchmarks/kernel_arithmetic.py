@@ -38,7 +38,8 @@ def layer(C: int, p: int, width: int = 1024, tokens: int = 16384, stack: int = 3
 
 
 def table() -> list[str]:
-    head = "chunk | head | MFLOP forward | backward | MiB moved | FLOP per byte | operands KiB | kept KiB | fits"
+    head = "chunk | head | MFLOP forward | backward | MiB moved | FLOP per byte"
+    head += " | operands KiB | kept KiB | fits"
     rows = [f"| {head} | products ms | memory ms |", "|" + "---|" * 11]
     for p in (32, 64, 128):
         for C in (16, 32, 64, 128, 256):
@@ -46,8 +47,8 @@ def table() -> list[str]:
             fits = "yes" if operands <= SHARED and kept <= REGISTERS else "spills" if operands <= SHARED else "no"
             products, memory = layer(C, p)
             rows.append(
-                f"| {C} | {p} | {work[0] / 1e6:.1f} | {work[1] / 1e6:.1f} | {sum(traffic) / 2**20:.2f} | "
-                f"{sum(work) / sum(traffic):.0f} | {operands:.0f} | {kept:.0f} | {fits} | {products:.1f} | {memory:.1f} |"
+                f"| {C} | {p} | {work[0] / 1e6:.1f} | {work[1] / 1e6:.1f} "
+                f"| {sum(traffic) / 2**20:.2f} | {sum(work) / sum(traffic):.0f} | {operands:.0f} | {kept:.0f} | {fits} | {products:.1f} | {memory:.1f} |"
             )
     return rows
 

@@ -184,6 +184,34 @@ def test_bounded(limit):
 
 
 @interpreted
+@pytest.mark.parametrize("sizes", [(2, 1, 64, 16, 1), (2, 1, 5, 3, 1), (1, 2, 17, 7, 5)])
+def test_nothing_is_written_outside(sizes, monkeypatch):
+    """Every buffer of a step lies among others full of a value that must stay."""
+    made, plain = [], torch.Tensor.new_empty
+
+    def guarded(like, *shape, **options):
+        if options:  # the interpreter's own
+            return plain(like, *shape, **options)
+        shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
+        whole = plain(like, (shape.numel() + 256,)).fill_(-77.0)
+        made.append((whole, shape.numel()))
+        return whole[128 : 128 + shape.numel()].view(shape)
+
+    torch.manual_seed(0)
+    step = linear_arguments(*sizes, True, True, True)
+    step = LinearStep(*(t.float() for t in step))
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", lambda t: guarded(t, t.shape))
+    from nestling.ops.triton import linear
+
+    outputs, saved = linear.forward(step, False)
+    linear.backward(step, False, saved, *(torch.ones_like(o) for o in outputs))
+    assert len(made) > 15
+    for whole, size in made:
+        assert (whole[:128] == -77).all() and (whole[128 + size :] == -77).all()
+
+
+@interpreted
 def test_like_keys_lose_no_digits():
     """Fully written equal keys: the product (I - L)(I + L^2)... would leave none of float32's digits at 64 tokens."""
     torch.manual_seed(0)

@@ -53,7 +53,7 @@ def fused_advance(
     )  # fmt: skip
 
     step = MLPStep(*(None if t is None else t.contiguous() for t in step))
-    if kernels.is_available(*step, sides=(step.keys.shape[1], *step.w2.shape[1:])):
+    if kernels.is_available(*step, sides=tuple(step.w2.shape[1:]), tokens=step.keys.shape[1]):
         from nestling.memory.fused_kernels import mlp_step  # triton itself is imported where it is used
 
         w2, w1, s2, s1, reads = mlp_step(step, after)

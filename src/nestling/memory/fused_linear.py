@@ -32,7 +32,7 @@ def linear_advance(
         decay=flat(context.decays.decay, 2), mixed=flat(context.decays.mixed, 2),
         momentum=flat(context.decays.momentum, 2), anchor=flat(toward, 3),
     )  # fmt: skip
-    by_kernels = kernels.is_available(*step, sides=(step.keys.shape[1], *weight.shape[-2:]))
+    by_kernels = kernels.is_available(*step, sides=tuple(weight.shape[-2:]), tokens=step.keys.shape[1])
     if not by_kernels and not compiled.is_available(*step):
         return advance(
             architecture, rule, fast, context, fresh=True, queries=queries, after=after, anchor=anchor

@@ -34,7 +34,7 @@ class Decays(NamedTuple):
 
 def decay_table(decay: Tensor, momentum: Tensor | None) -> Decays:
     """Decay tables A, K, M of a chunk from decay [..., C] and momentum [..., C] (None: no momentum)."""
-    if decay.dim() > 1 and kernels.is_available(decay, momentum, sides=(decay.shape[-1],)):
+    if decay.dim() > 1 and kernels.is_available(decay, momentum, sides=(decay.shape[-1],), tokens=decay.shape[-1]):
         from nestling.ops.triton.chunk import decay_table as by_kernels
 
         return Decays(*by_kernels(decay.contiguous(), None if momentum is None else momentum.contiguous()))
@@ -107,8 +107,8 @@ class Chunk(NamedTuple):
 
 def delta_chunk(chunk: Chunk, after: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """W and S after the chunk, and the reads W_t q_t if `after`, else W_{t-1} q_t, [R, C, o]."""
-    sides = chunk.keys.shape[-1], *chunk.writes.shape[1:]
-    if kernels.is_available(*chunk, sides=sides):
+    _, tokens, outs = chunk.writes.shape
+    if kernels.is_available(*chunk, sides=(outs, chunk.keys.shape[-1]), tokens=tokens):
         from nestling.ops.triton.chunk import delta_chunk as by_kernels  # triton itself is imported where it is used
 
         return by_kernels(Chunk(*(None if t is None else t.contiguous() for t in chunk)), after)

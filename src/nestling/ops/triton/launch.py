@@ -19,9 +19,12 @@ def padded(size: int) -> int:
 
 
 def warps(tokens: int, outs: int, ins: int) -> int:
-    """Warps of a program, by its largest tile: 4 would keep 32 numbers of one of 64 x 64 in each thread."""
+    """Warps of a program: 8 where tiles are 64 x 64, for 4 would keep 32 numbers of each tile in every thread.
+
+    Narrow layers take 4: with 8, Triton 3.6 lays two groups of warps over rows that only one needs.
+    """
     *_, second, first = sorted((tokens, outs, ins, tokens))
-    return WARPS or (8 if first * second >= 64 * 64 else 4)
+    return WARPS or (8 if first * second >= 64 * 64 and min(outs, ins) >= 64 else 4)
 
 
 def precision() -> str:
