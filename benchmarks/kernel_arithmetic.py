@@ -46,10 +46,9 @@ def table() -> list[str]:
             work, traffic, (operands, kept) = operations(C, p), moved(C, p), held(C, p)
             fits = "yes" if operands <= SHARED and kept <= REGISTERS else "spills" if operands <= SHARED else "no"
             products, memory = layer(C, p)
-            rows.append(
-                f"| {C} | {p} | {work[0] / 1e6:.1f} | {work[1] / 1e6:.1f} "
-                f"| {sum(traffic) / 2**20:.2f} | {sum(work) / sum(traffic):.0f} | {operands:.0f} | {kept:.0f} | {fits} | {products:.1f} | {memory:.1f} |"
-            )
+            figures = work[0] / 1e6, work[1] / 1e6, sum(traffic) / 2**20, sum(work) / sum(traffic), operands, kept
+            cells = [f"{x:.{digits}f}" for x, digits in zip(figures, (1, 1, 2, 0, 0, 0), strict=True)]
+            rows.append(f"| {C} | {p} | {' | '.join(cells)} | {fits} | {products:.1f} | {memory:.1f} |")
     return rows
 
 
