@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from nestling.ops.triton import linear, shares, step
 _ALWAYS = ("w2", "w1", "weight", "keys", "values", "eta", "decay")
 
 
-def _operator(name: str, kind: type, form: ModuleType, definition: Callable) -> Callable:
+def _operator(name: str, kind: Any, form: ModuleType, definition: Callable) -> Callable:
     """Register forward and backward of a chunk step; `form` says what its results, saved and own gradients are."""
     count, results, kept = len(kind._fields), len(form.RESULTS), len(form.Saved._fields)
     given = ", ".join(f"Tensor{'' if field in _ALWAYS else '?'} {field}" for field in kind._fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class LinearSaved(NamedTuple):
 Saved = LinearSaved
 
 
-def outputs(step: NamedTuple) -> tuple[tuple[Tensor, ...], LinearSaved]:
+def outputs(step: Any) -> tuple[tuple[Tensor, ...], LinearSaved]:
     """Places for weight, velocity, reads and for what is saved; empty where there is none."""
     total, outs, _ = step.weight.shape
     groups, tokens, _ = step.keys.shape
@@ -39,7 +39,7 @@ def outputs(step: NamedTuple) -> tuple[tuple[Tensor, ...], LinearSaved]:
     return (*states, new(0) if step.queries is None else new(groups, tokens, outs)), saved
 
 
-def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor, ...], LinearSaved]:
+def forward(step: Any, after: bool) -> tuple[tuple[Tensor, ...], LinearSaved]:
     """(weight, velocity, reads) after the chunk; `step` is a contiguous `LinearStep`."""
     made, saved = outputs(step)
     forward_linear(step, saved[:3], saved.rate)
@@ -47,7 +47,7 @@ def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor, ...], LinearSa
     return made, saved
 
 
-def backward(step: NamedTuple, after: bool, saved: LinearSaved, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(step: Any, after: bool, saved: LinearSaved, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the `OWN` fields, then the sum of the shares."""
     groups, tokens, inner = step.keys.shape
     new, like = step.weight.new_empty, torch.empty_like
@@ -78,7 +78,7 @@ def backward(step: NamedTuple, after: bool, saved: LinearSaved, *grads: Tensor |
     return g_w, g_s, g_q, g_a, shares.add_up(parts, groups)
 
 
-def _rule(step: NamedTuple, saved: LinearSaved) -> tuple:
+def _rule(step: Any, saved: LinearSaved) -> tuple:
     """The delta rule as the fields of a `Chunk`."""
     return (
         step.weight, step.velocity, saved.products, step.keys, saved.writes, saved.rate, step.decay, step.mixed,

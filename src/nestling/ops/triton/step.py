@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class KernelSaved(NamedTuple):
 Saved = KernelSaved
 
 
-def outputs(step: NamedTuple) -> tuple[tuple[Tensor, ...], KernelSaved]:
+def outputs(step: Any) -> tuple[tuple[Tensor, ...], KernelSaved]:
     """Places for w2, w1, s2, s1, reads and for what is saved; empty where there is none."""
     total, hidden, inner = step.w2.shape
     groups, tokens, _ = step.keys.shape
@@ -53,7 +53,7 @@ def outputs(step: NamedTuple) -> tuple[tuple[Tensor, ...], KernelSaved]:
     return (*states, new(0) if step.queries is None else new(groups, tokens, inner)), saved
 
 
-def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor, ...], KernelSaved]:
+def forward(step: Any, after: bool) -> tuple[tuple[Tensor, ...], KernelSaved]:
     """Weights and velocities after the chunk and the reads; `step` is a contiguous `fused.MLPStep`."""
     (w2, w1, s2, s1, reads), saved = made = outputs(step)
     groups = step.keys.shape[0]
@@ -64,7 +64,7 @@ def forward(step: NamedTuple, after: bool) -> tuple[tuple[Tensor, ...], KernelSa
     return made
 
 
-def backward(step: NamedTuple, after: bool, saved: KernelSaved, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(step: Any, after: bool, saved: KernelSaved, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the `OWN` fields, then the sum of the shares."""
     groups, tokens, inner = step.keys.shape
     total = step.w2.shape[0]
@@ -103,7 +103,7 @@ def backward(step: NamedTuple, after: bool, saved: KernelSaved, *grads: Tensor |
     return found2, found1, found_s2, found_s1, g_q, found_a2, found_a1, shares.add_up(parts, groups)
 
 
-def _rules(step: NamedTuple, saved: KernelSaved) -> tuple[tuple, tuple]:
+def _rules(step: Any, saved: KernelSaved) -> tuple[tuple, tuple]:
     """The delta rule of either layer as the fields of a `Chunk`."""
     tables = step.decay, step.mixed, step.momentum
     read = None if step.queries is None else saved.read
