@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nestling.cms.blocks import ContinuumMemory
-from nestling.cms.fast_linear import applied, make_fast
+from nestling.cms.fast_linear import applied
 from nestling.schedule import Level
 
 LEVELS = [Level(), Level(1024), Level(4096)]
@@ -56,7 +56,7 @@ def test_each_sequence_may_have_weights_of_its_own():
     """The place where weights learned in the context go in: the same function, other weights, gradients and all."""
     memory = ContinuumMemory(8, LEVELS, intermediate_size=12).double()
     x, plain = torch.randn(3, 4, 8, dtype=torch.float64), copy.deepcopy(memory)
-    fast = [make_fast(m) for m in memory.blocks[0].modules() if isinstance(m, torch.nn.Linear)]
+    fast = [m for m in memory.blocks[0].modules() if isinstance(m, torch.nn.Linear)]
     deltas = [torch.randn(3, *m.weight.shape, dtype=torch.float64, requires_grad=True) for m in fast]
     with applied(fast, deltas):
         together = memory(x)[0]

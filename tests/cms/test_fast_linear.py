@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nestling.cms.fast_linear import JOIN, applied, make_fast
+from nestling.cms.fast_linear import JOIN, FastLinear, applied
 
 
 @settings(max_examples=25, deadline=None)
@@ -16,7 +16,7 @@ from nestling.cms.fast_linear import JOIN, applied, make_fast
 )  # fmt: skip
 def test_values_and_gradients_are_those_of_the_sum_of_weights(batch, tokens, own, fixed, watched, bias):
     torch.manual_seed(0)
-    layer = make_fast(nn.Linear(5, 3, bias=bias)).double()
+    layer = FastLinear.of(nn.Linear(5, 3, bias=bias)).double()
     x = torch.randn(batch, tokens, 5, dtype=torch.float64, requires_grad=True)
     delta = torch.randn(batch if own else 1, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = layer.weight.detach().requires_grad_()
@@ -33,7 +33,7 @@ def test_values_and_gradients_are_those_of_the_sum_of_weights(batch, tokens, own
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_small_difference_of_a_bf16_weight_is_not_rounded_away(autocast):
-    layer = make_fast(nn.Linear(8, 1, bias=False))
+    layer = FastLinear.of(nn.Linear(8, 1, bias=False))
     with torch.no_grad():
         layer.weight.fill_(1.0)
     if not autocast:

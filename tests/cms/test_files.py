@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from nestling import Level, stack_levels
 from nestling.cli.main import app
-from nestling.cms.files import RECIPE, load_stacked, save_stacked
+from nestling.cms.files import load_stacked, save_stacked
+from nestling.cms.stacked_model import RECIPE
 from nestling.generation import load_state, save_state
 from nestling.training.build import load_saved
 

@@ -42,7 +42,7 @@ def blocks(placement):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_levels_stand_at_their_chunks_and_weights_where_they_were(llama, placement, blocks, trained):
-    stack_levels(llama, [Level(4), Level(8)], placement)
+    llama = stack_levels(llama, [Level(4), Level(8)], placement)
     system = nestling.levels(llama, torch.optim.SGD(llama.parameters(), lr=0.1) if trained else None)
     assert system.coverage.complete and system.associative
     assert not [note for note in system.notes if "by their parts" in note]
@@ -62,7 +62,7 @@ def test_levels_stand_at_their_chunks_and_weights_where_they_were(llama, placeme
 
 
 def test_the_state_is_as_large_as_the_model_says(llama, placement):
-    stack_levels(llama, [Level(4, optimizer="momentum"), Level(8, optimizer="momentum")], placement)
+    llama = stack_levels(llama, [Level(4, optimizer="momentum"), Level(8, optimizer="momentum")], placement)
     system = nestling.levels(llama)
     norms = 2 * 8  # each level's `written` and `refused`
     assert sum(m.cost.state_bytes for m in inner(system)) + norms == llama.state_bytes()
@@ -78,7 +78,7 @@ def test_reading_costs_what_torch_counts(llama, placement, ids):
             model(ids[:, 9:10], past_key_values=cache, use_cache=True)
         return counter.get_total_flops() // 2 // len(ids)
 
-    stack_levels(llama, [Level(4), Level(8)], placement)
+    llama = stack_levels(llama, [Level(4), Level(8)], placement)
     declared, learned = sum(m.cost.read_macs for m in inner(nestling.levels(llama))), one_token(llama)
     llama.learning = False
     assert learned - one_token(llama) == declared
@@ -89,7 +89,7 @@ def test_reading_costs_what_torch_counts(llama, placement, ids):
 def test_measured_levels_agree_with_what_is_declared(llama, placement, rule, trained):
     needs, kinds = RULES[rule]
     ids = torch.randint(0, 40, (2, 24), generator=torch.Generator().manual_seed(0))
-    stack_levels(llama, [Level(4, optimizer=rule), Level(8, optimizer=rule)], placement, variant="nested")
+    llama = stack_levels(llama, [Level(4, optimizer=rule), Level(8, optimizer=rule)], placement, variant="nested")
     optimizer = torch.optim.AdamW(llama.parameters()) if trained else None
     system = nestling.levels(llama, optimizer, measure=ids, steps=2)
     assert {m.kind for m in inner(system)} == kinds | {"in-context level"}
@@ -101,7 +101,7 @@ def test_measured_levels_agree_with_what_is_declared(llama, placement, rule, tra
 
 
 def test_a_level_that_does_not_learn_as_declared_is_found(llama, ids, monkeypatch):
-    stack_levels(llama, [Level(4), Level(8)])
+    llama = stack_levels(llama, [Level(4), Level(8)])
     monkeypatch.setattr("nestling.cms.learner.Learner._step", lambda self, index, state, *rest: state)
     system = nestling.levels(llama, measure=ids, steps=1)
     assert {"model.layers.0.mlp.levels.1", "model.layers.1.mlp.levels.0"} <= found(system, "never moves")
@@ -109,7 +109,7 @@ def test_a_level_that_does_not_learn_as_declared_is_found(llama, ids, monkeypatc
 
 @pytest.mark.parametrize("still", [Level(8, lr=0), Level(math.inf)])
 def test_a_frozen_level_stands_still(llama, placement, blocks, ids, still):
-    stack_levels(llama, [Level(4), still], placement)
+    llama = stack_levels(llama, [Level(4), still], placement)
     weights = torch.optim.SGD(llama.parameters(), lr=0.1)
     system = nestling.levels(llama, weights, measure=ids, steps=1)
     assert not [m for m in system.memories if ".levels.1" in m.name]
@@ -119,19 +119,20 @@ def test_a_frozen_level_stands_still(llama, placement, blocks, ids, still):
 
 
 def test_an_outer_level_is_trained_as_any_weight(llama, placement, blocks):
-    stack_levels(llama, [Level(4), Level(None)], placement)
+    llama = stack_levels(llama, [Level(4), Level(None)], placement)
     system = nestling.levels(llama, torch.optim.SGD(llama.parameters(), lr=0.1))
     assert {m.name.rpartition(".")[2] for m in inner(system)} == {"0"}
     assert {str(system[owner].frequency) for owner in blocks[1]} == {"1 / step"}
 
 
 def test_a_model_told_not_to_learn_has_no_levels_in_the_context(llama, ids):
-    stack_levels(llama, [Level(4), Level(8)]).learning = False
+    llama = stack_levels(llama, [Level(4), Level(8)])
+    llama.learning = False
     assert not inner(nestling.levels(llama, measure=ids, steps=1))
 
 
 def test_errors_run_down_the_chain_of_levels(llama, placement):
-    stack_levels(llama, [Level(4), Level(8)], placement, meta_grad="full")
+    llama = stack_levels(llama, [Level(4), Level(8)], placement, meta_grad="full")
     taught = nestling.levels(llama).transfers
     down = {(t.source, t.target) for t in taught if t.what == "error of the chunk's next tokens"}
     width = {(f"model.layers.{i}.mlp.added.1.levels.0", f"model.layers.{i}.mlp.added.0.levels.1") for i in range(2)}

@@ -6,11 +6,12 @@ A mark is the state of one block's sequence layer at some moment, as a value: a 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import create_causal_mask
@@ -54,6 +55,14 @@ class Backbone(ABC):
         """Cut the graph at a block's state."""
 
 
+def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a decoder block, hooks and all, but let the library not recompute it by itself: that drops its cache."""
+    if getattr(block, "gradient_checkpointing", False):
+        block = copy.copy(block)  # of the same parts: nothing is written to the one that others may be calling
+        block.gradient_checkpointing = False
+    return block(*args, **kwargs)
+
+
 class LlamaBackbone(Backbone):
     """A Llama-family model: `model.model.layers` with a rotary embedding outside, and `lm_head`."""
 
@@ -69,8 +78,8 @@ class LlamaBackbone(Backbone):
         )
         rotary = inner.rotary_emb(hidden, position_ids=places)
         for block in inner.layers[start:stop]:
-            hidden = block(
-                hidden, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
+            hidden = run_block(
+                block, hidden, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
                 position_embeddings=rotary,
             )  # fmt: skip
         return hidden

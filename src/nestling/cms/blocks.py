@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestling.cms.fast_linear import FastLinear
 from nestling.schedule import Level, check_order
 
 VARIANTS = ("sequential", "nested", "independent")
@@ -29,9 +30,9 @@ class LevelBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.gate_proj = nn.Linear(dim, intermediate_size, bias=False) if gated else None
-        self.up_proj = nn.Linear(dim, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, dim, bias=False)
+        self.gate_proj = FastLinear(dim, intermediate_size, bias=False) if gated else None
+        self.up_proj = FastLinear(dim, intermediate_size, bias=False)
+        self.down_proj = FastLinear(intermediate_size, dim, bias=False)
         self.activation = activation
         self.reset_parameters()
 

@@ -1,9 +1,16 @@
-"""Linear layers that can carry a difference of their own for every stream of a batch."""
+"""Linear layers that take a difference of their own for every stream of a batch, as an argument of the call.
+
+What a call adds to the shared weights travels in a context variable, not in the layers: two threads, or two tasks, that
+read with one model never see each other's, and nothing is left behind by a call that failed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -24,79 +31,100 @@ class Seen(NamedTuple):
     norms: Tensor
 
 
-class FastLinear(nn.Linear):
-    """`nn.Linear` plus, while `applied`, a difference per stream: y_b = (W + D_b) x_b. Parameters keep their names."""
+@dataclass(eq=False)
+class Applied:
+    """What one call gives its layers, and what it asks of them.
 
-    delta: Tensor | None = None  # [B, o, i], or [1, o, i] for all rows of a batch
-    fixed: bool = False  # no gradient reaches W
-    seen: Seen | None = None
-    watched: bool = False  # whether `seen` is taken
+    Attributes:
+        deltas: difference of each layer [B, o, i], or [1, o, i] for all rows of a batch; None for none.
+        fixed: no gradient reaches the shared weights.
+        watched: whether `seen` is taken.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, i] -> [B, T, o]."""
-        weight = self.weight.detach() if self.fixed else self.weight
-        if self.delta is not None and self.delta.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{self.delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
-        # squeeze(0), whose gradient is a view: that of [0] fills a matrix with zeros first
-        if self._joins(x):
-            return F.linear(x, weight + self.delta.squeeze(0), self.bias)
-        y = F.linear(x, weight, self.bias)
-        if self.delta is None:
-            return y
-        delta = self.delta.to(x.dtype)
-        # one product for all rows is faster than a batch of products of one
-        learned = F.linear(x, delta.squeeze(0)) if delta.shape[0] == 1 else x @ delta.transpose(-1, -2)
-        if self.watched:
-            a, b = learned.to(self.delta.dtype), x.to(self.delta.dtype)
-            self.seen = Seen(a.transpose(-1, -2) @ b, b.square().sum((-1, -2)))
-        return y + learned
-
-    def _joins(self, x: Tensor) -> bool:
-        """Whether W + D is made first: one product forward and one less backward, for a pass over the weights.
-
-        Not in a smaller type, which would round D away.
-        """
-        return (
-            self.delta is not None and self.delta.shape[0] == 1 and not self.watched
-            and x.dtype == self.weight.dtype == self.delta.dtype and not torch.is_autocast_enabled(x.device.type)
-            and x.shape[:-1].numel() >= JOIN
-        )  # fmt: skip
+    deltas: Mapping[FastLinear, Tensor | None]
+    fixed: bool = False
+    watched: bool = False
+    seen: dict[FastLinear, Seen] = field(default_factory=dict)
 
 
-def make_fast(module: nn.Linear) -> FastLinear:
-    """Turn a linear layer into a fast one where it stands: weights, names and hooks stay."""
-    if type(module) not in (nn.Linear, FastLinear):
-        raise ValueError(f"only nn.Linear can become fast weights, not {type(module).__name__}")
-    module.__class__ = FastLinear
-    return module
+_CALLS: ContextVar[Mapping[FastLinear, Applied]] = ContextVar("fast_weights", default=MappingProxyType({}))
 
 
 @contextmanager
 def applied(
     modules: Sequence[FastLinear], deltas: Sequence[Tensor | None], *, fixed: bool = False, watched: bool = False
-) -> Iterator[None]:
-    """Inside, the modules use these differences, [B, o, i] each or None.
+) -> Iterator[Applied]:
+    """Inside, in this thread or task, the modules use these differences, [B, o, i] each or None.
 
-    fixed: their shared weights get no gradient.  watched: they keep what they have `seen`.
+    fixed: their shared weights get no gradient.  watched: the call keeps what they have `seen`.
     """
-    for module, delta in zip(modules, deltas, strict=True):
-        module.delta, module.fixed, module.watched, module.seen = delta, fixed, watched, None
+    call = Applied(dict(zip(modules, deltas, strict=True)), fixed, watched)
+    token = _CALLS.set({**_CALLS.get(), **dict.fromkeys(modules, call)})
     try:
-        yield
+        yield call
     finally:
-        for module in modules:
-            module.delta, module.fixed, module.watched, module.seen = None, False, False, None
+        _CALLS.reset(token)
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter asks for a gradient: only what depends on fast weights is recorded."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+class FastLinear(nn.Linear):
+    """`nn.Linear` plus, while `applied`, a difference per stream: y_b = (W + D_b) x_b."""
+
+    @classmethod
+    def of(cls, module: nn.Linear) -> FastLinear:
+        """A fast layer that shares everything with a linear one: parameters, hooks, mode.
+
+        Raises:
+            TypeError: its forward was replaced (accelerate's hooks do so).
+            ValueError: another class than nn.Linear, whose forward is not W x + b.
+        """
+        if isinstance(module, cls):
+            return module
+        if type(module) is not nn.Linear:
+            raise ValueError(f"only nn.Linear can become fast weights, not {type(module).__name__}")
+        check_forward(module, "a linear layer")
+        fast = cls.__new__(cls)
+        vars(fast).update(vars(module))
+        return fast
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, i] -> [B, T, o]."""
+        call = _CALLS.get().get(self)
+        if call is None:
+            return F.linear(x, self.weight, self.bias)
+        weight, delta = self.weight.detach() if call.fixed else self.weight, call.deltas[self]
+        if delta is None:
+            return F.linear(x, weight, self.bias)
+        if delta.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
+        # squeeze(0), whose gradient is a view: that of [0] fills a matrix with zeros first
+        if not call.watched and _joins(x, weight, delta):
+            return F.linear(x, weight + delta.squeeze(0), self.bias)
+        y, small = F.linear(x, weight, self.bias), delta.to(x.dtype)
+        # one product for all rows is faster than a batch of products of one
+        learned = F.linear(x, small.squeeze(0)) if delta.shape[0] == 1 else x @ small.transpose(-1, -2)
+        if call.watched:
+            a, b = learned.to(delta.dtype), x.to(delta.dtype)
+            call.seen[self] = Seen(a.transpose(-1, -2) @ b, b.square().sum((-1, -2)))
+        return y + learned
+
+
+def _joins(x: Tensor, weight: Tensor, delta: Tensor) -> bool:
+    """Whether W + D is made first: one product forward and one less backward, for a pass over the weights.
+
+    Not in a smaller type, which would round D away.
+    """
+    return (
+        delta.shape[0] == 1 and x.dtype == weight.dtype == delta.dtype
+        and not torch.is_autocast_enabled(x.device.type) and x.shape[:-1].numel() >= JOIN
+    )  # fmt: skip
+
+
+def check_forward(module: nn.Module, what: str) -> None:
+    """Raise TypeError if an instance's forward was replaced: levels could not reach what it computes."""
+    if "forward" in vars(module):
+        hook = vars(module).get("_hf_hook")
+        name = "a forward of its own" if hook is None else f"the hook {type(hook).__name__}"
+        raise TypeError(
+            f"{what} ({type(module).__name__}) has {name} in place of its class's forward: stack levels first and "
+            "prepare or hook the result (accelerate.hooks.remove_hook_from_module takes hooks off)"
+        )

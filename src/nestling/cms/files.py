@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestling.cms.stack import FORMAT, RECIPE, Stacked, stack_levels
+from nestling.cms.stack import stack_levels
+from nestling.cms.stacked_model import FORMAT, RECIPE, StackedForCausalLM
 from nestling.utils.files import new_folder
 from nestling.utils.quiet import no_bars
 
@@ -20,7 +21,7 @@ def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     Raises:
         ValueError: the model has no levels, or the folder exists.
     """
-    if not isinstance(model, Stacked):
+    if not isinstance(model, StackedForCausalLM):
         raise ValueError(f"{type(model).__name__} has no levels: stack_levels first, or use its save_pretrained")
     folder = Path(folder)
     if folder.exists():

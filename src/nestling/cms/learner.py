@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling.cms.backbones import Backbone, Layers
-from nestling.cms.fast_linear import FastLinear, Seen, applied, frozen
+from nestling.cms.fast_linear import FastLinear, Seen, applied
 from nestling.cms.inner_optimizers import begin, per_stream, squares, update
-from nestling.cms.recompute import filled, recomputed, undivided
+from nestling.cms.recompute import filled, recomputed
 from nestling.cms.state import LevelState, StreamState, begin_level, waits
 from nestling.cms.surprise import is_due
 from nestling.schedule import Level
@@ -176,8 +176,7 @@ class Learner:
         return self.backbone.head(self._run(hidden, layers, self.first, self.backbone.blocks))
 
     def _run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
-        with undivided(self.backbone.model.model.layers[start:stop]):
-            return self.backbone.run(hidden, layers, start, stop)
+        return self.backbone.run(hidden, layers, start, stop)
 
     def _marks(self, layers: Layers) -> tuple:
         return tuple(self.backbone.mark(layer) for layer in layers[self.first :])
@@ -200,15 +199,14 @@ class Learner:
         ]
         modules = [m for i in self.fast for m in self.modules[i]]
         watched = any(self.levels[i].optimizer == "dgd" for i in self.fast)
-        # without an outer loss only what depends on fast weights is recorded for the gradient
-        with nullcontext() if outer else frozen(self.backbone.model):
+        with torch.enable_grad():  # without an outer loss too: for the gradients of the fast weights alone
             # each chunk sees weights of its own: the gradient must not go back through what earlier chunks left behind
             held = [d for s in levels for d in s.deltas]
             used = [d.view_as(d) if graph and d.requires_grad else d.detach().requires_grad_() for d in held]
             fixed = outer and self.meta_grad == "none"
-            with applied(modules, used, fixed=fixed, watched=watched), _attention(graph):
+            with applied(modules, used, fixed=fixed, watched=watched) as call, _attention(graph):
                 logits = self._above(hidden, layers)
-                seen = [m.seen for m in modules]
+                seen = [call.seen.get(m) for m in modules]
             targets = torch.cat([tokens[:, 1:], target], 1)
             exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
             losses = F.cross_entropy(exact, targets.flatten(), reduction="none").view(targets.shape)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from nestling.cms.arguments import SCORING, check_mask, check_options, check_positions, tokens_read
 from nestling.cms.cache import LevelsCache, fill
 from nestling.cms.fast_linear import applied
 from nestling.cms.learner import Learner
 from nestling.cms.state import level_bytes
+
+# the models that this thread or task uses as they have become
+_ADAPTED: ContextVar[tuple[LearningMixin, ...]] = ContextVar("adapted", default=())
 
 
 class LearningMixin:
@@ -34,47 +40,90 @@ class LearningMixin:
 
     @property
     def reads(self) -> bool:
-        """Whether levels learn from what the model reads now."""
-        return self.learning and bool(self.learner.fast)
+        """Whether levels learn from what the model reads now (not inside `adapted`)."""
+        return self.learning and bool(self.learner.fast) and not any(m is self for m in _ADAPTED.get())
 
-    def read(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        next_tokens: Tensor | None = None,
-    ) -> CausalLMOutputWithPast:
+    def read(self, input_ids: Tensor | None, *, past_key_values: Any = None, **call: Any) -> CausalLMOutputWithPast:
         """A forward that learns from `input_ids` [B, T], B streams; the cache carries them.
+
+        Keyword arguments are those of the model's forward; each has its effect, or is refused by name.
 
         Args:
             next_tokens: [B, 1], those that follow, if they are known: a chunk that ends here is then learned at once,
                 and not read again with the next call, which must begin with them.
 
         Raises:
-            ValueError: padding, or inputs that are not token ids: a level learns from the tokens it reads.
+            ValueError: padding, packed rows, or inputs that are not token ids: a level learns from the tokens it reads.
+            TypeError: an argument that no model has.
         """
+        if not torch.is_inference_mode_enabled():
+            return self._read(input_ids, past_key_values, **call)
+        with torch.inference_mode(False), torch.no_grad():  # levels need autograd, and what it saved
+            if any(p.is_inference() for p in self.parameters()):
+                raise ValueError(
+                    "the weights were made inside torch.inference_mode: load the model outside it to learn"
+                )
+            call, input_ids, cache = _owned(call), _owned(input_ids), past_key_values
+            for layer in getattr(cache, "layers", ()):
+                vars(layer).update(_owned(vars(layer)))
+            if isinstance(cache, LevelsCache) and cache.levels is not None:
+                cache.levels = cache.levels.map(_owned)
+            return self._read(input_ids, cache, **call)
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        past_key_values: Any,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        next_tokens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        if inputs_embeds is not None:
+            raise ValueError("a model with levels reads input_ids, not inputs_embeds: it learns from the tokens")
         self._check_read(input_ids, attention_mask, past_key_values)
+        check_options(self.config, kwargs)
+        check_positions(position_ids, input_ids.shape, tokens_read(past_key_values))
         if next_tokens is not None and tuple(next_tokens.shape) != (input_ids.shape[0], 1):
             raise ValueError(f"next_tokens must be [{input_ids.shape[0]}, 1], one token for each row of input_ids; "
                              f"got {tuple(next_tokens.shape)}")  # fmt: skip
-        cache = self._new_cache() if past_key_values is None else past_key_values
-        if not isinstance(cache, LevelsCache):
-            cache.__class__ = LevelsCache  # what generate() made: it carries levels from here on
+        cache = self._cache_for(past_key_values)
         fill(cache, self.learner.backbone.blocks)
         asked = any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         logits, cache.layers, cache.levels = self.learner.read(
             input_ids, cache.layers, cache.levels, keep, next_tokens, recompute=asked and self.training
         )
+        if past_key_values is not None and cache is not past_key_values:
+            past_key_values.layers = cache.layers  # so that going on with it is refused, and not a new beginning
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept = None if use_cache is False and past_key_values is None else cache
+        if labels is not None:
+            scored = {name: value for name, value in kwargs.items() if name in SCORING}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **scored)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        kept = cache if use_cache or past_key_values is not None else None
         return CausalLMOutputWithPast(loss=loss, logits=logits[:, wanted], past_key_values=kept)
+
+    def _cache_for(self, cache: Any) -> LevelsCache:
+        """The cache of this call: a fresh one in place of none, or of an empty one that cannot carry levels."""
+        return cache if isinstance(cache, LevelsCache) else self._new_cache()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> Any:
+        if self.reads and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+                raise ValueError(
+                    f"cache_implementation {generation_config.cache_implementation!r} cannot hold what levels learn: "
+                    'leave it out, or use "dynamic"'
+                )
+            model_kwargs["past_key_values"] = self._new_cache()
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
 
     def _new_cache(self) -> LevelsCache:
         return LevelsCache()
@@ -84,13 +133,14 @@ class LearningMixin:
             raise ValueError("a model with levels reads input_ids: it learns from the tokens")
         if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.shape[0] == 0:
             raise ValueError(f"input_ids must be [B, T] with B and T of at least 1; got {tuple(input_ids.shape)}")
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise TypeError(f"past_key_values must be what a call of this model returned; got {type(cache).__name__}")
+        check_mask(mask, input_ids.shape, tokens_read(cache))
         if mask is not None and not bool(mask.to(torch.bool).all()):
             raise ValueError(
                 "attention_mask has padding, and a level would learn from it: read texts of other lengths one by one, "
                 "or without learning (model.adapted(cache))"
             )
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise TypeError(f"past_key_values must be what a call of this model returned; got {type(cache).__name__}")
         if isinstance(cache, LevelsCache) and cache.levels is not None:
             self.check_streams(cache)
             batch = cache.levels.tokens.shape[0]
@@ -128,17 +178,22 @@ class LearningMixin:
         self.check_streams(cache)
         modules, deltas = self.learner.adapted(cache.levels)
         cast = [None if d is None else d.to(m.weight.dtype) for m, d in zip(modules, deltas)]
-        before, self.learning = self.learning, False
+        token = _ADAPTED.set((*_ADAPTED.get(), self))
         try:
             with applied(modules, cast):
                 yield
         finally:
-            self.learning = before
+            _ADAPTED.reset(token)
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of the levels' state of `batch` streams, known before anything is read."""
         learner = self.learner
         return sum(level_bytes(learner.levels[i], learner.modules[i], batch, learner.chunk_size) for i in learner.fast)
+
+
+def _owned(value: Any) -> Any:
+    """With every tensor that autograd could not save (made in inference mode) copied."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, value)
 
 
 @torch.no_grad()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.cache_utils import CacheLayerMixin
@@ -45,19 +44,6 @@ def filled(layer: CacheLayerMixin, values: dict[str, Any]) -> CacheLayerMixin:
     fresh = copy.copy(layer)
     vars(fresh).update(values)
     return fresh
-
-
-@contextmanager
-def undivided(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the library does not recompute decoder blocks one by one: they would drop their cache."""
-    asked = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
-    for block in asked:
-        block.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for block in asked:
-            block.gradient_checkpointing = True
 
 
 class _Here:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestling.cms.backbones import LlamaBackbone
-from nestling.cms.fast_linear import make_fast
+from nestling.cms.fast_linear import FastLinear, check_forward
 from nestling.cms.learner import META_GRADS, VARIANTS, Learner, plan
-from nestling.cms.learning_model import LearningMixin
+from nestling.cms.stacked_model import StackedForCausalLM
 from nestling.schedule import Level, check_order
-from nestling.utils.files import write_text
 
 PLACEMENTS = ("depth", "width")
-RECIPE, FORMAT = "levels.json", "nestling-levels-1"
 
 
 class AddedBlock(nn.Module):
@@ -29,7 +24,7 @@ class AddedBlock(nn.Module):
     def __init__(self, dim: int, width: int, like: Tensor) -> None:
         super().__init__()
         options = dict(bias=False, device=like.device, dtype=like.dtype)
-        self.up_proj, self.down_proj = nn.Linear(dim, width, **options), nn.Linear(width, dim, **options)
+        self.up_proj, self.down_proj = FastLinear(dim, width, **options), FastLinear(width, dim, **options)
         nn.init.normal_(self.up_proj.weight, std=dim**-0.5)
         nn.init.zeros_(self.down_proj.weight)
 
@@ -58,43 +53,6 @@ class Chain(nn.Module):
         return y
 
 
-class Stacked(LearningMixin):
-    """What `stack_levels` mixes into a model's class: its forward reads streams and lets the levels learn."""
-
-    recipe: dict[str, Any]  # the arguments of `stack_levels`
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As Hugging Face saves a model, with the recipe of its levels beside it (`nestling.cms.files`)."""
-        super().save_pretrained(save_directory, **options)
-        write_text(Path(save_directory) / RECIPE, json.dumps({"format": FORMAT, **self.recipe}, indent=2) + "\n")
-
-    def level_parameters(self) -> dict[int, list[nn.Parameter]]:
-        """Each level's shared weights: where every stream's level begins."""
-        return {i: [m.weight for m in modules] for i, modules in enumerate(self.learner.modules)}
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        next_tokens: Tensor | None = None,
-        **options: Any,
-    ) -> CausalLMOutputWithPast:
-        """As the model's own forward; levels learn from `input_ids` while it reads, and the cache carries them.
-
-        next_tokens: see `LearningMixin.read`.
-        """
-        if self.reads:
-            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, next_tokens)
-        return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, labels=labels,
-            use_cache=use_cache, logits_to_keep=logits_to_keep, **options,
-        )  # fmt: skip
-
-
 def stack_levels(
     model: PreTrainedModel,
     levels: Sequence[Level | dict[str, Any]],
@@ -107,7 +65,7 @@ def stack_levels(
     meta_grad: str = "first_order",
     context: int | None = None,
 ) -> PreTrainedModel:
-    """Turn a Llama-family model into a continual learner, in place; at first it computes exactly what it did.
+    """A Llama-family model made a continual learner; at first it computes exactly what the original did.
 
     Args:
         model: a causal language model whose decoder blocks have an `mlp` of linear layers (Llama, Mistral, Qwen,
@@ -127,17 +85,19 @@ def stack_levels(
             value.
 
     Returns:
-        The same object, of a subclass of its class. It is called as before; `past_key_values` carries what it learned.
+        A `StackedForCausalLM` that shares the model's parts: use it in place of the model. It is called as before, and
+        `past_key_values` carries what it learned.
 
     Raises:
-        TypeError: not such a model.  ValueError: levels, placement or blocks that do not fit it.
+        TypeError: not such a model, or one that was hooked already (accelerate).
+        ValueError: levels, placement or blocks that do not fit it.
     """
     for name, value, known in (
         ("placement", placement, PLACEMENTS), ("variant", variant, VARIANTS), ("meta_grad", meta_grad, META_GRADS)
     ):  # fmt: skip
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    if isinstance(model, Stacked):
+    if isinstance(model, StackedForCausalLM) or any(isinstance(m, FastLinear) for m in _modules(model)):
         raise ValueError("the model has levels already: stack them once, on the model as it was loaded")
     if placement == "depth" and variant == "independent":
         raise ValueError('variant "independent" sets blocks side by side, which needs placement "width"')
@@ -154,22 +114,22 @@ def stack_levels(
         if len(chosen) < len(levels):
             raise ValueError(f"{len(levels)} levels cannot share {len(chosen)} blocks: fewer levels or more blocks")
         members = [[layers[chosen[n]] for n in share] for share in plan(levels, len(chosen))]
-        members = [[m for block in share for m in _targets(block, target_modules)] for share in members]
+        members = [[m for block in share for m in _make_fast(block, target_modules)] for share in members]
     else:
         _check_width(width)
         members = _add_blocks([layers[i] for i in chosen], len(levels), width, variant == "independent")
-    modules = tuple(tuple(make_fast(m) for m in level) for level in members)
+    modules = tuple(tuple(level) for level in members)
     for level, parts in zip(levels, modules):
         for part in parts if level.frozen else ():
             part.weight.requires_grad_(False)  # no outer optimiser either
-    model.__class__ = type(f"Stacked{type(model).__name__}", (Stacked, type(model)), {})
-    model.learner = Learner(
-        levels, modules, LlamaBackbone(model), chosen[0], variant, meta_grad, _check_context(context, levels)
+    recipe = dict(levels=[level.to_dict() for level in levels], placement=placement, blocks=chosen, width=width)
+    recipe |= dict(target_modules=target_modules if isinstance(target_modules, str | None) else [*target_modules])
+    recipe |= dict(variant=variant, meta_grad=meta_grad, context=context)
+    stacked = StackedForCausalLM(model, recipe)
+    stacked.learner = Learner(
+        levels, modules, LlamaBackbone(stacked), chosen[0], variant, meta_grad, _check_context(context, levels)
     )
-    model.recipe = dict(levels=[level.to_dict() for level in levels], placement=placement, blocks=chosen, width=width)
-    model.recipe |= dict(target_modules=target_modules if isinstance(target_modules, str | None) else [*target_modules])
-    model.recipe |= dict(variant=variant, meta_grad=meta_grad, context=context)
-    return model
+    return stacked
 
 
 def _check_width(width: int | None) -> None:
@@ -188,18 +148,39 @@ def _check_context(context: int | None, levels: Sequence[Level]) -> int | None:
     return context
 
 
-def _targets(block: nn.Module, wanted: Sequence[str] | str | None) -> list[nn.Linear]:
-    """The linear layers of a decoder block that are to learn."""
-    if wanted is None:
-        return [m for m in block.mlp.modules() if isinstance(m, nn.Linear)]
-    linear = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+def _linear_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    """Each linear layer below a module: its name, and the module and attribute that hold it.
+
+    Of a layer that an adapter (PEFT) has wrapped only the base layer, under the wrapper's name.
+    """
+    for attribute, child in module.named_children():
+        base = getattr(child, "base_layer", None)
+        if base is not None:
+            if isinstance(base, nn.Linear):
+                yield prefix + attribute, child, "base_layer", base
+        elif isinstance(child, nn.Linear):
+            yield prefix + attribute, module, attribute, child
+        else:
+            yield from _linear_layers(child, f"{prefix}{attribute}.")
+
+
+def _make_fast(block: nn.Module, wanted: Sequence[str] | str | None) -> list[FastLinear]:
+    """Put fast layers in the place of those linear layers of a decoder block that are to learn."""
+    linear = [(f"mlp.{name}", *rest) for name, *rest in _linear_layers(block.mlp)]
+    if wanted is not None:
+        linear = list(_linear_layers(block))
+    names = [name for name, *_ in linear]
     if isinstance(wanted, str):
-        found = {name: m for name, m in linear.items() if re.fullmatch(wanted, name)}
-    else:
-        found = {n: m for n, m in linear.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
-    if not found:
-        raise ValueError(f"target_modules {wanted!r} names no linear layer of a block, whose are: {', '.join(linear)}")
-    return list(found.values())
+        linear = [part for part in linear if re.fullmatch(wanted, part[0])]
+    elif wanted is not None:
+        linear = [part for part in linear if any(part[0] == w or part[0].endswith(f".{w}") for w in wanted)]
+    if not linear:
+        raise ValueError(f"target_modules {wanted!r} names no linear layer of a block, whose are: {', '.join(names)}")
+    found = []
+    for _, parent, attribute, module in linear:
+        found.append(FastLinear.of(module))
+        setattr(parent, attribute, found[-1])
+    return found
 
 
 def _decoder_blocks(model: Any) -> nn.ModuleList:
@@ -207,7 +188,7 @@ def _decoder_blocks(model: Any) -> nn.ModuleList:
     found = isinstance(model, PreTrainedModel) and isinstance(layers, nn.ModuleList) and hasattr(model, "lm_head")
     linear = found and all(
         isinstance(getattr(block, "mlp", None), nn.Module)
-        and any(isinstance(m, nn.Linear) for m in block.mlp.modules())
+        and any(True for _ in _linear_layers(block.mlp))
         and hasattr(block, "self_attn")
         for block in layers
     )
@@ -216,9 +197,15 @@ def _decoder_blocks(model: Any) -> nn.ModuleList:
             f"{type(model).__name__} is not a Llama-family language model: stack_levels needs decoder blocks "
             "model.layers[i] with self_attn and an mlp of linear layers, and a head lm_head"
         )
+    check_forward(model, "the model")
+    check_forward(model.model, "the model's decoder")
     if getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True):
         raise TypeError(f"{type(model).__name__} has a sliding window, whose cache cannot go back to a chunk's start")
     return layers
+
+
+def _modules(model: Any) -> Iterator[nn.Module]:
+    return model.modules() if isinstance(model, nn.Module) else iter(())
 
 
 def _index(i: int, count: int) -> int:
@@ -227,12 +214,12 @@ def _index(i: int, count: int) -> int:
     return i % count
 
 
-def _add_blocks(layers: list[nn.Module], count: int, width: int | None, independent: bool) -> list[list[nn.Linear]]:
+def _add_blocks(layers: list[nn.Module], count: int, width: int | None, independent: bool) -> list[list[FastLinear]]:
     """Chains in place of the MLPs; the added layers of each level, fastest level first."""
-    members: list[list[nn.Linear]] = [[] for _ in range(count)]
+    members: list[list[FastLinear]] = [[] for _ in range(count)]
     for block in layers:
         like = next(block.mlp.parameters())
-        dim = next(m for m in block.mlp.modules() if isinstance(m, nn.Linear)).in_features
+        dim = next(linear for *_, linear in _linear_layers(block.mlp)).in_features
         added = [AddedBlock(dim, width or max(1, dim // 16), like) for _ in range(count)]
         for level, part in zip(members, reversed(added)):  # the fastest last in the chain
             level += [part.up_proj, part.down_proj]

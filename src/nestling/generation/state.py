@@ -86,12 +86,10 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     device = next(model.parameters()).device
     # clones: views of the file may be aligned otherwise, and products may round by alignment
     ordered = [tensors[f"t{i}"].to(device).clone() for i in range(len(tensors))]
-    cache: Any = _make_cache(model, json.loads(metadata["layers"]), ordered)
     learned = _rebuilt(json.loads(metadata["learned"]), ordered)
+    cache: Any = _make_cache(model, json.loads(metadata["layers"]), ordered, learned is not None)
     if learned is not None:
-        from nestling.cms.cache import LevelsCache
-
-        cache.__class__, cache.levels = LevelsCache, learned
+        cache.levels = learned
     return cache
 
 
@@ -112,7 +110,9 @@ def load_notes(path: str | Path) -> dict[str, Any] | None:
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of a model's kind and weights: a state means something only to the weights that made it."""
     levels = getattr(model, "learner", None)
-    digest = hashlib.sha256(f"{type(model).__name__}{levels and (levels.levels, levels.variant)}".encode())
+    digest = hashlib.sha256(
+        f"{getattr(model, 'kind', type(model).__name__)}{levels and (levels.levels, levels.variant)}".encode()
+    )
     for name, parameter in sorted(model.state_dict().items()):
         digest.update(f"{name}{list(parameter.shape)}{parameter.dtype}".encode())
         digest.update(_bytes(parameter))
@@ -127,10 +127,12 @@ def _layer_content(layer: Any, tensors: list[Tensor]) -> dict[str, Any]:
     raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be kept on disk")
 
 
-def _make_cache(model: PreTrainedModel, layers: list[dict[str, Any]], tensors: list[Tensor]) -> Cache:
+def _make_cache(model: PreTrainedModel, layers: list[dict[str, Any]], tensors: list[Tensor], learned: bool) -> Cache:
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    from nestling.cms.cache import LevelsCache
+
+    cache = (LevelsCache if learned else DynamicCache)(config=model.config)
     for index, content in enumerate(layers):
         state = _rebuilt(content["state"], tensors)
         if content["kind"] == "value":

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nestling.cms.backbones import Backbone, Layers
-from nestling.cms.fast_linear import make_fast
+from nestling.cms.backbones import Backbone, Layers, run_block
 from nestling.cms.learner import Learner
 from nestling.models.hope.cache import HopeCacheLayer
 
@@ -23,7 +22,7 @@ class HopeBackbone(Backbone):
         tokens, signature = hidden.shape[1], self.model.model.signature
         cached: HopeCacheLayer
         for block, cached in zip(self.model.model.layers[start:stop], layers[start:stop]):
-            hidden, state = block(hidden, cached.state, None)
+            hidden, state = run_block(block, hidden, cached.state, None)
             cached.store(state, tokens, signature)
         return hidden
 
@@ -51,11 +50,7 @@ def make_learner(model: PreTrainedModel) -> Learner:
         tuple(m for memory in memories for m in memory.blocks[i].modules() if isinstance(m, nn.Linear))
         for i in range(len(config.levels))
     )
-    learner = Learner(
+    return Learner(
         config.levels, modules, HopeBackbone(model), chosen[0], config.cms_variant, config.cms_meta_grad,
         context_length=limit,
     )  # fmt: skip
-    for i in learner.fast:
-        for module in modules[i]:
-            make_fast(module)
-    return learner

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_ARGUMENTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "inputs_embeds",
-    "labels",
-    "use_cache",
-    "logits_to_keep",
-    "output_hidden_states",
-    "return_dict",
-)
+from nestling.cms.arguments import check_spelling
 
 
 def check_names(kwargs: dict[str, Any]) -> None:
@@ -30,9 +18,7 @@ def check_names(kwargs: dict[str, Any]) -> None:
     """
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is not available: the sequence layers keep no attention maps")
-    for name in kwargs:
-        if name not in _ARGUMENTS and (near := difflib.get_close_matches(name, _ARGUMENTS, n=1, cutoff=0.85)):
-            raise TypeError(f"the model has no argument {name!r}: did you mean {near[0]}?")
+    check_spelling(kwargs)
 
 
 def check_ids(ids: Tensor, vocab_size: int, name: str = "input_ids", ignore: int | None = None) -> None:

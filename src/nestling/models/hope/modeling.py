@@ -228,8 +228,12 @@ class HopeForCausalLM(LearningMixin, HopePreTrainedModel, GenerationMixin):
         if labels is not None:
             check_ids(labels, self.config.vocab_size, name="labels", ignore=-100)
         if self.reads:
-            self._check_call(input_ids, inputs_embeds, position_ids, past_key_values, kwargs)
-            return self.read(input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, next_tokens)
+            self._check_call(input_ids, position_ids, past_key_values, kwargs)
+            return self.read(
+                input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep,
+                next_tokens=next_tokens, **kwargs,
+            )  # fmt: skip
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -251,13 +255,9 @@ class HopeForCausalLM(LearningMixin, HopePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _check_call(self, ids: Any, embeds: Any, positions: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+    def _check_call(self, ids: Any, positions: Any, cache: Any, kwargs: dict[str, Any]) -> None:
         """The checks of HopeModel, for a call that the levels learn from."""
         check_names(kwargs)
-        if kwargs.get("output_hidden_states"):
-            raise ValueError("output_hidden_states is not kept while levels learn: set model.learning = False for it")
-        if embeds is not None:
-            raise ValueError("a model with levels reads input_ids, not inputs_embeds: it learns from the tokens")
         if ids is None:
             return
         check_ids(ids, self.config.vocab_size)

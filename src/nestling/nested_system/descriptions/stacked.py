@@ -10,7 +10,8 @@ from torch import nn
 
 from nestling.cms.fast_linear import FastLinear
 from nestling.cms.learner import Learner
-from nestling.cms.stack import AddedBlock, Chain, Stacked
+from nestling.cms.stack import AddedBlock, Chain
+from nestling.cms.stacked_model import StackedForCausalLM
 from nestling.nested_system.describe import Place, describes, description_of, transparent
 from nestling.nested_system.descriptions.continuum import in_context_level, level_block
 from nestling.nested_system.descriptions.huggingface import mlp
@@ -28,8 +29,8 @@ def added_block(module: AddedBlock, place: Place) -> Parts:
     yield place.weights("MLP block", None, retrieval="y = x + W₁ σ(W₂ x)", macs=macs)
 
 
-@describes("nestling.cms.stack.Stacked")  # mixed into a model's class, so no module by itself
-def stacked(module: Stacked, place: Place) -> Parts:
+@describes(StackedForCausalLM)
+def stacked(module: StackedForCausalLM, place: Place) -> Parts:
     """The shared weights stay memories of their own, read with every token; each level adds what a stream learned."""
     learner, modules = module.learner, place.below()
     for index, level in enumerate(learner.levels):
