@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, float]]:
         model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4))
         encode = lambda path: torch.tensor([list(path.read_bytes())])  # noqa: E731
 
-    nestling.stack_levels(model.eval(), [nestling.Level(options.chunk, lr=options.lr, optimizer="adamw")])
+    model = nestling.stack_levels(model.eval(), [nestling.Level(options.chunk, lr=options.lr, optimizer="adamw")])
     texts = {"read": encode(options.text), "not read": encode(options.other)}
     with torch.no_grad():
         cache = model(texts["read"][:, :1], use_cache=True).past_key_values  # one token: nothing learned yet

@@ -36,6 +36,7 @@ class LearningMixin:
         model: Any
         config: Any
         training: bool
+        parameters: Any
         loss_function: Any
 
     @property

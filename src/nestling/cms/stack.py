@@ -85,8 +85,8 @@ def stack_levels(
             value.
 
     Returns:
-        A `StackedForCausalLM` that shares the model's parts: use it in place of the model. It is called as before, and
-        `past_key_values` carries what it learned.
+        A `StackedForCausalLM` that shares the model's parts: use it in place of the model, which by itself goes on
+        computing what it did. It is called as before, and `past_key_values` carries what it learned.
 
     Raises:
         TypeError: not such a model, or one that was hooked already (accelerate).
@@ -166,9 +166,7 @@ def _linear_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 def _make_fast(block: nn.Module, wanted: Sequence[str] | str | None) -> list[FastLinear]:
     """Put fast layers in the place of those linear layers of a decoder block that are to learn."""
-    linear = [(f"mlp.{name}", *rest) for name, *rest in _linear_layers(block.mlp)]
-    if wanted is not None:
-        linear = list(_linear_layers(block))
+    linear = list(_linear_layers(block)) if wanted is not None else list(_linear_layers(block.mlp, "mlp."))
     names = [name for name, *_ in linear]
     if isinstance(wanted, str):
         linear = [part for part in linear if re.fullmatch(wanted, part[0])]

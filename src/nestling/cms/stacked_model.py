@@ -89,7 +89,7 @@ class StackedForCausalLM(LearningMixin, PreTrainedModel, GenerationMixin):
 
         next_tokens: see `LearningMixin.read`.
         """
-        call = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        call: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         call |= dict(past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache)
         call |= dict(logits_to_keep=logits_to_keep, **kwargs)
         if self.reads:
