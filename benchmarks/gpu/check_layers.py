@@ -32,7 +32,7 @@ def run(record: Record, options: dict[str, Any]) -> None:
     set_tf32("float32")
     for precision in ("float32", "bf16"):
         for name in MIXERS:
-            chunks = {} if name == "attention" else dict(chunk_size=CHUNK)
+            chunks = {} if "attention" in name and name != "linear_attention" else dict(chunk_size=CHUNK)
             check(record, f"{name}, {precision}", partial(layer, name, precision, **chunks))
     for read in ("before", "after"):
         for momentum in (True, False):

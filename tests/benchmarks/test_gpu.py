@@ -19,10 +19,12 @@ def exceptions(found, path=""):
     return own + [line for key, value in found.items() for line in exceptions(value, f"{path}/{key}")]
 
 
+SLOW = ("check_layers", "check_models", "graphs,profiling", "optimizers,peers,compiling,decode,training")
+ASKED = pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="minutes: NESTLING_SLOW_TESTS=1 runs it")
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "parts", ["check_layers", "check_models", "speed,graphs,profiling", "optimizers,peers,compiling,decode,training"]
-)
+@pytest.mark.parametrize("parts", ["speed", *(pytest.param(parts, marks=ASKED) for parts in SLOW)])
 def test_the_quick_form_measures_everything(parts, tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--only", parts, "--out", str(tmp_path)]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])

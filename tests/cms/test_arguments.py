@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import nestling
 from nestling import HopeConfig, HopeForCausalLM, Level, stack_levels
-from nestling.cms.fast_linear import FastLinear
+from nestling.cms.fast_linear import FastLinear, applied
 from streams import read
 
 TWO = [Level(4, lr=0.5), Level(8, lr=0.25, optimizer="dgd")]
@@ -342,3 +342,14 @@ def test_a_fast_layer_is_let_go_with_its_model(make, ids):
     del model
     gc.collect()
     assert not [m for m in gc.get_objects() if type(m) is FastLinear]
+
+
+def test_a_compiled_layer_never_forgets_the_differences_of_a_call():
+    torch._dynamo.reset()
+    layer = FastLinear(4, 3, bias=False)
+    compiled = torch.compile(layer, backend="eager")
+    x, delta = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    plain = compiled(x)
+    with applied([layer], [delta]):
+        torch.testing.assert_close(compiled(x), x @ (layer.weight + delta).mT)
+    torch.testing.assert_close(compiled(x), plain)

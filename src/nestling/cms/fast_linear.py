@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Lock
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -48,6 +49,9 @@ class Applied:
 
 
 _CALLS: ContextVar[Mapping[FastLinear, Applied]] = ContextVar("fast_weights", default=MappingProxyType({}))
+# Calls that are open in any thread. A compiled layer is guarded by it (torch.compile cannot trace a context variable):
+# the graph of a plain forward is never taken where there may be differences.
+_OPEN, _LOCK = 0, Lock()
 
 
 @contextmanager
@@ -58,11 +62,16 @@ def applied(
 
     fixed: their shared weights get no gradient.  watched: the call keeps what they have `seen`.
     """
+    global _OPEN
     call = Applied(dict(zip(modules, deltas, strict=True)), fixed, watched)
     token = _CALLS.set({**_CALLS.get(), **dict.fromkeys(modules, call)})
+    with _LOCK:
+        _OPEN += 1
     try:
         yield call
     finally:
+        with _LOCK:
+            _OPEN -= 1
         _CALLS.reset(token)
 
 
@@ -88,7 +97,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, i] -> [B, T, o]."""
-        call = _CALLS.get().get(self)
+        call = _CALLS.get().get(self) if _OPEN else None
         if call is None:
             return F.linear(x, self.weight, self.bias)
         weight, delta = self.weight.detach() if call.fixed else self.weight, call.deltas[self]
