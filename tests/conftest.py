@@ -16,7 +16,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import processes
+
 torch.set_num_threads(1)
+processes.fork_instead_of_spawn()
 
 settings.register_profile("nestling", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("nestling")

@@ -97,7 +97,10 @@ def test_a_run_from_another_projects_folder(elsewhere):
 def test_an_installed_library_finds_them_by_option_or_says_how(elsewhere, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "nestling").symlink_to(ROOT / "src" / "nestling")
-    code = "import nestling.cli.laboratory as l; l.__file__ = 'a/b/c/d/e.py'; from nestling.cli.main import app; app()"
+    code = (
+        "import sys; sys.argv[0] = 'nestling'; import nestling.cli.laboratory as l; l.__file__ = 'a/b/c/d/e.py'; "
+        "from nestling.cli.main import app; app()"
+    )
     environment = dict(os.environ, PYTHONPATH=str(tmp_path / "site"))
 
     def call(*arguments, cwd):

@@ -1,11 +1,8 @@
 """A reading session that is really killed, at random moments, ends with the state of one that was not."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from nestling.cms.files import save_stacked
+from processes import Command
 
 CHUNK = 8
 
@@ -22,14 +20,9 @@ def start(model, tokenizer, tmp_path):
     """Starts the command on one thread."""
     save_stacked(model, tmp_path / "model", tokenizer)
 
-    def begin(names, state, pipe=None, *options):
-        command = [sys.executable, "-m", "nestling", "learn", tmp_path / "model", *names, "--state", state]
-        command += ["--threads", "1", "--save-every", "1", "--probe", "32", "--quiet", "--json", *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [str(c) for c in command], env=environment, stdin=subprocess.PIPE if pipe is not None else None,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+    def begin(names, state, pipe=False):
+        command = ["learn", tmp_path / "model", *names, "--state", state, "--threads", "1", "--save-every", "1"]
+        return Command([*command, "--probe", "32", "--quiet", "--json"], tmp_path / "said", pipe)
 
     return begin
 
@@ -112,9 +105,9 @@ def test_a_pipe_loses_nothing_that_came_out_of_it(start, model, session, write, 
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)  # it waits for the third kilobyte, or is about to
-    process.wait()
+    _, errors = process.communicate()
     assert process.returncode == 130
-    assert b"the same command goes on" in process.stderr.read()
+    assert b"the same command goes on" in errors
     came = journal.read_bytes().split(b"\n", 1)[1]
     assert text.startswith(came)
 

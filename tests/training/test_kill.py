@@ -1,10 +1,7 @@
 """A run that is really killed, at random moments, ends with the weights of one that was not."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 
 from nestling.training import Trainer, checkpoint, train
 from nestling.training.build import load_saved
+from processes import Command
 
 STEPS = 60
 SLOW_LEVEL = [{"chunk_size": None}, {"chunk_size": 7 * 64}]  # 7 steps of 2 x 2 x 16 tokens
@@ -20,18 +18,9 @@ SLOW_LEVEL = [{"chunk_size": None}, {"chunk_size": 7 * 64}]  # 7 steps of 2 x 2 
 
 def start(config):
     """The run as a process of its own, on one thread."""
-    config.save(Path(config.out).parent / "killed.json")
-    command = [
-        sys.executable,
-        "-m",
-        "nestling",
-        "train",
-        "--config",
-        str(Path(config.out).parent / "killed.json"),
-        "--resume",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    folder = Path(config.out).parent
+    config.save(folder / "killed.json")
+    return Command(["train", "--config", folder / "killed.json", "--resume"], folder / "said")
 
 
 def kill_at(process, config, step, delay):

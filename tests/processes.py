@@ -1,0 +1,79 @@
+"""Processes of their own for tests, forked from a server that has imported everything: a start costs milliseconds.
+
+Memory, signals, pipes and exit codes are a process's own. What a fork leaves out is the start of the interpreter:
+`tests/experiments/test_discovery.py` starts the command, and the command a worker, as anybody would.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+PRELOADED = ["nestling.models", "nestling.training", "nestling.sessions", "nestling.generation", "nestling.cli.main"]
+
+
+def fork_instead_of_spawn() -> None:
+    """Whoever asks multiprocessing for its context "spawn" gets "forkserver", whose processes are as fresh."""
+    get_context = multiprocessing.get_context
+    get_context("forkserver").set_forkserver_preload(PRELOADED)
+    multiprocessing.get_context = lambda method=None: get_context("forkserver" if method == "spawn" else method)
+
+
+class Command:
+    """`python -m nestling ARGUMENTS`, running; as subprocess.Popen shows a process.
+
+    Args:
+        arguments: of the command.
+        folder: for files with what it says.
+        pipe: whether `stdin` is open for writing; else it is empty.
+    """
+
+    def __init__(self, arguments: list[object], folder: Path, pipe: bool = False) -> None:
+        context = multiprocessing.get_context("spawn")
+        folder.mkdir(exist_ok=True)
+        self._said = [folder / f"{len(list(folder.iterdir()))}.{name}" for name in ("out", "err")]
+        theirs, ours = context.Pipe(duplex=False)
+        words = [str(argument) for argument in arguments]
+        self._process = context.Process(target=_run, args=(words, theirs, self._said), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.stdin = os.fdopen(os.dup(ours.fileno()), "wb")
+        ours.close()
+        if not pipe:
+            self.stdin.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """As of a finished process: its exit code, less than zero for a signal."""
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int) -> None:
+        """Any signal."""
+        os.kill(self._process.pid, number)
+
+    def communicate(self, text: bytes = b"") -> tuple[bytes, bytes]:
+        """Write the text, close the pipe, wait; what it said on stdout and stderr."""
+        if not self.stdin.closed:
+            self.stdin.write(text)
+            self.stdin.close()
+        self._process.join()
+        return tuple(path.read_bytes() for path in self._said)
+
+
+def _run(arguments: list[str], pipe, said: list[Path]) -> None:
+    for number, file in enumerate([pipe, *(path.open("wb") for path in said)]):
+        os.dup2(file.fileno(), number)
+        file.close()
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = ["nestling", *arguments]
+    runpy.run_module("nestling", run_name="__main__", alter_sys=True)
