@@ -101,12 +101,13 @@ class MemoryOptimizer(torch.optim.Optimizer):
         return super().__getstate__() | {name: self.__dict__[name] for name in EXTRAS if name in self.__dict__}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state, every tensor in the type it was saved in (torch would cast it to the parameter's)."""
+        """Load a state, every tensor in the type it was saved in (torch would cast it to the parameter's), contiguous."""
         self._check_state(state_dict)
         super().load_state_dict(state_dict)
         for parameter, saved in self._paired(state_dict):
-            kept = {name: v.to(parameter.device, copy=True) for name, v in saved.items() if isinstance(v, Tensor)}
-            self.state[parameter].update(kept)
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True).contiguous()
 
     def _paired(self, state_dict: dict) -> list[tuple[Tensor, dict]]:
         """Each of our parameters with the state saved for it; groups and sizes as torch checks them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.optim.checks import check_number, check_whole
-from nestling.optim.memories import SMALLEST, as_rows, state_dtype
+from nestling.optim.memories import SMALLEST, as_rows, rows_of, state_dtype
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MLP:
         return state | {"out": out, "in": initial.clone(), "initial": initial}
 
     def write(self, state, key, value, objective, decay, rate):
-        bias, scale = as_rows(state["momentum"]), row_norm(value)
+        bias, scale = rows_of(state["momentum"]), row_norm(value)
         error = value / scale
         if not self.hidden:
             if objective.erase:
@@ -70,7 +70,7 @@ class MLP:
         out.mul_(decay).sub_(mean * (error.mT @ hidden))
 
     def read(self, state, key, value):
-        bias = as_rows(state["momentum"])
+        bias = rows_of(state["momentum"])
         if not self.hidden:
             return bias
         hidden, _ = self._hidden(state, key / row_norm(key))

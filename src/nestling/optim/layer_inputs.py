@@ -205,7 +205,7 @@ def unpack(rows: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) 
     """What `pack` packed, by parameter."""
     matrix = rows.flatten(0, 1)
     if bias is None:
-        return {weight: matrix.mT if transposed else matrix.view(weight.shape)}
+        return {weight: matrix.mT if transposed else matrix.reshape(weight.shape)}
     matrix, last = matrix[:, :-1], matrix[:, -1]
     return {weight: matrix.mT if transposed else matrix.reshape(weight.shape), bias: last}
 

@@ -189,7 +189,7 @@ class M3(torch.optim.Optimizer):
         for (_, _, parameter), index in zip(parameters, saved):
             for name, value in state_dict["state"].get(index, {}).items():  # torch casts memories, and shares the step
                 place = value.device if name == "step" else parameter.device
-                self.state[parameter][name] = value.to(place, copy=True)
+                self.state[parameter][name] = value.to(place, copy=True).contiguous()
 
 
 def _check_lr_device(lr: float | Tensor, parameter: Tensor) -> None:

@@ -39,6 +39,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 and tensor.numel() else tensor.reshape(1, -1)
 
 
+def rows_of(memory: Tensor) -> Tensor:
+    """`as_rows` to be written into: a view of a memory, which is contiguous (of anything else it raises)."""
+    return memory.view(memory.shape[0] if memory.dim() > 1 and memory.numel() else 1, -1)
+
+
 def state_dtype(parameter: Tensor) -> torch.dtype:
     """The type a memory is kept in: the parameter's, but at least float32."""
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -114,7 +119,7 @@ class Matrix:
         return {"momentum": torch.zeros(parameter.shape, dtype=state_dtype(parameter), device=parameter.device)}
 
     def write(self, state, key, value, objective, decay, rate):
-        memory = as_rows(state["momentum"])  # a view
+        memory = rows_of(state["momentum"])
         if objective.erase:
             rate = rate * objective.step(key.square().sum())
             value = torch.add(value, recall(memory, key), alpha=objective.erase)
@@ -122,7 +127,7 @@ class Matrix:
         memory.sub_(rate * value) if isinstance(rate, Tensor) else memory.add_(value, alpha=-rate)
 
     def read(self, state, key, value):
-        return as_rows(state["momentum"])
+        return rows_of(state["momentum"])
 
 
 def recall(memory: Tensor, key: Tensor) -> Tensor:

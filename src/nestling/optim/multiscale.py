@@ -66,8 +66,8 @@ class M3Settings:
     dim: int = -2
 
     def pieces(self, stacked: Tensor) -> Sequence[Tensor]:
-        """[P, *parameter] -> the matrices to orthogonalise, each [P b, m', n']; views of a contiguous tensor."""
-        matrices = stacked.reshape(-1, *self.shape[1:])
+        """[P, *parameter], contiguous -> the matrices to orthogonalise, each [P b, m', n']: views, to be written to."""
+        matrices = stacked.view(-1, *self.shape[1:])
         return matrices.split(self.sizes, self.dim) if self.sizes else (matrices,)
 
     def joined(self, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class M3Settings:
     def orthogonal(self, stacked: Tensor) -> Tensor:
         """NS of every piece."""
         options = {"coefficients": self.coefficients, "dtype": self.ns_dtype}
-        return self.joined([orthogonalize(x, self.ns_steps, **options) for x in self.pieces(stacked)], stacked)
+        return self.joined([orthogonalize(x, self.ns_steps, **options) for x in self.pieces(stacked.contiguous())], stacked)
 
     def weights(self, scale: int) -> tuple[float, float]:
         """(keep, take) of M_scale: keep once per period, take of every gradient."""
@@ -99,11 +99,14 @@ class M3Settings:
 
 
 def new_state(parameter: Tensor, scales: int, second_moment: bool, slow_dtype: torch.dtype | None) -> State:
-    """Zero memories: m1, v, and m2, o2 (m3, o3, ...) of the slow scales; float32 or the parameter's type if wider."""
+    """Zero memories: m1, v, and m2, o2 (m3, o3, ...) of the slow scales; float32 or the parameter's type if wider.
+
+    They are contiguous, however the parameter lies in memory: the batched step writes into views of them.
+    """
     dtype = torch.promote_types(parameter.dtype, torch.float32)
 
     def zeros(kind: torch.dtype) -> Tensor:
-        return torch.zeros_like(parameter, dtype=kind, requires_grad=False)
+        return torch.zeros_like(parameter, dtype=kind, requires_grad=False, memory_format=torch.contiguous_format)
 
     state = {"step": torch.tensor(0.0), "m1": zeros(dtype)} | ({"v": zeros(dtype)} if second_moment else {})
     for scale in range(2, scales + 1):
@@ -131,10 +134,11 @@ def m3_reference(gradient: Tensor, state: State, settings: M3Settings, step: int
     if (beta_v := settings.beta_v) is not None:
         keep, take = (beta_v, 1 - beta_v) if settings.ema else (1.0, beta_v)
         new["v"] = keep * state["v"] + take * g**2
-        roots = [settings.root(x, beta_v**step) for x in settings.pieces(new["v"])]
+        roots = [settings.root(x, beta_v**step) for x in settings.pieces(new["v"].contiguous())]
         direction = direction / settings.joined(roots, direction)
     if settings.rms_match:
-        direction = settings.joined([x * RMS / rms(x) for x in settings.pieces(direction)], direction)
+        pieces = settings.pieces(direction.contiguous())
+        direction = settings.joined([x * RMS / rms(x) for x in pieces], direction)
     for scale in settings.slow():
         m, o, period = state[f"m{scale + 1}"], state[f"o{scale + 1}"], settings.periods[scale]
         keep, take = settings.weights(scale)
