@@ -10,6 +10,8 @@ from nestling.optim.generalized_gd import GeneralizedGD
 from nestling.optim.preconditioners import Diagonal
 from nestling.training.muon import Muon
 
+pytestmark = pytest.mark.filterwarnings("ignore:M3 got parameters without names")
+
 SHAPES = [(6, 4), (3, 4, 6), (6, 4, 3, 3), (4, 3, 2, 2, 2), (5,)]
 
 
@@ -98,7 +100,9 @@ def test_expanded_gradients(name):
     def expand(x):
         return x[..., :1].expand(x.shape)
 
-    build = OPTIMIZERS[name]  # such gradients are of rank 1, which "outer" inverts: only float64 tells rounding from faults
+    build = OPTIMIZERS[
+        name
+    ]  # such gradients are of rank 1, which "outer" inverts: only float64 tells rounding from faults
     right = run(build, expand=lambda x: expand(x).contiguous(), dtype=torch.float64)
     assert worst(run(build, expand=expand, dtype=torch.float64), right) < 1e-6
 

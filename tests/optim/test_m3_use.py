@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from nestling.optim import M3
 
+pytestmark = pytest.mark.filterwarnings("ignore:M3 got parameters without names")
+
 SHAPES = [(4, 6), (6, 4), (4, 6), (3, 4, 6), (5,)]
 
 

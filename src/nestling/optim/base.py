@@ -14,8 +14,10 @@ from nestling.optim.checks import (
     check_number,
     check_parameter,
     finite,
+    scalar,
 )
 from nestling.optim.memories import GradientMemory
+from nestling.optim.states import Shapes, exact_loading
 
 EXTRAS = ("_fixed", "_preconditioner", "_nonfinite")  # what a copy needs beside groups and state
 
@@ -101,30 +103,13 @@ class MemoryOptimizer(torch.optim.Optimizer):
         return super().__getstate__() | {name: self.__dict__[name] for name in EXTRAS if name in self.__dict__}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state, every tensor in the type it was saved in (torch would cast it to the parameter's), contiguous."""
-        self._check_state(state_dict)
-        super().load_state_dict(state_dict)
-        for parameter, saved in self._paired(state_dict):
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.to(parameter.device, copy=True).contiguous()
+        """Take over a saved state, bit for bit; ValueError, before any change, if it belongs to something else."""
+        with exact_loading(self, self._state_shapes):
+            super().load_state_dict(state_dict)
 
-    def _paired(self, state_dict: dict) -> list[tuple[Tensor, dict]]:
-        """Each of our parameters with the state saved for it; groups and sizes as torch checks them."""
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        ours = [p for group in self.param_groups for p in group["params"]]
-        return [(p, state_dict["state"][i]) for p, i in zip(ours, saved) if i in state_dict["state"]]
-
-    def _check_state(self, state_dict: dict) -> None:
-        if [len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in state_dict["param_groups"]]:
-            return  # torch says so
-        for parameter, saved in self._paired(state_dict):
-            shape = getattr(saved.get("momentum"), "shape", None)
-            if shape is not None and shape != parameter.shape:
-                raise ValueError(
-                    f"the saved momentum of shape {list(shape)} does not fit its parameter {list(parameter.shape)}; "
-                    "load a state saved for this model, or start without one"
-                )
+    def _state_shapes(self, parameter: Tensor, group: dict, index: int) -> Shapes | None:
+        empty = self.memory(group).start(torch.empty_like(parameter, device="meta"))
+        return {name: value.shape for name, value in empty.items()}
 
 
 @torch.compiler.disable
@@ -135,6 +120,7 @@ def _start(memory: GradientMemory, parameter: Tensor) -> dict[str, Tensor]:
 
 def move(parameter: Tensor, direction: Tensor, lr: float | Tensor, weight_decay: float) -> None:
     """W <- (1 - lr weight_decay) W + lr direction, in place."""
+    lr = scalar(lr)
     if weight_decay:
         parameter.mul_(1 - lr * weight_decay)
     if isinstance(lr, Tensor):

@@ -31,6 +31,11 @@ def check_lr(lr: object) -> None:
     check_number("lr", lr)
 
 
+def scalar(lr: float | Tensor) -> float | Tensor:
+    """A learning rate for arithmetic: a tensor of one element, whatever its shape, as one without dimensions."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
 def check_fraction(name: str, value: object) -> None:
     """A number in [0, 1): what an average keeps of itself."""
     check_number(name, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nestling.optim.checks import check_number
+from nestling.optim.checks import check_number, scalar
 from nestling.optim.layer_inputs import Sums, pack, unpack
 from nestling.optim.layerwise import LayerwiseOptimizer
 from nestling.optim.memories import GradientMemory
@@ -64,7 +64,7 @@ class DGD(LayerwiseOptimizer):
         return GradientMemory(decay=group["momentum"])
 
     def slope(self, parameter, weight, seen, group):
-        erase, lr = group["erase"], group["lr"]
+        erase, lr = group["erase"], scalar(group["lr"])
         if not erase:
             return parameter.grad
         if not self._exact:

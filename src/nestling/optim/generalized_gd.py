@@ -45,6 +45,9 @@ class GeneralizedGD(LayerwiseOptimizer):
     def memory(self, group):
         return GradientMemory(decay=0.0)
 
+    def _state_shapes(self, parameter, group, index):
+        return None  # past weights, packed by layer
+
     def slope(self, parameter, weight, seen, group):
         lr = float(group["lr"])
         if not lr:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from nestling.optim import checks
 from nestling.optim.m3_options import check_group, is_matrix, parts_of, settings_of
 from nestling.optim.multiscale import m3_batched, m3_single, new_state
+from nestling.optim.parameters import split_parameters
+from nestling.optim.states import exact_loading
 
 
 class M3(torch.optim.Optimizer):
@@ -20,10 +23,10 @@ class M3(torch.optim.Optimizer):
     infinity changes no weight, no memory and no phase. A parameter without gradient waits; its phase waits with it.
 
     Args:
-        params: parameters, groups, or `named_parameters()`. Group keys besides the options: `rule` "matrix", "adamw" or
-            "auto" (two dimensions and more are matrices), and `view`, how more than two dimensions are read: "flatten"
-            (o, rest), "batch" (a batch of the last two), None ("batch" for three, "flatten" for more). See
-            `split_parameters`.
+        params: a model, which goes through `split_parameters`; or parameters, groups, `named_parameters()`. Group keys
+            besides the options: `rule` "matrix", "adamw" or "auto" (two dimensions and more are matrices, but not what
+            is named like an embedding or a head), and `view`, how more than two dimensions are read: "flatten"
+            (o, rest), "batch" (a batch of the last two), None ("batch" for three, "flatten" for more).
         lr (float or Tensor): AdamW's fits, given `rms_match`.
         betas: of the fast momentum, the second moment, and each slow momentum (the last is repeated). Weights of the
             sums in "sum", what averages keep in "ema".
@@ -49,7 +52,7 @@ class M3(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Iterable | nn.Module,
         lr: float | Tensor = 1e-3,
         *,
         betas: Sequence[float] = (0.95, 0.999, 0.9),
@@ -80,7 +83,8 @@ class M3(torch.optim.Optimizer):
             view=None,
         )  # fmt: skip
         check_group(options)
-        super().__init__(params, options)
+        super().__init__(split_parameters(params) if isinstance(params, nn.Module) else params, options)
+        self._warn_of_tables()
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         for pattern in options["split"]:
             if not any(pattern in name for name in names):
@@ -88,6 +92,18 @@ class M3(torch.optim.Optimizer):
                     f"split names {pattern!r}, which is in no parameter's name; "
                     + ("check it against named_parameters()" if names else "pass model.named_parameters()")
                 )
+
+    def _warn_of_tables(self) -> None:
+        """A whole model without names hides its embedding and its head among the matrices."""
+        groups = [g for g in self.param_groups if g["rule"] == "auto" and "param_names" not in g]
+        dims = [p.ndim for g in groups for p in g["params"]]
+        if sum(d >= 2 for d in dims) > 1 and any(d < 2 for d in dims):
+            warnings.warn(
+                "M3 got parameters without names: an embedding or an output head among them is orthogonalised, which "
+                'harms. Give M3 the model, split_parameters(model) or named_parameters(), or groups with "rule"; '
+                "docs/optimizers.md has the line for Hugging Face's Trainer",
+                stacklevel=3,
+            )
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with their own options; ValueError or TypeError before any change."""
@@ -104,7 +120,7 @@ class M3(torch.optim.Optimizer):
                         f"parameter {_name(group, index)}{list(parameter.shape)} is no matrix; "
                         'put it into a group with rule="adamw"'
                     )
-                if is_matrix(parameter, group):
+                if is_matrix(parameter, group, index):
                     parts_of(parameter, group, index)
         except (ValueError, TypeError):
             self.param_groups.pop()
@@ -143,9 +159,9 @@ class M3(torch.optim.Optimizer):
         used = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         counts = bool(self.state) or any(float(g["lr"]) for g in self.param_groups) or any(p.grad.any() for p in used)
         for group in self.param_groups:
-            for parameter in group["params"]:
+            for index, parameter in enumerate(group["params"]):
                 if parameter.grad is not None and parameter.numel() and not self.state[parameter]:
-                    new = _matrix_state if is_matrix(parameter, group) else _adamw_state
+                    new = _matrix_state if is_matrix(parameter, group, index) else _adamw_state
                     self.state[parameter].update(new(parameter, group))
         return [work for group in self.param_groups for work in self._open_group(group)] if counts else []
 
@@ -156,7 +172,7 @@ class M3(torch.optim.Optimizer):
             if parameter.grad is None or parameter.numel() == 0:
                 continue
             kind = (parameter.device, parameter.dtype)
-            if is_matrix(parameter, group):
+            if is_matrix(parameter, group, index):
                 state = self.state[parameter]
                 state["step"] += 1
                 key = (*kind, parameter.shape, int(state["step"]), parts_of(parameter, group, index))
@@ -175,21 +191,17 @@ class M3(torch.optim.Optimizer):
         return work
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a saved state, bit for bit; ValueError if a memory's shape is not its parameter's."""
-        parameters = [(group, i, p) for group in self.param_groups for i, p in enumerate(group["params"])]
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for (group, i, parameter), index in zip(parameters, saved):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if name != "step" and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"the saved {name} has shape {list(value.shape)}, parameter {_name(group, i)}has "
-                        f"{list(parameter.shape)}; the state belongs to another model"
-                    )
-        super().load_state_dict(state_dict)
-        for (_, _, parameter), index in zip(parameters, saved):
-            for name, value in state_dict["state"].get(index, {}).items():  # torch casts memories, and shares the step
-                place = value.device if name == "step" else parameter.device
-                self.state[parameter][name] = value.to(place, copy=True).contiguous()
+        """Take over a saved state, bit for bit; ValueError, before any change, if it belongs to something else."""
+        with exact_loading(self, _state_shapes):
+            super().load_state_dict(state_dict)
+
+
+def _state_shapes(parameter: Tensor, group: dict, index: int) -> dict[str, torch.Size]:
+    check_group(group)
+    names = [f"{kind}{scale}" for scale in range(2, len(group["periods"]) + 1) for kind in "mo"]
+    matrix = ["m1", *(["v"] if group["second_moment"] else []), *names]
+    memories = matrix if is_matrix(parameter, group, index) else ["exp_avg", "exp_avg_sq"]
+    return {"step": torch.Size()} | dict.fromkeys(memories, parameter.shape)
 
 
 def _check_lr_device(lr: float | Tensor, parameter: Tensor) -> None:
@@ -230,7 +242,7 @@ def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> No
         amsgrad=False,
         beta1=group["adam_betas"][0],
         beta2=group["adam_betas"][1],
-        lr=group["lr"],
+        lr=checks.scalar(group["lr"]),
         weight_decay=group["weight_decay"],
         eps=group["adam_eps"],
         maximize=False,

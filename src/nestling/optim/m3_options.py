@@ -10,6 +10,7 @@ from torch import Tensor
 from nestling.ops.orthogonalize import table
 from nestling.optim import checks
 from nestling.optim.multiscale import M3Settings
+from nestling.optim.parameters import is_table_name
 
 RULES = ("auto", "matrix", "adamw")
 VIEWS = (None, "flatten", "batch")
@@ -49,7 +50,10 @@ def check_group(group: dict) -> None:
         raise TypeError(f"split must map a part of a name to a number of parts, not {group['split']!r}")
 
 
-def is_matrix(parameter: Tensor, group: dict) -> bool:
+def is_matrix(parameter: Tensor, group: dict, index: int) -> bool:
+    """Whether a group's parameter of that index is orthogonalised; under "auto" its name has a say."""
+    if group["rule"] == "auto" and parameter.ndim == 2 and "param_names" in group:
+        return not is_table_name(group["param_names"][index])
     return group["rule"] != "adamw" and parameter.ndim >= 2
 
 
@@ -90,7 +94,7 @@ def settings_of(group: dict, shape: torch.Size, sizes: tuple[int, ...], dim: int
     eps = group["eps"] if group["eps"] is not None else 0.05 if ema else 1e-8
     nesterov = group["nesterov"] if group["nesterov"] is not None else ema
     return M3Settings(
-        shape=matrix_shape(shape, group["view"]), lr=group["lr"], weight_decay=group["weight_decay"],
+        shape=matrix_shape(shape, group["view"]), lr=checks.scalar(group["lr"]), weight_decay=group["weight_decay"],
         betas=(fast, *_slow(slow, count)), alphas=(1.0, *_slow(group["alpha"], count)), periods=periods,
         beta_v=beta_v if group["second_moment"] else None, eps=eps, ema=ema, nesterov=nesterov,
         rms_match=group["rms_match"], ns_steps=group["ns_steps"], coefficients=group["coefficients"],

@@ -78,7 +78,8 @@ class M3Settings:
     def orthogonal(self, stacked: Tensor) -> Tensor:
         """NS of every piece."""
         options = {"coefficients": self.coefficients, "dtype": self.ns_dtype}
-        return self.joined([orthogonalize(x, self.ns_steps, **options) for x in self.pieces(stacked.contiguous())], stacked)
+        pieces = self.pieces(stacked.contiguous())
+        return self.joined([orthogonalize(x, self.ns_steps, **options) for x in pieces], stacked)
 
     def weights(self, scale: int) -> tuple[float, float]:
         """(keep, take) of M_scale: keep once per period, take of every gradient."""

@@ -14,6 +14,7 @@ TABLE_NAMES = re.compile(r"embed|position|pos_|token|codebook|memory_bank", re.I
 LINEAR = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 CONVOLUTION = (nn.modules.conv._ConvNd,)
 EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
+WRAPPERS = ("module", "_orig_mod", "base_model")  # what wrappers of models put before names
 NARROW = 8  # a bare 2-D parameter with a side up to this is a set of filters or vectors, no matrix
 
 
@@ -128,6 +129,12 @@ def split_parameters(
         else:
             entries.append(Entry(name, parameter, *_place(parameter, *uses[0])))
     return ParameterSplit(entries, frozen)
+
+
+def is_table_name(name: str) -> bool:
+    """Whether a parameter's name is that of an embedding table or of an output layer, where names are all there is."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return parts[0] in HEAD_NAMES or any("embed" in part or part in ("wte", "wpe") for part in parts)
 
 
 def _place(parameter: Tensor, name: str, own: str, module: nn.Module) -> tuple[str, str, str | None]:
