@@ -179,10 +179,10 @@ def test_save_and_load(ids, tmp_path):
 @pytest.mark.parametrize(
     "call, word",
     [
-        (lambda m, ids: m(ids, attention_mask=torch.zeros_like(ids)), "padding"),
+        (lambda m, ids: m(ids, attention_mask=ids * 0 + 2), "attention_mask holds 2"),
         (lambda m, ids: m(ids + 31), "vocabulary"),
         (lambda m, ids: m(inputs_embeds=torch.zeros(1, 2, 16)), "input_ids"),
-        (lambda m, ids: m(ids[:1], past_key_values=read(m, ids)[1]), "holds 2 sequences"),
+        (lambda m, ids: m(ids[:1], past_key_values=read(m, ids)[1]), "holds 2 streams"),
         (lambda m, ids: m(ids, past_key_values=read(hope(LEVELS[1:]), ids)[1]), "other levels"),
         (lambda m, ids: hope(cms_meta_grad="some"), "cms_meta_grad"),
         (lambda m, ids: hope(context_length=0), "context_length"),

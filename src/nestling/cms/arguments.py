@@ -1,16 +1,17 @@
-"""The arguments of a forward that learns: each has its effect, or is refused by name before anything is read."""
+"""The arguments of a forward: each has its effect, or is refused by name before anything is read."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestling.cms.rows import PACKING
+
 SCORING = ("num_items_in_batch", "shift_labels", "ignore_index")  # of the loss
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 NAMES = (
     "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache",
     "logits_to_keep", "next_tokens", "output_hidden_states", "output_attentions", "return_dict", *SCORING, *PACKING,
@@ -24,48 +25,58 @@ def check_spelling(kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"the model has no argument {name!r}: did you mean {near[0]}?")
 
 
-def check_options(config: Any, kwargs: dict[str, Any]) -> None:
-    """Raise for what a call asks and reading with levels does not give."""
+def check_names(kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError for an argument that would have no effect: one that nobody knows, or that asks for nothing."""
     check_spelling(kwargs)
+    for name, value in kwargs.items():
+        if name not in NAMES and value is not None:
+            raise TypeError(f"the model has no argument {name!r}")
+
+
+def check_options(config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise for what a call asks and reading with levels does not give."""
+    check_names(kwargs)
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name, getattr(config, name, False)):
             raise ValueError(
                 f"{name} is not kept while levels learn: set model.learning = False for it, or leave it out"
             )
-    for name, value in kwargs.items():
-        if name not in NAMES:
-            raise TypeError(f"the model has no argument {name!r} while levels learn")
-        if name in PACKING and value is not None:
+
+
+def check_ids(ids: Tensor, vocab_size: int, name: str = "input_ids", ignore: int | None = None) -> Tensor:
+    """Ids [B, T] as int64; raises unless they are whole numbers below `vocab_size` (or equal to `ignore`).
+
+    On a GPU the check of the values runs there and fails the kernel stream, so that no call waits for it.
+    """
+    if ids.dim() != 2 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be whole numbers [B, T]; got {ids.dtype} {tuple(ids.shape)}")
+    ids = ids.long()
+    if not ids.numel() or ids.device.type == "meta" or torch.compiler.is_compiling():
+        return ids
+    wrong = (ids < 0) | (ids >= vocab_size)
+    if ignore is not None:
+        wrong &= ids != ignore
+    if ids.device.type == "cpu":
+        if wrong.any():
             raise ValueError(
-                f"{name}: rows of several packed texts cannot be read with levels: give each a row of its own"
+                f"{name} has the id {int(ids[wrong][0])}, but the vocabulary has {vocab_size} tokens "
+                f"(0..{vocab_size - 1}): use the tokenizer the model was made for"
             )
+    else:
+        torch._assert_async(~wrong.any(), f"{name} has an id outside the vocabulary of {vocab_size} tokens")
+    return ids
 
 
-def check_positions(positions: Tensor | None, shape: torch.Size, seen: int) -> None:
-    """Raise unless positions go on from the `seen` tokens of the cache, one by one: a stream counts its own."""
-    if positions is None:
-        return
-    if positions.dim() != 2 or positions.shape[-1] != shape[1] or positions.shape[0] not in (1, shape[0]):
-        raise ValueError(f"position_ids must be [B, T] = {tuple(shape)}; got {tuple(positions.shape)}")
-    if not bool((positions == torch.arange(seen, seen + shape[1], device=positions.device)).all()):
-        raise ValueError(
-            f"position_ids must count up by one along each row, from {seen} here, while levels learn (a stream counts "
-            "its own tokens): give every text a row of its own instead of packing several into one"
-        )
-
-
-def tokens_read(cache: Any) -> int:
-    """Tokens that a cache's streams have read."""
-    return 0 if cache is None else cache.get_seq_length()
-
-
-def check_mask(mask: Tensor | None, shape: torch.Size, seen: int) -> None:
-    """Raise unless an attention mask is [B, T], or [B, seen + T]."""
-    if mask is None:
-        return
-    batch, tokens = shape
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (tokens, seen + tokens):
-        raise ValueError(
-            f"attention_mask must be [B, T] = {(batch, tokens)}, or cover the cache too, {(batch, seen + tokens)}; "
-            f"got {tuple(mask.shape)}"
-        )
+def scoring(
+    labels: Tensor | None, kwargs: Mapping[str, Any], shape: Sequence[int], vocab_size: int
+) -> dict[str, Any] | None:
+    """The arguments of the loss among those of a call [B, T], checked; None where no loss is asked for."""
+    given = {name: kwargs[name] for name in SCORING if kwargs.get(name) is not None}
+    given |= {} if labels is None else {"labels": labels}
+    for name in {"labels", "shift_labels"} & given.keys():
+        if tuple(given[name].shape) != tuple(shape):
+            raise ValueError(f"{name} must be [B, T] = {tuple(shape)}; got {tuple(given[name].shape)}")
+        given[name] = check_ids(given[name], vocab_size, name, given.get("ignore_index", -100))
+    if "labels" not in given and "shift_labels" not in given:
+        return None
+    return {"labels": given.get("shift_labels")} | given | {"vocab_size": vocab_size}

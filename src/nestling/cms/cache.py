@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -13,38 +15,111 @@ from transformers.cache_utils import DynamicLayer
 from nestling.cms.state import StreamState
 
 
+class Place(NamedTuple):
+    """The streams of a batch that stand at one place: their rows, and a cache of theirs."""
+
+    rows: tuple[int, ...]
+    cache: LevelsCache
+
+
 class LevelsCache(DynamicCache):
-    """A cache that also carries what the streams' levels have learned (`levels`).
+    """A cache that also carries what the streams' levels have learned.
 
     Tensors are replaced, never written into: forks and snapshots share all that has not changed since.
+
+    Attributes:
+        levels: of streams that stand at one place; None before anything is read, and where `parts` hold them.
+        parts: of streams that stand at different places (padding), those of one place together; else empty.
+        columns: read so far, padding included.
     """
 
     levels: StreamState | None = None
+    parts: tuple[Place, ...] = ()
+    columns: int = 0
     snapshots: dict[str, LevelsCache] | None = None  # oldest first
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read, also those that attention has let go."""
-        return super().get_seq_length(layer_idx) if self.levels is None else self.levels.position
+        """Columns read, padding too, also those that attention has let go."""
+        return self.columns or super().get_seq_length(layer_idx)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what the levels hold; known in advance by `model.state_bytes`."""
-        return 0 if self.levels is None else self.levels.nbytes
+        own = 0 if self.levels is None else self.levels.nbytes
+        return own + sum(place.cache.nbytes for place in self.parts)
+
+    @property
+    def streams(self) -> int:
+        """Rows of the batch, 0 before anything is read."""
+        return sum(len(place.rows) for place in self.places())
+
+    def places(self, batch: int = 0) -> tuple[Place, ...]:
+        """The streams by where they stand; `batch` rows if nothing is read yet."""
+        count = batch if self.levels is None else self.levels.tokens.shape[0]
+        return self.parts or (Place(tuple(range(count)), self),)
+
+    def tokens_read(self, batch: int) -> list[int]:
+        """Real tokens of each of the `batch` rows."""
+        read = {}
+        for rows, cache in self.places(batch):
+            state = cache.levels
+            read |= dict.fromkeys(rows, 0 if state is None else state.position + state.dropped)
+        return [read[row] for row in range(batch)]
+
+    def place(self, parts: Iterable[tuple[tuple[int, ...], LevelsCache]]) -> None:
+        """Take over these streams (rows, and the cache of theirs) in place of those held."""
+        self.parts = tuple(Place(*part) for part in parts)
+        self.levels = None
+        first = self.parts[0].cache
+        if len(self.parts) == 1 and list(self.parts[0].rows) == list(range(len(self.parts[0].rows))):
+            self.layers, self.levels, self.parts = first.layers, first.levels, ()
+        else:
+            self.layers = first.fresh().layers
+
+    def advance(self, columns: int) -> None:
+        """Count columns that were read."""
+        self.columns += columns
+        for _, cache in self.parts:
+            cache.columns = self.columns
+
+    def fresh(self) -> LevelsCache:
+        """An empty cache with layers of the same kinds."""
+        other = self.fork()
+        other.reset()
+        return other
+
+    def taken(self, streams: Sequence[int]) -> LevelsCache:
+        """A cache of these of the streams, in this order."""
+        other = self.fork()
+        if list(streams) != list(range(self.streams)):
+            other.batch_select_indices(torch.tensor(list(streams), dtype=torch.long))
+        return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the state and levels of the beam it continues."""
-        super().reorder_cache(beam_idx)
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these streams."""
+        self.snapshots = None  # of other streams than those now in the cache
+        if self.parts:
+            chosen = torch.arange(self.streams)[indices.cpu()].tolist()
+            held = [([n for n, i in enumerate(chosen) if i in rows], rows, cache) for rows, cache in self.parts]
+            return self.place(
+                Place(tuple(new), cache.taken([rows.index(chosen[n]) for n in new])) for new, rows, cache in held if new
+            )
         super().batch_select_indices(indices)
-        self._change(lambda t: t.index_select(0, indices.to(t.device)))
+        if self.levels is not None:
+            self.levels = self.levels.map(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each stream."""
+        if self.parts:
+            return self.batch_select_indices(torch.arange(self.streams).repeat_interleave(repeats))
+        self.snapshots = None
         super().batch_repeat_interleave(repeats)
-        self._change(lambda t: t.repeat_interleave(repeats, 0))
+        if self.levels is not None:
+            self.levels = self.levels.map(lambda t: t.repeat_interleave(repeats, 0))
 
     def reset(self, levels: Iterable[int] | None = None) -> None:
         """Forget everything; or only what these levels learned (0 is the fastest): they begin anew.
@@ -54,16 +129,17 @@ class LevelsCache(DynamicCache):
         """
         if levels is None:
             super().reset()
-            self.levels = self.snapshots = None
+            self.levels, self.parts, self.columns, self.snapshots = None, (), 0, None
             return
         chosen = list(levels)
-        if self.levels is None:
-            return
-        count = len(self.levels.levels)
-        if wrong := [i for i in chosen if not 0 <= i < count]:
-            raise ValueError(f"levels names level {wrong[0]}, but the cache has {count} (0 is the fastest)")
-        kept = tuple(None if i in chosen else s for i, s in enumerate(self.levels.levels))
-        self.levels = replace(self.levels, levels=kept)
+        for _, cache in self.places():
+            if (state := cache.levels) is None:
+                continue
+            count = len(state.levels)
+            if wrong := [i for i in chosen if not 0 <= i < count]:
+                raise ValueError(f"levels names level {wrong[0]}, but the cache has {count} (0 is the fastest)")
+            kept = tuple(None if i in chosen else s for i, s in enumerate(state.levels))
+            cache.levels = replace(state, levels=kept)
 
     def forget_context(self) -> None:
         """Let the sequence layers begin anew, as in front of an unrelated text; what the levels learned stays.
@@ -71,11 +147,12 @@ class LevelsCache(DynamicCache):
         The open chunk is dropped with them: its tokens were read, but are not learned from. Boundaries go on.
         """
         super().reset()
-        if self.levels is not None:
-            size = self.levels.tokens.shape[1]
-            position = self.levels.position - size  # the next token opens a chunk
-            self.levels = replace(self.levels, tokens=self.levels.tokens[:, :0], hidden=None, start=None,
-                                  position=position)  # fmt: skip
+        for _, cache in self.parts:
+            cache.forget_context()
+        if (state := self.levels) is not None:
+            size = state.tokens.shape[1]  # the next token opens a chunk
+            self.levels = replace(state, tokens=state.tokens[:, :0], hidden=None, start=None,
+                                  position=state.position - size, dropped=state.dropped + size)  # fmt: skip
 
     def crop(self, max_length: int) -> None:
         """What was learned cannot be unlearned token by token: only a crop that changes nothing is possible."""
@@ -86,6 +163,7 @@ class LevelsCache(DynamicCache):
         """A copy that goes its own way; tensors are shared, since none is ever written into."""
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
+        other.parts = tuple(Place(rows, cache.fork()) for rows, cache in self.parts)
         other.snapshots = dict(self.snapshots) if self.snapshots else None
         return other
 
@@ -109,16 +187,20 @@ class LevelsCache(DynamicCache):
         if to not in names:
             raise ValueError(f"there is no snapshot {to!r}; there are: {', '.join(map(repr, names)) or 'none'}")
         kept = self.snapshots[to].fork()
-        self.layers, self.levels = kept.layers, kept.levels
+        self.layers, self.levels, self.parts, self.columns = kept.layers, kept.levels, kept.parts, kept.columns
         self.snapshots = {name: self.snapshots[name] for name in names[: names.index(to) + 1]}
-
-    def _change(self, change) -> None:
-        self.snapshots = None  # of other streams than those now in the cache
-        if self.levels is not None:
-            self.levels = self.levels.map(change)
 
 
 def fill(cache: DynamicCache, blocks: int) -> None:
     """Give an empty cache its layers."""
     while len(cache.layers) < blocks:
         cache.layers.append(DynamicLayer())
+
+
+def check_plain(cache: object) -> None:
+    """Raise ValueError for a cache whose levels would be passed over by a call that neither learns nor applies them."""
+    if isinstance(cache, LevelsCache) and cache.streams:
+        raise ValueError(
+            "past_key_values holds what levels learned, which this call would pass over: `with model.adapted(cache)` "
+            "applies it, and takes a cache of its own; past_key_values=None begins without"
+        )

@@ -13,10 +13,12 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from nestling.cms.arguments import SCORING, check_mask, check_options, check_positions, tokens_read
+from nestling.cms.apart import read_apart
+from nestling.cms.arguments import check_ids, check_options, scoring
 from nestling.cms.cache import LevelsCache, fill
-from nestling.cms.fast_linear import applied
+from nestling.cms.fast_linear import FastLinear, applied
 from nestling.cms.learner import Learner
+from nestling.cms.rows import rows_of
 from nestling.cms.state import level_bytes
 
 # the models that this thread or task uses as they have become
@@ -47,14 +49,17 @@ class LearningMixin:
     def read(self, input_ids: Tensor | None, *, past_key_values: Any = None, **call: Any) -> CausalLMOutputWithPast:
         """A forward that learns from `input_ids` [B, T], B streams; the cache carries them.
 
-        Keyword arguments are those of the model's forward; each has its effect, or is refused by name.
+        Keyword arguments are those of the model's forward; each has its effect, or is refused by name. Each row is read
+        as it would be alone and without its padding (`nestling.cms.apart`); logits at padding are zeros. Where a row is
+        packed, each text after the first is a stream of its own that begins anew, and the last one is carried on.
 
         Args:
+            attention_mask, position_ids, cu_seq_lens_q, seq_idx: padding, and where texts begin (`nestling.cms.rows`).
             next_tokens: [B, 1], those that follow, if they are known: a chunk that ends here is then learned at once,
                 and not read again with the next call, which must begin with them.
 
         Raises:
-            ValueError: padding, packed rows, or inputs that are not token ids: a level learns from the tokens it reads.
+            ValueError: inputs that are not token ids (a level learns from the tokens it reads), or do not fit.
             TypeError: an argument that no model has.
         """
         if not torch.is_inference_mode_enabled():
@@ -65,10 +70,12 @@ class LearningMixin:
                     "the weights were made inside torch.inference_mode: load the model outside it to learn"
                 )
             call, input_ids, cache = _owned(call), _owned(input_ids), past_key_values
-            for layer in getattr(cache, "layers", ()):
-                vars(layer).update(_owned(vars(layer)))
-            if isinstance(cache, LevelsCache) and cache.levels is not None:
-                cache.levels = cache.levels.map(_owned)
+            held = [place.cache for place in cache.places()] if isinstance(cache, LevelsCache) else [cache]
+            for part in held:
+                for layer in getattr(part, "layers", ()):
+                    vars(layer).update(_owned(vars(layer)))
+                if getattr(part, "levels", None) is not None:
+                    part.levels = part.levels.map(_owned)
             return self._read(input_ids, cache, **call)
 
     def _read(
@@ -85,28 +92,34 @@ class LearningMixin:
         next_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        if inputs_embeds is not None:
+        if inputs_embeds is not None or input_ids is None:
             raise ValueError("a model with levels reads input_ids, not inputs_embeds: it learns from the tokens")
-        self._check_read(input_ids, attention_mask, past_key_values)
         check_options(self.config, kwargs)
-        check_positions(position_ids, input_ids.shape, tokens_read(past_key_values))
-        if next_tokens is not None and tuple(next_tokens.shape) != (input_ids.shape[0], 1):
-            raise ValueError(f"next_tokens must be [{input_ids.shape[0]}, 1], one token for each row of input_ids; "
-                             f"got {tuple(next_tokens.shape)}")  # fmt: skip
+        self._check_read(input_ids, past_key_values)
+        (batch, tokens), vocab = input_ids.shape, self.config.vocab_size
         cache = self._cache_for(past_key_values)
+        read = None if position_ids is None else cache.tokens_read(batch)
+        rows = rows_of((batch, tokens), attention_mask, position_ids, kwargs, cache.get_seq_length(), read)
+        input_ids, scored = check_ids(input_ids, vocab), scoring(labels, kwargs, (batch, tokens), vocab)
+        if next_tokens is not None:
+            if tuple(next_tokens.shape) != (batch, 1):
+                raise ValueError(f"next_tokens must be [{batch}, 1], one token for each row of input_ids; "
+                                 f"got {tuple(next_tokens.shape)}")  # fmt: skip
+            next_tokens = check_ids(next_tokens, vocab, "next_tokens")
         fill(cache, self.learner.backbone.blocks)
         asked = any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
-        keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
-        logits, cache.layers, cache.levels = self.learner.read(
-            input_ids, cache.layers, cache.levels, keep, next_tokens, recompute=asked and self.training
-        )
+        keep = logits_to_keep if isinstance(logits_to_keep, int) and scored is None else 0
+        how = (keep, next_tokens, asked and self.training)
+        if rows is None and not cache.parts:
+            logits, cache.layers, cache.levels = self.learner.read(input_ids, cache.layers, cache.levels, *how)
+        else:
+            logits = read_apart(self.learner, cache, input_ids, rows, *how)
+        cache.advance(tokens)
         if past_key_values is not None and cache is not past_key_values:
-            past_key_values.layers = cache.layers  # so that going on with it is refused, and not a new beginning
-        loss = None
+            # so that going on with it is refused, and not a new beginning
+            past_key_values.layers = cache.places()[0].cache.layers
         wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        if labels is not None:
-            scored = {name: value for name, value in kwargs.items() if name in SCORING}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **scored)
+        loss = None if scored is None else self.loss_function(logits=logits, **scored)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         kept = cache if use_cache or past_key_values is not None else None
         return CausalLMOutputWithPast(loss=loss, logits=logits[:, wanted], past_key_values=kept)
@@ -129,42 +142,34 @@ class LearningMixin:
     def _new_cache(self) -> LevelsCache:
         return LevelsCache()
 
-    def _check_read(self, input_ids: Tensor | None, mask: Tensor | None, cache: Any) -> None:
-        if input_ids is None:
-            raise ValueError("a model with levels reads input_ids: it learns from the tokens")
+    def _check_read(self, input_ids: Tensor, cache: Any) -> None:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.shape[0] == 0:
             raise ValueError(f"input_ids must be [B, T] with B and T of at least 1; got {tuple(input_ids.shape)}")
         if cache is not None and not isinstance(cache, DynamicCache):
             raise TypeError(f"past_key_values must be what a call of this model returned; got {type(cache).__name__}")
-        check_mask(mask, input_ids.shape, tokens_read(cache))
-        if mask is not None and not bool(mask.to(torch.bool).all()):
-            raise ValueError(
-                "attention_mask has padding, and a level would learn from it: read texts of other lengths one by one, "
-                "or without learning (model.adapted(cache))"
-            )
-        if isinstance(cache, LevelsCache) and cache.levels is not None:
+        if isinstance(cache, LevelsCache) and cache.streams:
             self.check_streams(cache)
-            batch = cache.levels.tokens.shape[0]
-            if batch != input_ids.shape[0]:
-                raise ValueError(f"past_key_values holds {batch} streams, but input_ids has {input_ids.shape[0]}")
-        elif cache is not None and cache.get_seq_length():
+            if cache.streams != input_ids.shape[0]:
+                raise ValueError(
+                    f"past_key_values holds {cache.streams} streams, but input_ids has {input_ids.shape[0]}"
+                )
+        elif cache is not None and DynamicCache.get_seq_length(cache):  # not of padding alone
             raise ValueError("past_key_values was filled without levels: begin with past_key_values=None")
 
     def check_streams(self, cache: Any) -> None:
         """Raise ValueError unless what is in a cache was learned by levels of this model's kind and sizes."""
         if not isinstance(cache, LevelsCache):
             raise TypeError(f"expected the cache that reading with this model returned; got {type(cache).__name__}")
-        state = cache.levels
-        if state is None:
-            return
-        theirs = [None if s is None else [tuple(d.shape[1:]) for d in s.deltas] for s in state.levels]
         ours = [[tuple(m.weight.shape) for m in modules] for modules in self.learner.modules]
-        fits = len(theirs) == len(ours) and all(t is None or t == o for t, o in zip(theirs, ours))
-        if not fits:
-            raise ValueError(
-                f"the cache was made by a model with other levels ({len(theirs)} levels; this one has {len(ours)}: "
-                f"{self.learner.levels}): begin with past_key_values=None"
-            )
+        for _, part in cache.places():
+            if (state := part.levels) is None:
+                continue
+            theirs = [None if s is None else [tuple(d.shape[1:]) for d in s.deltas] for s in state.levels]
+            if len(theirs) != len(ours) or any(t is not None and t != o for t, o in zip(theirs, ours)):
+                raise ValueError(
+                    f"the cache was made by a model with other levels ({len(theirs)} levels; this one has {len(ours)}: "
+                    f"{self.learner.levels}): begin with past_key_values=None"
+                )
 
     @contextmanager
     def adapted(self, cache: LevelsCache) -> Iterator[None]:
@@ -177,7 +182,7 @@ class LearningMixin:
             ValueError: the cache of another model.
         """
         self.check_streams(cache)
-        modules, deltas = self.learner.adapted(cache.levels)
+        modules, deltas = self._learned(cache)
         cast = [None if d is None else d.to(m.weight.dtype) for m, d in zip(modules, deltas)]
         token = _ADAPTED.set((*_ADAPTED.get(), self))
         try:
@@ -185,6 +190,16 @@ class LearningMixin:
                 yield
         finally:
             _ADAPTED.reset(token)
+
+    def _learned(self, cache: LevelsCache) -> tuple[list[FastLinear], list[Tensor | None]]:
+        """The layers of the levels that learn, and what all streams of a cache have learned, row by row."""
+        modules, deltas = self.learner.adapted(cache.levels)
+        for rows, part in cache.parts:
+            for n, own in enumerate(self.learner.adapted(part.levels)[1]):
+                if own is not None:
+                    whole = own.new_zeros(cache.streams, *own.shape[1:]) if deltas[n] is None else deltas[n]
+                    deltas[n] = whole.index_copy(0, torch.tensor(rows, device=own.device), own)
+        return modules, deltas
 
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of the levels' state of `batch` streams, known before anything is read."""
@@ -211,16 +226,16 @@ def merge(model: LearningMixin, cache: LevelsCache, *, stream: int = 0, levels: 
         ValueError: the cache of another model, no such stream or level.
     """
     model.check_streams(cache)
-    state = cache.levels
     chosen = model.learner.fast if levels is None else list(levels)
     if wrong := [i for i in chosen if i not in model.learner.fast]:
         raise ValueError(f"levels names level {wrong[0]}, but those that learn in a context are {model.learner.fast}")
-    if state is None:
+    if not cache.streams:
         return
-    if not 0 <= stream < state.tokens.shape[0]:
-        raise ValueError(f"stream {stream} is not in the cache, which holds {state.tokens.shape[0]}")
-    for i in chosen:
+    if not 0 <= stream < cache.streams:
+        raise ValueError(f"stream {stream} is not in the cache, which holds {cache.streams}")
+    state = cache.taken([stream]).levels
+    for i in chosen if state is not None else ():
         if state.levels[i] is not None:
             for module, delta in zip(model.learner.modules[i], state.levels[i].deltas, strict=True):
-                module.weight.copy_(module.weight.to(delta.dtype) + delta[stream])
+                module.weight.copy_(module.weight.to(delta.dtype) + delta[0])
     cache.reset(chosen)

@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from nestling.cms.arguments import check_spelling
+from nestling.cms.arguments import check_ids, check_spelling, scoring
+from nestling.cms.cache import check_plain
 from nestling.cms.learning_model import LearningMixin
+from nestling.cms.rows import booleans, rows_of, text_positions
 from nestling.utils.files import write_text
 
 RECIPE, FORMAT = "levels.json", "nestling-levels-1"
@@ -95,7 +98,38 @@ class StackedForCausalLM(LearningMixin, PreTrainedModel, GenerationMixin):
         if self.reads:
             return self.read(**call, next_tokens=next_tokens)
         check_spelling(kwargs)
-        return self.original.forward(self, **call)
+        check_plain(past_key_values)
+        return self.original.forward(self, **self._plain(call))
+
+    def _plain(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the original's forward, of which it would pass over or misread some.
+
+        It attends across the texts of packed rows wherever it has a mask or a cache, takes an additive mask [B, T] for
+        its opposite, and leaves out the loss of shift_labels alone.
+        """
+        ids, mask, kwargs = call["input_ids"], call["attention_mask"], call
+        given = call["inputs_embeds"] if ids is None else ids
+        if given is None or torch.compiler.is_compiling():
+            return call
+        call, shape, vocab = dict(call), tuple(given.shape[:2]), self.config.vocab_size
+        if call.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError("output_attentions needs attention that keeps its maps: attn_implementation='eager'")
+        if ids is not None:
+            call["input_ids"] = check_ids(ids, vocab)
+        call |= scoring(call.pop("labels"), kwargs, shape, vocab) or {}
+        call.pop("vocab_size", None)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return call  # of another kind: it says itself which token sees which
+        cache = call["past_key_values"]
+        seen = 0 if cache is None else cache.get_seq_length()
+        rows = rows_of(shape, mask, call["position_ids"], kwargs, seen)
+        if rows is not None and rows.packed:
+            if seen or call["use_cache"] or not bool(rows.real.all()):
+                raise ValueError("packed rows are read whole: without padding, past_key_values or use_cache=True")
+            call |= dict(position_ids=text_positions(rows), attention_mask=None, past_key_values=None, use_cache=False)
+        elif mask is not None and mask.is_floating_point():
+            call["attention_mask"] = booleans(mask)
+        return call
 
 
 def _class_settings(theirs: type, ours: type) -> dict[str, Any]:

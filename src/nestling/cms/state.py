@@ -55,7 +55,8 @@ class StreamState:
         tokens: [B, n] of the fastest level's open chunk, n <= its size; its last target comes with the next token.
         hidden: [B, n, D], what the blocks below all levels made of them; None where there are none.
         start: the state of the sequence layers at the open chunk's start, one mark for each block (see `backbones`).
-        position: tokens read so far.
+        position: tokens read so far, by which boundaries are counted.
+        dropped: tokens that were read too, but that boundaries do not count (`LevelsCache.forget_context`).
     """
 
     levels: tuple[LevelState | None, ...]
@@ -63,6 +64,7 @@ class StreamState:
     hidden: Tensor | None
     start: Any
     position: int = 0
+    dropped: int = 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> StreamState:
         """The state with every tensor changed, batch in front."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 FORMAT = "nestling-state-2"
+APART = "nestling-state-3"  # of streams that stand at different places
 # the types in older files: as module:name, what they are called now
 MOVED = {
     "nestling.cms.surprise:Pace": "nestling.cms.surprise:Surprise",
@@ -48,12 +49,13 @@ def save_state(
     from safetensors.torch import save
 
     tensors: list[Tensor] = []
-    layers = [_layer_content(layer, tensors) for layer in cache.layers]
-    learned = _plain(getattr(cache, "levels", None), tensors, compact)  # of a model with levels
+    parts = [{"rows": list(rows), **_content(part, tensors, compact)} for rows, part in getattr(cache, "parts", ())]
+    content = {"layers": [], "learned": None, "parts": parts} if parts else _content(cache, tensors, compact)
+    content["columns"] = cache.get_seq_length()
     # clones: a state's tensors may share memory, which a file of tensors cannot
     named = {f"t{i}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
-    metadata = {"format": FORMAT, "model": origin or fingerprint(model), "layers": json.dumps(layers)}
-    metadata |= {"digest": _digest(named), "learned": json.dumps(learned)}
+    metadata = {"format": APART if parts else FORMAT, "model": origin or fingerprint(model), "digest": _digest(named)}
+    metadata |= {name: json.dumps(value) for name, value in content.items()}
     if notes is not None:
         text = json.dumps(notes)
         metadata |= {"notes": text, "notes_digest": hashlib.sha256(text.encode()).hexdigest()}
@@ -77,7 +79,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no state file ({error}); start without it") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, APART):
         raise ValueError(f"{path} is no state file of this version (format {metadata.get('format')!r})")
     if metadata.get("model") != fingerprint(model):
         raise ValueError(f"{path} is the state of another model: load the model that wrote it, or start without it")
@@ -86,10 +88,12 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     device = next(model.parameters()).device
     # clones: views of the file may be aligned otherwise, and products may round by alignment
     ordered = [tensors[f"t{i}"].to(device).clone() for i in range(len(tensors))]
-    learned = _rebuilt(json.loads(metadata["learned"]), ordered)
-    cache: Any = _make_cache(model, json.loads(metadata["layers"]), ordered, learned is not None)
-    if learned is not None:
-        cache.levels = learned
+    content = {name: json.loads(metadata.get(name, "null")) for name in ("layers", "learned", "parts", "columns")}
+    if content["parts"] is None:
+        return _make_cache(model, content, ordered, content["learned"] != {"value": None})
+    cache = _empty_cache(model, True)
+    cache.place((tuple(part["rows"]), _make_cache(model, part, ordered, True)) for part in content["parts"])
+    cache.advance(content["columns"])
     return cache
 
 
@@ -122,24 +126,37 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _layer_content(layer: Any, tensors: list[Tensor]) -> dict[str, Any]:
     if hasattr(layer, "origin"):  # a layer that holds its state as one value
         return {"kind": "value", "state": _plain(layer.state, tensors), "tokens": layer.tokens, "origin": layer.origin}
-    if getattr(layer, "keys", None) is not None and not getattr(layer, "is_sliding", False):
-        return {"kind": "keys", "state": _plain((layer.keys, layer.values), tensors)}
+    if hasattr(layer, "keys") and not getattr(layer, "is_sliding", False):
+        held = (layer.keys, layer.values) if layer.is_initialized else None  # None: not begun, or forgotten
+        return {"kind": "keys", "state": _plain(held, tensors)}
     raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be kept on disk")
 
 
-def _make_cache(model: PreTrainedModel, layers: list[dict[str, Any]], tensors: list[Tensor], learned: bool) -> Cache:
+def _content(cache: Any, tensors: list[Tensor], compact: bool) -> dict[str, Any]:
+    """Streams that stand at one place."""
+    layers = [_layer_content(layer, tensors) for layer in cache.layers]
+    return {"layers": layers, "learned": _plain(getattr(cache, "levels", None), tensors, compact)}  # of levels
+
+
+def _make_cache(model: PreTrainedModel, content: dict[str, Any], tensors: list[Tensor], learned: bool) -> Any:
+    cache = _empty_cache(model, learned)
+    for index, layer in enumerate(content["layers"]):
+        state = _rebuilt(layer["state"], tensors)
+        if layer["kind"] == "value":
+            cache.layers[index].store(state, layer["tokens"], layer["origin"])
+        elif state is not None:
+            cache.update(*state, index)
+    if learned and (levels := _rebuilt(content["learned"], tensors)) is not None:
+        cache.levels, cache.columns = levels, content.get("columns") or levels.position
+    return cache
+
+
+def _empty_cache(model: PreTrainedModel, learned: bool) -> Any:
     from transformers import DynamicCache
 
     from nestling.cms.cache import LevelsCache
 
-    cache = (LevelsCache if learned else DynamicCache)(config=model.config)
-    for index, content in enumerate(layers):
-        state = _rebuilt(content["state"], tensors)
-        if content["kind"] == "value":
-            cache.layers[index].store(state, content["tokens"], content["origin"])
-        else:
-            cache.update(*state, index)
-    return cache
+    return (LevelsCache if learned else DynamicCache)(config=model.config)
 
 
 def _plain(value: Any, tensors: list[Tensor], compact: bool = False) -> Any:

@@ -12,13 +12,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from nestling.cms.arguments import check_ids, check_names, scoring
 from nestling.cms.blocks import ContinuumMemory
-from nestling.cms.cache import LevelsCache
+from nestling.cms.cache import LevelsCache, check_plain
 from nestling.cms.learning_model import LearningMixin
+from nestling.cms.rows import rows_of
 from nestling.models.hope.backbone import make_learner
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
-from nestling.models.hope.inputs import check_ids, check_names, check_positions, padding_mask
+from nestling.models.hope.inputs import Packed, tokens_read
 
 
 class HopeDecoderLayer(GradientCheckpointingLayer):
@@ -51,10 +53,22 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
             output.weight.mul_(self.output_scale)
 
     # the state goes in and comes out as a value, by position: checkpointing drops a cache, and recomputes with values
-    def forward(self, hidden: Tensor, state: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """hidden [B, T, D], the layer's state and padding mask -> hidden [B, T, D] and the new state."""
+    def forward(
+        self, hidden: Tensor, state: Any = None, mask: Tensor | None = None, packed: Packed | None = None
+    ) -> tuple[Tensor, Any]:
+        """hidden [B, T, D], the layer's state and padding mask -> hidden [B, T, D] and the new state.
+
+        At padding the mixer adds nothing. Of packed rows the state is that of every text, from the learned initial one.
+        """
         mixer_state, memory_state = (None, None) if state is None else state
-        mixed, mixer_state = self.mixer(self.norm(hidden), mixer_state, mask)
+        normed = self.norm(hidden)
+        if packed is None:
+            mixed, mixer_state = self.mixer(normed, mixer_state, mask)
+        else:
+            mixed, mixer_state = self.mixer(packed.apart(normed), None, packed.mask)
+            mixed = packed.together(mixed)
+        if mask is not None:
+            mixed = mixed.masked_fill(~mask[..., None], 0)
         hidden, memory_state = self.memory(hidden + mixed, memory_state)
         return hidden, (mixer_state, memory_state)
 
@@ -132,27 +146,32 @@ class HopeModel(HopePreTrainedModel):
 
         Args:
             input_ids: [B, T], or inputs_embeds [B, T, D].
-            attention_mask: [B, T], or [B, seen + T]; 0 at padding, which writes nothing and takes no position.
-            position_ids: not needed (positions are counted in the state), and checked to agree.
+            attention_mask: [B, T], or [B, seen + T], see `nestling.cms.rows.real_tokens`. Padding writes nothing and
+                takes no position; its own output is that of its embedding alone.
+            position_ids: not needed (positions are counted in the state), and checked to agree. Where they begin again
+                at 0 inside a row, the row is packed: the state begins anew there.
             past_key_values: the cache an earlier call returned. It is brought up to date.
             use_cache: return the cache; None follows the configuration, and is False in training.
+            kwargs: cu_seq_lens_q or seq_idx, which say the same of packed rows.
 
         Raises:
-            ValueError, TypeError: ids outside the vocabulary, an empty input, a mask or cache that does not fit, a
-                misspelt argument.
+            ValueError, TypeError: ids outside the vocabulary, an empty input, a mask, positions or cache that do not
+                fit, packed rows that follow something, an unknown argument.
         """
         check_names(kwargs)
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise ValueError("output_attentions is not available: the sequence layers keep no attention maps")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
-            check_ids(input_ids, self.config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(check_ids(input_ids, self.config.vocab_size))
         hidden = inputs_embeds
         batch, tokens = hidden.shape[:2]
         if batch == 0 or tokens == 0:
             raise ValueError(f"the input is empty ({batch} sequences of {tokens} tokens): give at least one token")
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        check_plain(past_key_values)
         if past_key_values is not None:
             check_cache(past_key_values, len(self.layers), self.signature, batch)
         elif use_cache:
@@ -161,14 +180,19 @@ class HopeModel(HopePreTrainedModel):
         limit = self.config.max_position_embeddings
         if limit is not None and seen + tokens > limit:
             raise ValueError(f"{seen + tokens} tokens are more than max_position_embeddings ({limit})")
-        mask = padding_mask(attention_mask, batch, tokens, seen)
-        check_positions(position_ids, mask)
+        read = None
+        if position_ids is not None and not torch.compiler.is_compiling():
+            read = tokens_read(past_key_values, batch)
+        rows = rows_of((batch, tokens), attention_mask, position_ids, kwargs, seen, read)
+        packed = Packed.of(rows) if rows is not None and rows.packed else None
+        if packed is not None and seen:
+            raise ValueError("packed rows begin with no past: read them with past_key_values=None, or each text alone")
 
         states = []
         for index, layer in enumerate(self.layers):
             state = None if past_key_values is None else past_key_values.layers[index].state
-            hidden, state = layer(hidden, state, mask)
-            states.append(state)
+            hidden, state = layer(hidden, state, None if rows is None else rows.real, packed)
+            states.append(state if packed is None else packed.ends(state))
         # only after every layer went well: a failed call leaves the cache as it was
         if use_cache:
             for cached, state in zip(past_key_values.layers, states):
@@ -220,20 +244,21 @@ class HopeForCausalLM(LearningMixin, HopePreTrainedModel, GenerationMixin):
         """Logits, and the mean next-token loss if there are labels.
 
         Args:
-            labels: [B, T], input_ids with -100 where no loss is taken; shifted inside.
+            labels: [B, T], input_ids with -100 where no loss is taken; shifted inside (shift_labels are so already).
             logits_to_keep: compute logits for the last so many tokens (0: all), or for these indices.
             next_tokens: [B, 1], those after the input, for levels that learn from what is read (`LearningMixin.read`).
             Others as in HopeModel.
         """
-        if labels is not None:
-            check_ids(labels, self.config.vocab_size, name="labels", ignore=-100)
+        check_names(kwargs)
         if self.reads:
-            self._check_call(input_ids, position_ids, past_key_values, kwargs)
+            self._check_call(input_ids, past_key_values)
             return self.read(
                 input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep,
                 next_tokens=next_tokens, **kwargs,
             )  # fmt: skip
+        given = inputs_embeds if input_ids is None else input_ids
+        scored = None if given is None else scoring(labels, kwargs, given.shape[:2], self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -244,25 +269,22 @@ class HopeForCausalLM(LearningMixin, HopePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden[:, keep] if scored is None else hidden)  # a loss takes all
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+            loss=None if scored is None else self.loss_function(logits, **scored),
+            logits=logits if scored is None else logits[:, keep],
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
 
-    def _check_call(self, ids: Any, positions: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+    def _check_call(self, ids: Any, cache: Any) -> None:
         """The checks of HopeModel, for a call that the levels learn from."""
-        check_names(kwargs)
         if ids is None:
             return
-        check_ids(ids, self.config.vocab_size)
-        check_positions(positions, None)
-        if cache is not None:
+        for place in cache.places(ids.shape[0]) if isinstance(cache, LevelsCache) else ():
+            check_cache(place.cache, len(self.model.layers), self.model.signature, len(place.rows))
+        if cache is not None and not isinstance(cache, LevelsCache):
             check_cache(cache, len(self.model.layers), self.model.signature, ids.shape[0])
         seen, context = 0 if cache is None else cache.get_seq_length(), self.learner.context
         total = seen + ids.shape[1] if context is None else min(context, seen + ids.shape[1])
