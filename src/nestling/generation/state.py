@@ -123,18 +123,20 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:32]
 
 
-def _layer_content(layer: Any, tensors: list[Tensor]) -> dict[str, Any]:
+def _layer_content(layer: Any, tensors: list[Tensor], begun: bool) -> dict[str, Any]:
     if hasattr(layer, "origin"):  # a layer that holds its state as one value
         return {"kind": "value", "state": _plain(layer.state, tensors), "tokens": layer.tokens, "origin": layer.origin}
-    if hasattr(layer, "keys") and not getattr(layer, "is_sliding", False):
-        held = (layer.keys, layer.values) if layer.is_initialized else None  # None: not begun, or forgotten
-        return {"kind": "keys", "state": _plain(held, tensors)}
+    empty = getattr(layer, "keys", None) is None
+    if hasattr(layer, "keys") and (begun or not empty) and not getattr(layer, "is_sliding", False):
+        # empty: forgotten (`forget_context`), or of rows that held padding alone
+        return {"kind": "keys", "state": _plain(None if empty else (layer.keys, layer.values), tensors)}
     raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be kept on disk")
 
 
 def _content(cache: Any, tensors: list[Tensor], compact: bool) -> dict[str, Any]:
     """Streams that stand at one place."""
-    layers = [_layer_content(layer, tensors) for layer in cache.layers]
+    begun = getattr(cache, "columns", 0) > 0
+    layers = [_layer_content(layer, tensors, begun) for layer in cache.layers]
     return {"layers": layers, "learned": _plain(getattr(cache, "levels", None), tensors, compact)}  # of levels
 
 
