@@ -62,7 +62,7 @@ def test_every_way_to_say_that_a_row_is_packed(model):
     wide, places, mask = (F.pad(t, (2, 3)) for t in (ids, positions(), torch.ones_like(ids)))
     padded = model(wide, position_ids=places, attention_mask=mask).logits
     torch.testing.assert_close(padded[:, 2:17], want.logits, **CLOSE)
-    model.train().gradient_checkpointing_enable()
+    model.train().activation_checkpointing_enable()
     with torch.enable_grad():
         torch.testing.assert_close(model(ids, position_ids=positions()).logits, want.logits, **CLOSE)
 
