@@ -34,8 +34,7 @@ def run(record: Record, options: dict[str, Any], turn: Callable[[], None]) -> No
     for meta_grad in ("full", "first_order", "none"):
         for precision in ("float32", "bf16"):
             what = f"Hope with levels that learn, meta-gradient {meta_grad}, {precision}"
-            # rounding goes through the levels' updates, and through their derivative
-            changes = dict(cms_levels=LEVELS, cms_meta_grad=meta_grad, slack=10.0 if precision == "bf16" else 1.0)
+            changes = dict(cms_levels=LEVELS, cms_meta_grad=meta_grad)
             check(record, what, partial(hope, precision, mixer="attention", **changes))
     for optimizer in INNER:
         levels = [dict(LEVELS[0], optimizer=optimizer), LEVELS[2]]

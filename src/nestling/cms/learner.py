@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -173,7 +173,19 @@ class Learner:
         return self._run(self.backbone.embed(ids), layers, 0, self.first)
 
     def _above(self, hidden: Tensor, layers: Layers) -> Tensor:
-        return self.backbone.head(self._run(hidden, layers, self.first, self.backbone.blocks))
+        with self._unrounded(hidden.device.type):
+            return self.backbone.head(self._run(hidden, layers, self.first, self.backbone.blocks))
+
+    def _unrounded(self, device: str) -> AbstractContextManager:
+        """No autocast where levels learn: updates, and their derivative even more, enlarge what it rounds away.
+
+        Weights of several types may need it: they keep it.
+        """
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()
+        weights = (p for p in self.backbone.model.parameters() if p.is_floating_point())
+        wide = all(p.dtype.itemsize >= 4 for p in weights)
+        return torch.autocast(device, enabled=False) if wide else nullcontext()
 
     def _run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
         return self.backbone.run(hidden, layers, start, stop)
@@ -210,8 +222,9 @@ class Learner:
             targets = torch.cat([tokens[:, 1:], target], 1)
             exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
             losses = F.cross_entropy(exact, targets.flatten(), reduction="none").view(targets.shape)
-            grads = torch.autograd.grad(losses.sum(), used, create_graph=graph, retain_graph=outer)
-        with nullcontext() if graph else torch.no_grad():
+            with torch.autocast(tokens.device.type, enabled=False):  # a backward pass has the types of its forward
+                grads = torch.autograd.grad(losses.sum(), used, create_graph=graph, retain_graph=outer)
+        with torch.autocast(tokens.device.type, enabled=False), nullcontext() if graph else torch.no_grad():
             new, at = [], 0
             for i, old in zip(self.fast, levels, strict=True):
                 own = slice(at, at + len(old.deltas))

@@ -20,7 +20,7 @@ from nestling.memory.fused_linear import flat, linear_advance
 from nestling.memory.rule import Anchor, Context, FastWeights, UpdateRule, advance, joint_step
 from nestling.ops import compiled
 from nestling.ops import triton as kernels
-from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot
+from nestling.ops.chunk import Chunk, Decays, chunk_backward, chunk_forward, differentiate, dot, unrounded
 from nestling.ops.compiled import step as compiled_step
 
 
@@ -116,6 +116,7 @@ class _Step(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @unrounded
     def backward(ctx, *grads):
         tensors = ctx.saved_tensors  # once: recomputation allows one unpacking
         args, saved = tensors[: len(MLPStep._fields)], tensors[len(MLPStep._fields) :]

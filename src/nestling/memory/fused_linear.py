@@ -9,7 +9,7 @@ from nestling.memory.architectures import LinearMemory
 from nestling.memory.rule import Anchor, Context, FastWeights, TokenFigures, UpdateRule, advance
 from nestling.ops import compiled
 from nestling.ops import triton as kernels
-from nestling.ops.chunk import Decays, differentiate
+from nestling.ops.chunk import Decays, differentiate, unrounded
 from nestling.ops.compiled import linear as compiled_linear
 
 
@@ -86,6 +86,7 @@ class _Linear(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @unrounded
     def backward(ctx, *grads):
         tensors, count = ctx.saved_tensors, len(compiled_linear.LinearStep._fields)
         args, saved = tensors[:count], tensors[count:]

@@ -8,7 +8,7 @@ from torch import Tensor
 from nestling.memory.architectures import Architecture, MLPMemory
 from nestling.memory.rule import forward
 from nestling.ops import compiled
-from nestling.ops.chunk import differentiate
+from nestling.ops.chunk import differentiate, unrounded
 from nestling.ops.compiled import read as compiled_read
 
 
@@ -38,6 +38,7 @@ class _Project(torch.autograd.Function):
         return y.view(count, *x.shape)
 
     @staticmethod
+    @unrounded
     def backward(ctx, g_y):
         *args, pre = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted

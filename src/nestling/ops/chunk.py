@@ -13,6 +13,8 @@ gradient, written in place where they can be: on a CPU the time goes into memory
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,20 @@ from nestling.ops import compiled
 from nestling.ops import triton as kernels
 from nestling.ops.compiled import chunk as compiled_chunk
 from nestling.ops.compiled import table as compiled_table
+
+
+def unrounded(function: Callable) -> Callable:
+    """The function with autocast off: in the types it is given, and a backward pass in those of its forward."""
+
+    @functools.wraps(function)
+    def run(*args, **options):
+        device = next((a.device.type for a in args if isinstance(a, Tensor)), None)
+        if device is None or not torch.is_autocast_enabled(device):
+            return function(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **options)
+
+    return run
 
 
 class Decays(NamedTuple):
@@ -61,6 +77,7 @@ class _Table(torch.autograd.Function):
         return tuple(tables)
 
     @staticmethod
+    @unrounded
     def backward(ctx, *grads):
         decay, momentum, *tables = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
@@ -82,6 +99,7 @@ class _Products(torch.autograd.Function):
         return table
 
     @staticmethod
+    @unrounded
     def backward(ctx, grad: Tensor) -> Tensor:
         (table,) = ctx.saved_tensors
         # da_s = sum_{j < s <= t} grad[t, j] A[t, s] A[s - 1, j]
@@ -125,6 +143,7 @@ class _Chunk(torch.autograd.Function):
         return weight, velocity, reads
 
     @staticmethod
+    @unrounded
     def backward(ctx, *grads):
         tensors, count = ctx.saved_tensors, len(Chunk._fields)
         args, saved = tensors[:count], tensors[count:]

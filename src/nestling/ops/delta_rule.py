@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nestling.ops.chunk import Chunk, decay_table, delta_chunk
+from nestling.ops.chunk import Chunk, decay_table, delta_chunk, unrounded
 
 
 class DeltaRule(NamedTuple):
@@ -27,6 +27,7 @@ class DeltaRule(NamedTuple):
     reads: Tensor | None  # [..., T, o]
 
 
+@unrounded
 def delta_rule_reference(
     weight: Tensor,
     keys: Tensor,
@@ -61,6 +62,7 @@ def delta_rule_reference(
     return DeltaRule(weight, velocity, torch.stack(reads, -2).to(out_dtype) if reads else writes.to(out_dtype))
 
 
+@unrounded
 def delta_rule(
     weight: Tensor,
     keys: Tensor,
