@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,9 +52,6 @@ def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     Raises:
         ValueError: nothing usable there; the message says what is missing.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = find_pretrained(path)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if not path.exists():
@@ -62,6 +62,14 @@ def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     folder = files[0].parent if files else path
     if not files and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no model: neither a config.json nor a .gguf file")
+    with _parsed_once():
+        return _load(path, folder, options)
+
+
+def _load(path: Path, folder: Path, options: dict[str, str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         with no_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
@@ -71,7 +79,27 @@ def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError):
         tokenizer = None
-    return (_unquantized(model) if files else model), tokenizer
+    return (_unquantized(model) if options else model), tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside the block a .gguf file is parsed once, not for configuration, weights and tokenizer each, and its names are
+    mapped once, not for each module: transformers' own loading takes more than three times as long."""
+    if not importlib.util.find_spec("gguf"):
+        yield  # who needs it says so
+        return
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    for name, original in originals.items():
+        setattr(gguf, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def _unquantized(model: PreTrainedModel) -> PreTrainedModel:

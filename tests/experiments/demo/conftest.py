@@ -6,6 +6,7 @@ import pytest
 
 from experiments.demo import DemoConfig
 from experiments.demo.config import HOPE, TRANSFORMER
+from experiments.demo.report import build
 from experiments.demo.text import Text
 
 SENTENCES = "the cat sat on the mat. the dog ran to the log! a bird sang in the tree; one two three four five.\n"
@@ -117,6 +118,12 @@ def made_up() -> dict:
             "passed": True,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def page():
+    """The page of the made-up result."""
+    return build(made_up())
 
 
 @pytest.fixture

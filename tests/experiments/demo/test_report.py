@@ -44,12 +44,6 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def page(result):
-    """The page of the made-up result."""
-    return build(result)
-
-
 def test_every_section_is_there_and_the_page_is_whole(page):
     """Elements close, ids are unique, links stay inside the page."""
     parsed = Page(page)
@@ -82,7 +76,7 @@ def test_figures_take_their_colours_from_the_page(page):
     assert "prefers-color-scheme: dark" in page
 
 
-def test_table_shows_the_result(page, result):
+def test_table_shows_the_result(page):
     """The numbers stand in the table."""
     row = re.search(r"bits per byte, after</th>(.*?)</tr>", page).group(1)
     assert "2.500" in row
