@@ -20,7 +20,16 @@ def smollm2():
         find_pretrained(SMOLLM2)
     except ValueError as error:
         pytest.skip(str(error))
-    return load_pretrained(SMOLLM2)
+    import gguf
+
+    parsed, reader = [], gguf.GGUFReader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda *args: parsed.append(args) or reader(*args))
+        before = gguf.GGUFReader
+        loaded = load_pretrained(SMOLLM2)
+        assert len(parsed) == 1  # of three times that transformers would
+        assert gguf.GGUFReader is before
+    return loaded
 
 
 def test_a_name_and_a_path_are_found(monkeypatch, tmp_path):

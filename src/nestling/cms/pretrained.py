@@ -6,8 +6,9 @@ import copy
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 SMOLLM2 = "smollm2-135m"
+_parsing = threading.Lock()  # one file at a time: what is exchanged meanwhile belongs to the whole process
 
 
 def find_pretrained(name: str | Path) -> Path:
@@ -62,7 +64,7 @@ def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     folder = files[0].parent if files else path
     if not files and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no model: neither a config.json nor a .gguf file")
-    with _parsed_once():
+    with _parsed_once() if files else nullcontext():
         return _load(path, folder, options)
 
 
@@ -84,7 +86,7 @@ def _load(path: Path, folder: Path, options: dict[str, str]) -> tuple[PreTrained
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Inside the block a .gguf file is parsed once, not for configuration, weights and tokenizer each, and its names are
+    """Inside the block a .gguf file is parsed once, not for configuration, weights and tokenizer each, and names are
     mapped once, not for each module: transformers' own loading takes more than three times as long."""
     if not importlib.util.find_spec("gguf"):
         yield  # who needs it says so
@@ -92,14 +94,15 @@ def _parsed_once() -> Iterator[None]:
     import gguf
 
     names = ("GGUFReader", "get_tensor_name_map")
-    originals = {name: getattr(gguf, name) for name in names}
-    for name, original in originals.items():
-        setattr(gguf, name, functools.cache(original))
-    try:
-        yield
-    finally:
+    with _parsing:
+        originals = {name: getattr(gguf, name) for name in names}
         for name, original in originals.items():
-            setattr(gguf, name, original)
+            setattr(gguf, name, functools.cache(original))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(gguf, name, original)
 
 
 def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
