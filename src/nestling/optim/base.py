@@ -17,6 +17,7 @@ from nestling.optim.checks import (
     scalar,
 )
 from nestling.optim.memories import GradientMemory
+from nestling.optim.sharding import is_sharded, local, shard_of, whole
 from nestling.optim.states import Shapes, exact_loading
 
 EXTRAS = ("_fixed", "_preconditioner", "_nonfinite")  # what a copy needs beside groups and state
@@ -95,9 +96,12 @@ class MemoryOptimizer(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(_start(memory, parameter))
-            if not float(group["lr"]) and not gradient.any():
+            if not float(group["lr"]) and not whole(gradient).any():
                 return  # how torch creates the state for a distributed checkpoint; there is nothing to remember
-        move(parameter, memory.step(state, gradient), group["lr"], group["weight_decay"])
+        direction = memory.step(state, whole(gradient))  # a sharded parameter's memory is whole on every rank
+        if is_sharded(parameter):
+            parameter, direction = local(parameter), shard_of(direction, parameter)
+        move(parameter, direction, group["lr"], group["weight_decay"])
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {name: self.__dict__[name] for name in EXTRAS if name in self.__dict__}
@@ -108,13 +112,15 @@ class MemoryOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def _state_shapes(self, parameter: Tensor, group: dict, index: int) -> Shapes | None:
-        empty = self.memory(group).start(torch.empty_like(parameter, device="meta"))
+        empty = self.memory(group).start(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
         return {name: value.shape for name, value in empty.items()}
 
 
 @torch.compiler.disable
 def _start(memory: GradientMemory, parameter: Tensor) -> dict[str, Tensor]:
     """An empty memory; made once, so not worth compiling."""
+    if is_sharded(parameter):
+        parameter = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     return memory.start(parameter)
 
 

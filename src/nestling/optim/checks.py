@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from nestling.optim.sharding import agreed, local
+
 NONFINITE = ("skip", "raise", "ignore")
 LARGEST = 1e15  # norm of a usable gradient: well below the root of float32's largest number
 
@@ -106,12 +108,13 @@ def finite(gradients: Sequence[Tensor], nonfinite: str = "skip") -> bool:
     if nonfinite == "ignore":
         return True
     by_kind: dict[tuple, list[Tensor]] = {}
-    for gradient in gradients:
+    for gradient in map(local, gradients):
         by_kind.setdefault((gradient.device, torch.promote_types(gradient.dtype, torch.float32)), []).append(gradient)
     sound = all(
         float(torch.stack(torch._foreach_norm(part, 2, dtype=dtype)).max()) <= LARGEST  # False for NaN
         for (_, dtype), part in by_kind.items()
     )
+    sound = agreed(sound, gradients)
     if not sound and nonfinite == "raise":
         raise FloatingPointError(
             f'a gradient holds NaN or infinity or has a norm above {LARGEST:g}; nonfinite="skip" leaves such steps out'

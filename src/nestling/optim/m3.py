@@ -13,6 +13,7 @@ from nestling.optim import checks
 from nestling.optim.m3_options import check_group, is_matrix, parts_of, settings_of
 from nestling.optim.multiscale import m3_batched, m3_single, new_state
 from nestling.optim.parameters import split_parameters
+from nestling.optim.sharding import is_uneven, keep_shard, local, whole
 from nestling.optim.states import exact_loading
 
 
@@ -157,7 +158,11 @@ class M3(torch.optim.Optimizer):
         # Reading a distributed state dict before any step makes torch take a step of zero gradients at lr 0 to create
         # the state. That is no step of ours: it would shift the slow periods.
         used = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        counts = bool(self.state) or any(float(g["lr"]) for g in self.param_groups) or any(p.grad.any() for p in used)
+        counts = (
+            bool(self.state)
+            or any(float(g["lr"]) for g in self.param_groups)
+            or any(bool(whole(p.grad).any()) for p in used)
+        )
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is not None and parameter.numel() and not self.state[parameter]:
@@ -184,7 +189,9 @@ class M3(torch.optim.Optimizer):
         for (*_, shape, step, (sizes, dim)), parameters in matrices.items():
             settings = settings_of(group, shape, sizes, dim)
             states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
-            if group["foreach"]:
+            if is_uneven(parameters[0]):
+                work.append((_gathered_step, parameters, gradients, states, settings, step))
+            elif group["foreach"]:
                 work.append((m3_batched, parameters, gradients, states, settings, step))
             else:
                 work += [(m3_single, *one, settings, step) for one in zip(parameters, gradients, states)]
@@ -227,13 +234,28 @@ def _adamw_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:
 
 
 @torch.compiler.disable
+def _gathered_step(parameters: list[Tensor], gradients: list[Tensor], states: list[dict], settings, step: int) -> None:
+    """The step of unevenly sharded parameters, one after the other: whole on every rank, which keeps its part."""
+    for parameter, gradient, state in zip(parameters, gradients, states):
+        weight = whole(parameter).clone()
+        memories = {name: whole(value).clone() for name, value in state.items() if name != "step"}
+        m3_batched([weight], [whole(gradient)], [memories], settings, step)
+        keep_shard(parameter, weight)
+        for name, value in memories.items():
+            keep_shard(state[name], value)
+
+
+@torch.compiler.disable
 def _adamw_step(parameters: list[Tensor], states: list[dict], group: dict) -> None:
-    """torch's own AdamW, on a float32 copy of narrower parameters."""
+    """torch's own AdamW, on a float32 copy of narrower parameters; each rank on its shards."""
+    gradients = [local(p.grad) for p in parameters]
+    parameters = [local(p) for p in parameters]
+    states = [{name: local(value) for name, value in state.items()} for state in states]
     dtype = states[0]["exp_avg"].dtype
     copies = [p.to(dtype) for p in parameters]
     adamw(
         copies,
-        [p.grad.to(dtype) for p in parameters],
+        [g.to(dtype) for g in gradients],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],

@@ -1,0 +1,59 @@
+"""Parameters sharded over ranks (DTensor, as FSDP2 makes them): how a step sees them whole.
+
+What is done element by element runs on each rank's shard. What needs a whole matrix is computed whole on every rank and
+each keeps its part, so a step is one process's whatever the shards; nothing of that work is divided yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_uneven(tensor: Tensor) -> bool:
+    """Whether its shards are of different sizes, which torch cannot stack or reshape."""
+    return is_sharded(tensor) and any(
+        placement.is_shard() and tensor.shape[placement.dim] % tensor.device_mesh.size(i)
+        for i, placement in enumerate(tensor.placements)
+    )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, to be written to; a plain tensor is its own."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every rank (collective)."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def keep_shard(target: Tensor, value: Tensor) -> None:
+    """Write this rank's part of a whole value, which every rank has, into its shard."""
+    target.to_local().copy_(shard_of(value, target))
+
+
+def shard_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole value, sharded as `like` is."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements).to_local()
+
+
+def agreed(flag: bool, tensors: Sequence[Tensor]) -> bool:
+    """Whether a flag holds on all ranks that share these tensors."""
+    for mesh in {t.device_mesh for t in tensors if is_sharded(t)}:
+        for dim in range(mesh.ndim):
+            value = torch.tensor(float(flag), device=mesh.device_type)
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN, group=mesh.get_group(dim))
+            flag = bool(value)
+    return flag
