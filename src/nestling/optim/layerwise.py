@@ -42,6 +42,8 @@ class LayerwiseOptimizer(MemoryOptimizer, ABC):
         """One step; what the layers saw before it is forgotten, whether it was taken or skipped."""
         if self._inputs.closed:
             raise RuntimeError("this optimizer was closed and sees no inputs; make a new one and load its state_dict")
+        if any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+            raise TypeError(f"{type(self).__name__} sees layers of one process: use it without fully_shard, or take M3")
         try:
             return super().step(closure)
         finally:

@@ -7,17 +7,18 @@ each keeps its part, so a step is one process's whatever the shards; nothing of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
-def is_uneven(tensor: Tensor) -> bool:
+def is_uneven(tensor: Any) -> bool:
     """Whether its shards are of different sizes, which torch cannot stack or reshape."""
     return is_sharded(tensor) and any(
         placement.is_shard() and tensor.shape[placement.dim] % tensor.device_mesh.size(i)
@@ -25,22 +26,22 @@ def is_uneven(tensor: Tensor) -> bool:
     )
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This rank's shard, to be written to; a plain tensor is its own."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All of it, on every rank (collective)."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def keep_shard(target: Tensor, value: Tensor) -> None:
+def keep_shard(target: Any, value: Tensor) -> None:
     """Write this rank's part of a whole value, which every rank has, into its shard."""
     target.to_local().copy_(shard_of(value, target))
 
 
-def shard_of(value: Tensor, like: Tensor) -> Tensor:
+def shard_of(value: Tensor, like: Any) -> Tensor:
     """This rank's part of a whole value, sharded as `like` is."""
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -49,7 +50,7 @@ def shard_of(value: Tensor, like: Tensor) -> Tensor:
     return everywhere.redistribute(placements=like.placements).to_local()
 
 
-def agreed(flag: bool, tensors: Sequence[Tensor]) -> bool:
+def agreed(flag: bool, tensors: Sequence[Any]) -> bool:
     """Whether a flag holds on all ranks that share these tensors."""
     for mesh in {t.device_mesh for t in tensors if is_sharded(t)}:
         for dim in range(mesh.ndim):
