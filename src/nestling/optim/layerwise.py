@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nestling.optim.base import MemoryOptimizer, move
 from nestling.optim.layer_inputs import LayerInputs
+from nestling.optim.sharding import is_sharded
 
 
 class LayerwiseOptimizer(MemoryOptimizer, ABC):
