@@ -22,6 +22,7 @@ from experiments.demo.watch import Watch
 from experiments.demo.worker import ModelWorker
 from nestling.training.config import TrainConfig
 from nestling.utils.files import write_text
+from nestling.utils.locks import sole_writer
 from nestling.utils.machine import stop_requests
 
 FORMAT = "nestling-demo-1"
@@ -46,8 +47,15 @@ def run(config: DemoConfig, text: Text, watch: Watch | None = None) -> Outcome:
     A first Ctrl-C ends the training; the report then shows what there is. A second one leaves at once.
 
     Raises:
-        ValueError: a folder that holds something else, too little text.  OSError: it cannot be written.
+        ValueError: a folder that holds something else or a running demo, too little text.  OSError: it cannot be
+            written.
     """
+    with sole_writer(Path(config.out).expanduser()):
+        return _run(config, text, watch)
+
+
+def _run(config: DemoConfig, text: Text, watch: Watch | None) -> Outcome:
+    """`run` with the folder's lock held."""
     started = time.monotonic()
     if text.prompts and not config.prompts:
         config = replace(config, prompts=text.prompts)

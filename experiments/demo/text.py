@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nestling.utils.places import did_you_mean, expand
+
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "ensurepip"}
 PROMPTS = ('    def read(self, size=-1):\n        """', "# This module implements ")
 SMALLEST = 10_000  # bytes of the user's text
@@ -51,9 +53,9 @@ def own_text(path: str | Path) -> Text:
     Raises:
         ValueError: nothing there, or too little to learn from.
     """
-    path = Path(path).expanduser()
+    path = expand(path, "--text")
     if not path.exists():
-        raise ValueError(f"--text: no file or folder {str(path)!r}")
+        raise ValueError(f"--text: no file or folder {str(path)!r}{did_you_mean(path)}")
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     size = sum(p.stat().st_size for p in files)
     if size < SMALLEST:

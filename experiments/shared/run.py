@@ -12,6 +12,7 @@ from experiments.shared.results import Results, finite
 from experiments.shared.scheduler import run_jobs
 from nestling.training.config import unknown
 from nestling.utils.files import write_text
+from nestling.utils.locks import sole_writer
 
 
 def run_experiment(
@@ -46,7 +47,8 @@ def run_experiment(
         The summary, with `missing` (runs still to do) and `failed` (errors by run).
 
     Raises:
-        ValueError: an unknown experiment, contender or option, no data, nothing to report on.
+        ValueError: an unknown experiment, contender or option, no data, nothing to report on, a folder in which
+            another is running.
     """
     experiment = find(name)
     if workers < 0:
@@ -58,34 +60,35 @@ def run_experiment(
         if wanted not in known:
             raise ValueError(unknown("contender", wanted, known))
     work = experiment.work(settings, data, smoke)
-    results = Results(folder / "results.jsonl")
-    chosen = [c for c in settings.contenders if not only or c.name in only]
-    fingerprint = functools.cache(work.fingerprint)
+    with sole_writer(folder):  # results are read, added to and reported on
+        results = Results(folder / "results.jsonl")
+        chosen = [c for c in settings.contenders if not only or c.name in only]
+        fingerprint = functools.cache(work.fingerprint)
 
-    def row(job: Any) -> dict[str, Any] | None:
-        return results.get(job, fingerprint(job))
+        def row(job: Any) -> dict[str, Any] | None:
+            return results.get(job, fingerprint(job))
 
-    def plan() -> list[Any]:
-        return experiment.plan(settings, chosen, row)
+        def plan() -> list[Any]:
+            return experiment.plan(settings, chosen, row)
 
-    failed: dict[str, str] = {}
-    if not report_only:
-        work.check(chosen)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.json").exists() or smoke:
-            save(settings, folder / "config.json")
-        failed = run_jobs(
-            name, work, results, plan, lambda job: row(job) is not None,
-            workers=workers, time_limit=time_limit, show=show,
-        )  # fmt: skip
-    missing = [job.label for job in plan() if not row(job)]
-    if not missing and not report_only:
-        work.finish(chosen)
-    summary = experiment.summarize(settings, settings.contenders, row)
-    if not entries(experiment, summary):
-        raise ValueError(f"{folder} holds no results of these settings yet; " + (_listed(failed) or "run it first"))
-    write_report(experiment, summary, folder)
-    return finite(summary) | {"missing": missing, "failed": failed, "folder": str(folder)}
+        failed: dict[str, str] = {}
+        if not report_only:
+            work.check(chosen)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "config.json").exists() or smoke:
+                save(settings, folder / "config.json")
+            failed = run_jobs(
+                name, work, results, plan, lambda job: row(job) is not None,
+                workers=workers, time_limit=time_limit, show=show,
+            )  # fmt: skip
+        missing = [job.label for job in plan() if not row(job)]
+        if not missing and not report_only:
+            work.finish(chosen)
+        summary = experiment.summarize(settings, settings.contenders, row)
+        if not entries(experiment, summary):
+            raise ValueError(f"{folder} holds no results of these settings yet; " + (_listed(failed) or "run it first"))
+        write_report(experiment, summary, folder)
+        return finite(summary) | {"missing": missing, "failed": failed, "folder": str(folder)}
 
 
 def load(name: str, folder: Path, options: dict[str, Any], smoke: bool = False) -> Any:

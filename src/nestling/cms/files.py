@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nestling.cms.stack import stack_levels
 from nestling.cms.stacked_model import FORMAT, RECIPE, StackedForCausalLM
 from nestling.utils.files import new_folder
+from nestling.utils.locks import sole_writer
 from nestling.utils.quiet import no_bars
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     if not isinstance(model, StackedForCausalLM):
         raise ValueError(f"{type(model).__name__} has no levels: stack_levels first, or use its save_pretrained")
     folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists already: choose another folder, or remove it first")
-    with new_folder(folder) as aside, no_bars():
-        model.save_pretrained(aside, max_shard_size="1TB")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
+    with sole_writer(folder):
+        if folder.exists():
+            raise ValueError(f"{folder} exists already: choose another folder, or remove it first")
+        with new_folder(folder) as aside, no_bars():
+            model.save_pretrained(aside, max_shard_size="1TB")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(aside)
 
 
 def is_stacked(folder: str | Path) -> bool:

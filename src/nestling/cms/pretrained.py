@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nestling.utils.places import did_you_mean
 from nestling.utils.quiet import no_bars
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def load_pretrained(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     path = find_pretrained(path)
     files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if not path.exists():
-        raise ValueError(f"no model at {path}: give a folder that save_pretrained wrote, or a .gguf file")
+        raise ValueError(
+            f"no model at {path}: give a folder that save_pretrained wrote, or a .gguf file{did_you_mean(path)}"
+        )
     if len(files) > 1:
         raise ValueError(f"{path} holds {len(files)} .gguf files: name one of them")
     options = {"gguf_file": files[0].name} if files else {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nestling.training.texts import check_text, find_files, scan
 from nestling.training.tokenizers import encode, is_bytes
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 PIPE = "-"
 PIECE = 1 << 14  # bytes tokenised at once
 PIPE_PIECE = 1 << 10  # of a pipe: it is learned from no sooner than so much has come
-BLOCK = 1 << 20
 
 Read = Callable[[int], bytes]  # at most so many bytes, b"" at the end
 
@@ -41,59 +40,16 @@ def find_texts(names: list[str], pattern: str = "**/*") -> list[Text]:
     """
     texts: list[Text] = []
     for name in names:
-        path = Path(name).expanduser()
         if name == PIPE:
             texts.append(Text("standard input"))
-        elif path.is_dir():
-            files = sorted(p for p in path.glob(pattern) if p.is_file() and not _hidden(p.relative_to(path)))
-            if not files:
-                raise ValueError(f"no file in {path} matches {pattern!r}: choose others with --pattern")
-            texts += [_scan(str(file.relative_to(path)), file) for file in files]
-        elif path.is_file():
-            texts.append(_scan(path.name, path))
-        elif path.exists():
-            raise ValueError(f"{name!r} is neither a file nor a folder: to read a pipe, give - and pipe into nestling")
         else:
-            raise ValueError(f"no file or folder {name!r}: TEXT takes files, folders, or - for standard input")
+            texts += [Text(found, path, *scan(path)) for found, path in find_files(name, pattern, "--pattern")]
     if sum(text.path is None for text in texts) > 1:
         raise ValueError("- is named twice: standard input can be read once")
     texts = [text for text in texts if text.size != 0]
     if not texts:
         raise ValueError(f"nothing to read: {', '.join(names) or 'no TEXT was given'} holds no bytes")
     return texts
-
-
-def _scan(name: str, path: Path) -> Text:
-    digest, size, decoder = hashlib.blake2b(digest_size=8), 0, codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            _check(block, decoder, size, str(path))
-            digest.update(block)
-            size += len(block)
-        _check(b"", decoder, size, str(path), final=True)
-    return Text(name, path, size, digest.hexdigest())
-
-
-def _check(block: bytes, decoder: codecs.IncrementalDecoder, offset: int, name: str, final: bool = False) -> None:
-    """Raise unless the next bytes are text: UTF-8 without NUL."""
-    at = block.find(b"\0")
-    held = len(decoder.getstate()[0])
-    try:
-        decoder.decode(block, final)
-    except UnicodeDecodeError as error:
-        wrong = error.start - held
-        at = wrong if at < 0 else min(at, wrong)
-        raise ValueError(_no_text(name, offset + at, error.object[error.start])) from None
-    if at >= 0:
-        raise ValueError(_no_text(name, offset + at, 0))
-
-
-def _no_text(name: str, offset: int, byte: int) -> str:
-    return f"{name} is no text: byte {byte:#04x} at offset {offset:,} is not UTF-8; convert it to UTF-8 or leave it out"
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def pieces(read: Read, offset: int, name: str, size: int = PIECE) -> Iterator[tuple[int, bytes]]:
@@ -106,7 +62,7 @@ def pieces(read: Read, offset: int, name: str, size: int = PIECE) -> Iterator[tu
         while len(held) < size and not ended:
             more = read(size - len(held))
             ended = not more
-            _check(more, decoder, offset + len(held), name, final=ended)
+            check_text(more, decoder, offset + len(held), name, final=ended)
             held += more
         if not held:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+from codecs import BOM_UTF8
 from pathlib import Path
 from threading import Event
 from typing import BinaryIO
@@ -66,6 +67,10 @@ class Journal:
                 return found
             self.fresh = True
         found = self._come(count)
+        if self._start + self._file.tell() == self._skip:  # a byte order mark at the beginning is no text
+            while len(found) < len(BOM_UTF8) and BOM_UTF8.startswith(found) and (more := self._come(count)):
+                found += more
+            found = found.removeprefix(BOM_UTF8) or (self._come(count) if found else found)
         if found:
             self._file.write(found)
             self._file.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import secrets
 import sys
 import time
@@ -28,6 +29,8 @@ from nestling.sessions.notes import LevelCount, Notes, Open, measured, same_sess
 from nestling.sessions.scores import examples, log_probabilities, score
 from nestling.sessions.series import Series
 from nestling.sessions.settings import Settings, check_model, choose_context
+from nestling.training.texts import open_text
+from nestling.utils.locks import sole_writer
 from nestling.utils.memory_use import resident_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +79,8 @@ class Session:
         self._device, self._size = next(model.parameters()).device, model.learner.chunk_size
         self._chunks, self._saved, self._cost = 0, time.monotonic(), 0.0
         self.cache, self.notes, self.resumed = LevelsCache(), self._new_notes(), False
-        if self.path.exists():
+        self._stamp = store.stamp(self.path)
+        if self._stamp is not None:
             self.cache, before = store.load(self.path, model)
             before = None if before is None or new else Notes.from_dict(before)
             if before is not None and same_session(before, self.notes, self.path):
@@ -108,10 +112,14 @@ class Session:
 
         Raises:
             Stopped: `stop` was set; a checkpoint has been written, and the same session goes on from it.
-            ValueError: a pipe that is empty or no text, or another session is at the same file.
+            ValueError: a pipe that is empty or no text, or another session is or was at the same file.
         """
         if not self.notes.done:
-            with store.locked(self.path):
+            with sole_writer(self.path):
+                if store.stamp(self.path) != self._stamp:
+                    raise ValueError(
+                        f"{self.path} was written by another session after this one had read it: make this one anew"
+                    )
                 self._run(stop)
         return self.result()
 
@@ -131,8 +139,8 @@ class Session:
             source: Any
             source, piece = Journal(path, notes.session, self._pipe, notes.offset, stop), PIPE_PIECE
         else:
-            source, piece = text.path.open("rb"), PIECE
-            source.seek(notes.offset)
+            source, piece = open_text(text.path), PIECE
+            source.seek(notes.offset, os.SEEK_CUR)
         try:
             tokens = TokenReader(self.tokenizer, source.read, text.name, notes.offset, notes.skip, piece)
             if notes.open is None:
@@ -264,6 +272,7 @@ class Session:
     def _save(self) -> None:
         began = time.monotonic()
         store.save(self.path, self.cache, self.model, self._origin, self.notes.to_dict())
+        self._stamp = store.stamp(self.path)
         self._saved, self._chunks = time.monotonic(), 0
         self._cost = self._saved - began
 

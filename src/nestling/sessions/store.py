@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from nestling.cms.cache import LevelsCache
 from nestling.generation import load_notes, load_state, save_state
@@ -37,20 +33,10 @@ def load(path: Path, model: PreTrainedModel) -> tuple[LevelsCache, dict[str, Any
     return cache, None if kept is None else kept["reading"]
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Inside, no other session writes this file; the system lets go of it when a process dies.
-
-    Raises:
-        ValueError: another session is at it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes whenever the file is replaced; None where there is none."""
     try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{path} is being written by another session: wait for it, or name another file") from None
-    try:
-        yield
-    finally:
-        lock.release()
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,8 @@ from nestling.training import tokenizers
 from nestling.training.config import DataConfig
 from nestling.training.sources import Document, content_hash, split_documents
 from nestling.utils.files import new_folder, write_text
+from nestling.utils.locks import sole_writer
+from nestling.utils.places import cache_folder, expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,15 +68,16 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = 
     for part in (split.train, split.val):
         digest.update(b"|part|" + b"".join(content_hash(part)))
     text_key = digest.hexdigest()[:16]
-    root = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache()
+    root = expand(config.cache_dir, "data.cache_dir") if config.cache_dir else cache_folder()
     if tokenizer is None:
         tokenizer = _tokenizer(config.tokenizer, split.train, root, text_key)
     key = f"{text_key}-{tokenizers.fingerprint(tokenizer)}"
     folder = root / "tokens" / key
     if not _is_whole(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        _build(folder, split.train, split.val, tokenizer, key)
+        with sole_writer(folder, wait=True):
+            if not _is_whole(folder):  # still: another process may just have made it
+                shutil.rmtree(folder, ignore_errors=True)
+                _build(folder, split.train, split.val, tokenizer, key)
     manifest = _manifest(folder)
     parts = {}
     for name in ("train", "val"):
@@ -94,16 +95,6 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = 
     return Corpus(parts["train"], parts["val"], tokenizer, key, folder)
 
 
-def default_cache() -> Path:
-    """The folder for derived data: `NESTLING_CACHE`, else `nestling` in the user's cache folder."""
-    if given := os.environ.get("NESTLING_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or (
-        Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    )
-    return Path(base) / "nestling"
-
-
 def _tokenizer(name: str, documents: list[Document], root: Path, text_key: str) -> PreTrainedTokenizerFast:
     if name in ("bytes", "auto"):
         return tokenizers.byte_tokenizer()
@@ -113,10 +104,12 @@ def _tokenizer(name: str, documents: list[Document], root: Path, text_key: str) 
             raise ValueError(f"tokenizer {name!r} must name its size, e.g. 'bpe:4096'")
         folder = root / "tokenizers" / f"{text_key}-bpe-{size}"
         if not (folder / "tokenizer.json").is_file():
-            texts = (piece for document in documents for piece in _pieces(document))
-            trained = tokenizers.train_bpe(texts, int(size))
-            with new_folder(folder) as aside:
-                trained.save_pretrained(aside)
+            with sole_writer(folder, wait=True):
+                if not folder.exists():
+                    texts = (piece for document in documents for piece in _pieces(document))
+                    trained = tokenizers.train_bpe(texts, int(size))
+                    with new_folder(folder) as aside:
+                        trained.save_pretrained(aside)
         return tokenizers.load_tokenizer(folder)
     return tokenizers.load_tokenizer(name)
 

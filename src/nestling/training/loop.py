@@ -24,6 +24,7 @@ from nestling.training.report import Report, Result
 from nestling.training.resume import check_same_run, find_checkpoint
 from nestling.training.schedules import lr_factor
 from nestling.training.tokenizers import load_tokenizer
+from nestling.utils.locks import sole_writer
 from nestling.utils.machine import find_device, stop_requests
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         source, self.warnings = find_checkpoint(config.out, resume)
+        self._known = checkpoint.list_checkpoints(config.out)
         own = Path(config.model.name)
         tokenizer = (
             load_tokenizer(checkpoint.resolve(own)) if config.data.tokenizer == "auto" and own.is_dir() else None
@@ -141,16 +143,28 @@ class Trainer:
             "optimizers": self.optimizers.state_dict(),
             "random": checkpoint.random_state(),
         }
-        return checkpoint.save_checkpoint(
+        path = checkpoint.save_checkpoint(
             self.config.out, self.step, self.model, self.corpus.tokenizer, state, self.config.logging.keep
         )
+        self._known = checkpoint.list_checkpoints(self.config.out)
+        return path
 
     def run(self) -> Result:
         """Train to the end, with figures, evaluations and checkpoints on the way.
 
         SIGINT and SIGTERM end the run after the current step with a checkpoint. A checkpoint that cannot be written on
         the way is reported and training goes on; at the end it is an OSError.
+
+        Raises:
+            ValueError: another run is at the folder, or wrote there after this one had looked.
         """
+        with sole_writer(self.config.out):
+            return self._run()
+
+    def _run(self) -> Result:
+        """`run` with the folder's lock held."""
+        if checkpoint.list_checkpoints(self.config.out) != self._known:
+            raise ValueError(f"another run wrote into {self.config.out} meanwhile: resume it, or choose another --out")
         config, every = self.config, self.config.logging
         checkpoint.clean(config.out)
         config.save(Path(config.out) / RUN_FILE)
@@ -274,4 +288,5 @@ def _train_levels_only(model: PreTrainedModel) -> None:
 
 def train(config: TrainConfig, resume: bool = False) -> Result:
     """Train from text to checkpoint; see `Trainer`."""
-    return Trainer(config, resume=resume).run()
+    with sole_writer(config.out):  # from before the folder is read
+        return Trainer(config, resume=resume)._run()

@@ -14,6 +14,7 @@ from typing import Any
 from nestling.tuning.objectives import Command, Failed, Pruned, TrainingRun
 from nestling.tuning.space import DEFAULTS, Space, text_of
 from nestling.utils.files import write_text
+from nestling.utils.locks import sole_writer
 from nestling.utils.machine import stop_requests
 
 FILE = "study.journal"
@@ -66,8 +67,8 @@ def tune(
         say: called with a line on every trial.
 
     Raises:
-        ValueError: optuna is not installed, the folder holds another search, the very first trial failed, or several
-            in a row.
+        ValueError: optuna is not installed, the folder holds another search or one is running there, the very first
+            trial failed, or several in a row.
     """
     optuna = _optuna()
     if trials < 1:
@@ -78,14 +79,14 @@ def tune(
     elif space:
         raise ValueError("--space is for --command and training runs; a function asks its trial for values itself")
     out = Path(out)
-    _same_search(out, objective, space, maximize)
-    study = _open(optuna, out, maximize, prune, seed)
     start = space.start() if own else {}
-    if start and not _counted(optuna, study):
-        study.enqueue_trial(start, skip_if_exists=True)
-    deadline = None if time_limit is None else time.monotonic() + time_limit
     errors: list[str] = []
-    with stop_requests() as stop:
+    with sole_writer(out), stop_requests() as stop:
+        _same_search(out, objective, space, maximize)
+        study = _open(optuna, out, maximize, prune, seed)
+        if start and not _counted(optuna, study):
+            study.enqueue_trial(start, skip_if_exists=True)
+        deadline = None if time_limit is None else time.monotonic() + time_limit
         while _counted(optuna, study) < trials and not stop.is_set():
             if deadline is not None and time.monotonic() > deadline:
                 break
@@ -155,6 +156,7 @@ def _open(optuna: Any, out: Path, maximize: bool, prune: bool, seed: int) -> Any
     from optuna.storages.journal import JournalFileBackend
 
     out.mkdir(parents=True, exist_ok=True)
+    (out / f"{FILE}.lock").unlink(missing_ok=True)  # optuna's own, which a kill leaves behind: the folder is ours
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(out / FILE)))

@@ -39,27 +39,38 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a text file in one step."""
-    write_bytes(path, text.encode("utf-8"))
+    """Replace a text file in one step; names that are no text (bytes in a file's name) are written escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Replace a file in one step; on an error the old file is untouched."""
-    path = Path(path)
+    with new_file(path) as aside:
+        aside.write_bytes(content)
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Fill a temporary file beside `path`; when the block ends well it replaces `path` in one step, else nothing is.
+
+    It has the ending of `path`. A link stays: what it points at is replaced.
+    Raises OSError with the path and, for a full disk, the remedy.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=f".tmp{path.suffix[:20]}", dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644 & ~_umask())
+        yield aside
+        _flush(aside)
+        aside.chmod(0o644 & ~_umask())
         os.replace(aside, path)
         _flush(path.parent)
     except OSError as error:
         raise _explained(error, path) from error
     finally:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 def link(path: str | Path, target: str) -> None:
