@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from nestling.cli.common import a_file
+from nestling.utils.files import new_file, write_text
+
 
 def main(
     what: Annotated[
@@ -35,9 +38,10 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 (autocast).")] = "float32",
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file (-: to stdout, and nothing else).")
+        Path | None,
+        typer.Option("--json", parser=a_file, help="Write all figures to this file (-: to stdout, and nothing else)."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the figures into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(parser=a_file, help="Draw the figures into this PNG.")] = None,
 ) -> None:
     """Measure speed, memory and latency on this machine, correctness first.
 
@@ -70,6 +74,8 @@ def main(
         raise ValueError(f"--threads must be at least 1, not {threads}")
     if what not in GROUPS:
         raise ValueError(f"nestling bench measures {' or '.join(GROUPS)}, not {what!r}; --only takes single parts")
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {plot} has no ending to tell the format by: give it .png, .svg or .pdf")
     torch.set_num_threads(threads)
     chosen = dict(QUICK) if quick else {}
     given = dict(repeats=repeats, seconds=seconds, model=model, model_batch=batch, model_tokens=tokens)
@@ -106,8 +112,7 @@ def main(
     else:
         typer.echo(show.machine(result["environment"]))
         if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(result, indent=1) + "\n")
+            write_text(json_file, json.dumps(result, indent=1) + "\n")
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        show.plot(result, plot)
+        with new_file(plot) as aside:
+            show.plot(result, aside)

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.cli.common import assignments, parse_value, print_json
+from nestling.cli.common import a_folder, a_path, assignments, parse_value, print_json
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A saved Llama-family model: a folder, or one with a .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="A new folder for the converted model.")],
+    model: Annotated[
+        Path, typer.Argument(parser=a_path, help="A saved Llama-family model: a folder, or one with a .gguf file.")
+    ],
+    out: Annotated[Path, typer.Argument(parser=a_folder, help="A new folder for the converted model.")],
     level: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,12 +55,14 @@ def main(
     from nestling.cms import stack_levels
     from nestling.cms.files import save_stacked
     from nestling.cms.pretrained import load_pretrained
+    from nestling.utils.locks import sole_writer
 
     if not level:
         raise ValueError("name at least one --level, e.g. --level 64,lr=0.1")
     levels = [_level(text) for text in level]
-    if out.exists():
-        raise ValueError(f"{out} exists already: choose another folder, or remove it first")
+    with sole_writer(out):
+        if out.exists():
+            raise ValueError(f"{out} exists already: choose another folder, or remove it first")
     loaded, tokenizer = load_pretrained(model)
     chosen = None if blocks is None else _blocks(blocks, loaded.config.num_hidden_layers)
     stacked = stack_levels(loaded, levels, placement, blocks=chosen, width=width, variant=variant)

@@ -7,20 +7,22 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.common import print_json
+from nestling.cli.common import a_folder, a_path, print_json
 from nestling.cli.laboratory import laboratory
 
 
 def main(
     text: Annotated[
-        Path | None, typer.Option(help="A text file or folder of your own; else the standard library's sources.")
+        Path | None,
+        typer.Option(parser=a_path, help="A text file or folder of your own; else the standard library's sources."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The demo's folder.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(parser=a_folder, help="The demo's folder.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="From start to report; a slow machine takes at least 60 steps.")] = 4.0,
     threads: Annotated[int, typer.Option(help="Threads of each of the two models.")] = 1,
     seed: Annotated[int, typer.Option(help="Decides weights and the order of the text.")] = 0,
     experiments: Annotated[
-        Path | None, typer.Option(help="Where the demo's code is (default: the folder experiments of the checkout).")
+        Path | None,
+        typer.Option(parser=a_path, help="Where the demo's code is (default: the folder experiments of the checkout)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.common import assignments, print_json
+from nestling.cli.common import a_folder, a_path, assignments, print_json
 from nestling.cli.laboratory import laboratory, listing
 
 
@@ -18,13 +18,17 @@ def main(
     list_all: Annotated[bool, typer.Option("--list", help="List the experiments, and do nothing else.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where settings and results are (default: the experiment's own folder, experiments/NAME)."),
+        typer.Option(
+            parser=a_folder,
+            help="Where settings and results are (default: the experiment's own folder, experiments/NAME).",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
+            parser=a_path,
             help="The data's folder: .txt files; Fashion-MNIST's four .gz files for vision and m3; clinc150 and "
-            "banking77 for classes; verse pairs for translation (default: the folder NESTLING_DATA names holds them)."
+            "banking77 for classes; verse pairs for translation (default: the folder NESTLING_DATA names holds them).",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes of one thread each (0: run in this one).")] = 1,
@@ -41,7 +45,8 @@ def main(
         typer.Option("--option", "-o", metavar="NAME=VALUE", help="Change the configuration, e.g. steps=200."),
     ] = None,
     experiments: Annotated[
-        Path | None, typer.Option(help="Where the experiments' code is (default: the checkout's own folder).")
+        Path | None,
+        typer.Option(parser=a_path, help="Where the experiments' code is (default: the checkout's own folder)."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.common import assignments, print_json
+from nestling.cli.common import a_file, a_folder, assignments, print_json
 
 
 def main(
@@ -41,10 +41,15 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of --measure.")] = 3,
     batch: Annotated[int, typer.Option(help="Sequences of --measure.")] = 2,
     tokens: Annotated[int, typer.Option(help="Tokens of each sequence of --measure.")] = 64,
-    figure: Annotated[Path | None, typer.Option(help="Draw the levels into this .svg, .png or .pdf.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write an interactive page: click a memory.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(parser=a_file, help="Draw the levels into this .svg, .png or .pdf.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(parser=a_file, help="Write an interactive page: click a memory.")] = None,
     gallery: Annotated[
-        Path | None, typer.Option(help="Draw the paper's own decompositions into this folder, and do nothing else.")
+        Path | None,
+        typer.Option(
+            parser=a_folder, help="Draw the paper's own decompositions into this folder, and do nothing else."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole system as JSON instead of a table.")] = False,
 ) -> None:

@@ -8,18 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.cli.common import print_json
+from nestling.cli.common import a_file, a_path, print_json
 
 DTYPES = ("float32", "bfloat16")
 
 
 def main(
     model: Annotated[
-        Path, typer.Argument(help="A model with levels that learn: from nestling convert, or a Hope run or checkpoint.")
+        Path,
+        typer.Argument(
+            parser=a_path, help="A model with levels that learn: from nestling convert, or a Hope run or checkpoint."
+        ),
     ],
     text: Annotated[list[str], typer.Argument(help="Files or folders, read one after another; - is standard input.")],
     state: Annotated[
-        Path, typer.Option(help="The file of what it learned: gone on from if it is there, written while reading.")
+        Path,
+        typer.Option(
+            parser=a_file, help="The file of what it learned: gone on from if it is there, written while reading."
+        ),
     ],
     context: Annotated[
         int | None,
@@ -30,7 +36,8 @@ def main(
     ] = 512,
     control: Annotated[bool, typer.Option("--control", help="Score them without any learning, too.")] = False,
     held_out: Annotated[
-        Path | None, typer.Option(help="A text that is never learned, scored first and after every document.")
+        Path | None,
+        typer.Option(parser=a_path, help="A text that is never learned, scored first and after every document."),
     ] = None,
     save_every: Annotated[
         int, typer.Option(help="Chunks between two checkpoints; 0: as often as costs a twentieth of the time.")
@@ -39,7 +46,9 @@ def main(
         bool,
         typer.Option("--new-session", help="Read from the beginning with what was learned so far, whatever was read."),
     ] = False,
-    page: Annotated[Path | None, typer.Option(help="Write a page of the session: one HTML file.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(parser=a_file, help="Write a page of the session: one HTML file.")
+    ] = None,
     pattern: Annotated[str, typer.Option(help="Which files of a folder, as a glob.")] = "**/*",
     dtype: Annotated[str, typer.Option(help="Of the model's weights: float32 or bfloat16.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Threads; with one, every run gives the same bits.")] = None,
@@ -74,6 +83,7 @@ def main(
     from nestling.generation.load import load_model
     from nestling.sessions import Session, Settings, Stopped, find_texts
     from nestling.sessions.progress import ReadingProgress
+    from nestling.utils.locks import sole_writer
     from nestling.utils.machine import stop_requests
 
     settings = Settings(context, probe, control, save_every)
@@ -81,8 +91,8 @@ def main(
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, not {threads}")
-    if state.is_dir():
-        raise ValueError(f"--state {state} is a folder: name a file")
+    with sole_writer(state):
+        pass  # another session at the file shows now, not after a model was loaded
     if threads is not None:
         torch.set_num_threads(threads)
     texts = find_texts(text, pattern)
@@ -118,13 +128,14 @@ def main(
 def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:
     """The first tokens of the held-out text."""
     from nestling.sessions.documents import TokenReader, find_texts
+    from nestling.training.texts import open_text
 
     if not count:
         raise ValueError("--held-out is scored as many tokens as --probe says, which is 0: raise --probe")
-    if not path.is_file():
-        raise ValueError(f"--held-out takes a file, and {path} is none")
+    if path.is_dir():
+        raise ValueError(f"--held-out takes a file, and {path} is a folder")
     found = find_texts([str(path)])[0]
-    with path.open("rb") as file:
+    with open_text(path) as file:
         return TokenReader(tokenizer, file.read, found.name).take(count)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.cli.common import nested
+from nestling.utils.places import did_you_mean, expand
 
 OPTIMIZERS = {"m3": "nestling.optim.M3", "sgd": "torch.optim.SGD"}
 
@@ -30,9 +31,9 @@ def load(target: str, settings: dict[str, Any] | None = None, *, weights: bool =
     """
     from nestling.models import sizes
 
-    path = Path(target)
     if target in sizes.NAMES:
         return {"model": _built(_changed(sizes.config(target), settings), weights)}
+    path = expand(target, "what to inspect")
     if path.is_dir():
         if weights and not settings:
             from nestling.training.build import load_saved
@@ -42,7 +43,7 @@ def load(target: str, settings: dict[str, Any] | None = None, *, weights: bool =
         return {"model": _built(_changed(_config(path), settings), weights)}
     if path.suffix == ".json":
         if not path.is_file():
-            raise ValueError(f"no configuration at {path}")
+            raise ValueError(f"no configuration at {path}{did_you_mean(path)}")
         return {"model": _built(_changed(_config(path), settings), weights)}
     if ":" in target:
         if settings:
@@ -50,7 +51,7 @@ def load(target: str, settings: dict[str, Any] | None = None, *, weights: bool =
         return _made(target)
     raise ValueError(
         f"nothing to inspect at {target!r}: give a size ({', '.join(sizes.NAMES)}), a folder with a run or a model, a "
-        "config.json, or module:factory"
+        f"config.json, or module:factory{did_you_mean(path)}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.common import assignments, json_object, nested, print_json
+from nestling.cli.common import a_folder, a_path, assignments, json_object, nested, print_json
 
 # an option in the panel of this name of the help
 run, model_, data, optimiser = (
@@ -19,12 +19,14 @@ run, model_, data, optimiser = (
 def main(
     text: Annotated[
         list[str] | None,
-        typer.Argument(help="Text files, folders, or the name of a `datasets` data set.", metavar="TEXT..."),
+        typer.Argument(help="Text files, folders, or a data set of the hub as owner/name.", metavar="TEXT..."),
     ] = None,
-    out: Annotated[str | None, run(help="The run's folder.")] = None,
+    out: Annotated[Path | None, run(parser=a_folder, help="The run's folder.")] = None,
     steps: Annotated[int | None, run(help="Optimiser steps.")] = None,
     resume: Annotated[bool, run("--resume", help="Go on from the newest whole checkpoint in --out.")] = False,
-    config: Annotated[Path | None, run(help="A JSON or YAML file with any options; the command line wins.")] = None,
+    config: Annotated[
+        Path | None, run(parser=a_path, help="A JSON or YAML file with any options; the command line wins.")
+    ] = None,
     option: Annotated[
         list[str] | None, run("--option", "-o", metavar="NAME=VALUE", help="Any other option, e.g. schedule.name=wsd.")
     ] = None,
@@ -44,7 +46,10 @@ def main(
         str | None, model_(help="A size (tiny, mini, 10m, ...), a saved model's folder, or a config.json.")
     ] = None,
     init: Annotated[
-        Path | None, model_(help="Go on from the weights of this saved model: another run, or one of nestling convert.")
+        Path | None,
+        model_(
+            parser=a_path, help="Go on from the weights of this saved model: another run, or one of nestling convert."
+        ),
     ] = None,
     trained: Annotated[
         str | None, model_(help="all, or levels: only where levels that learn in a context begin.")
@@ -102,7 +107,7 @@ def main(
     if init is not None and model is not None:
         raise ValueError("--init and --model both say where the weights come from: give one of them")
     given = {
-        "out": out,
+        "out": None if out is None else str(out),
         "steps": steps,
         "seed": seed,
         "device": device,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.common import assignments, print_json
+from nestling.cli.common import a_folder, a_path, assignments, print_json
 
 # an option in the panel of this name of the help
 what, search = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is tuned", "The search"))
@@ -26,7 +26,9 @@ def main(
         str | None,
         what(metavar="MODULE:FUNCTION", help="A Python function of an optuna trial that returns its figure."),
     ] = None,
-    config: Annotated[Path | None, what(help="A configuration of `nestling train` (JSON or YAML).")] = None,
+    config: Annotated[
+        Path | None, what(parser=a_path, help="A configuration of `nestling train` (JSON or YAML).")
+    ] = None,
     option: Annotated[
         list[str] | None, what("--option", "-o", metavar="NAME=VALUE", help="Change it, e.g. steps=300.")
     ] = None,
@@ -48,7 +50,9 @@ def main(
     maximize: Annotated[bool, search("--maximize", help="Larger is better.")] = False,
     no_prune: Annotated[bool, search("--no-prune", help="Let hopeless trials run to their end.")] = False,
     seed: Annotated[int, search(help="Of the proposals.")] = 0,
-    out: Annotated[Path, typer.Option(help="The study's folder; the same folder goes on.")] = Path("runs/tune"),
+    out: Annotated[Path, typer.Option(parser=a_folder, help="The study's folder; the same folder goes on.")] = Path(
+        "runs/tune"
+    ),
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

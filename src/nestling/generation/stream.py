@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,11 +80,13 @@ class TextGenerator:
             self._generator.manual_seed(seed)
 
     @torch.no_grad()
-    def stream(self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None, stop: Event | None = None
+    ) -> Iterator[str]:
         """Read a prompt, then yield new text piece by piece, each ending with a whole character.
 
-        Ends after `max_new_tokens` or at the end-of-text token. The state then holds the prompt and all that was
-        yielded. ValueError if there is neither a prompt nor a text begun before.
+        Ends after `max_new_tokens`, at the end-of-text token, or soon after `stop` is set. The state then holds the
+        prompt and all that was yielded. ValueError if there is neither a prompt nor a text begun before.
         """
         sampling = sampling or Sampling()
         ids = encode(self.tokenizer, prompt) if prompt else []
@@ -94,7 +97,7 @@ class TextGenerator:
         waiting: list[int] = []
         for count in range(max_new_tokens + 1):
             logits = self._read(ids)
-            if count == max_new_tokens:
+            if count == max_new_tokens or (stop is not None and stop.is_set()):
                 break
             token = sampling.choose(logits, self._generator)
             if token == self.tokenizer.eos_token_id:

@@ -10,6 +10,7 @@ import torch
 
 from nestling.training.checkpoint import CheckpointError, resolve
 from nestling.training.config import ModelConfig, unknown
+from nestling.utils.places import did_you_mean
 from nestling.utils.quiet import no_bars
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def _sized(config: ModelConfig, special: dict[str, Any]) -> PreTrainedConfig:
 
     if config.name not in sizes.NAMES:
         raise ValueError(
-            unknown("model", config.name, sizes.NAMES) + "; or give a saved model's folder or a config.json"
+            unknown("model", config.name, sizes.NAMES)
+            + f"; or give a saved model's folder or a config.json{did_you_mean(config.name)}"
         )
     return _with_options(lambda options: sizes.config(config.name, **options), special, config.options)
 

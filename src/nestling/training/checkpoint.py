@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from nestling.utils.files import link, new_folder
+from nestling.utils.places import did_you_mean
 from nestling.utils.quiet import no_bars
 
 FORMAT = 1
@@ -131,7 +132,10 @@ def resolve(path: str | Path) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"no model at {path}: give a run's folder, one of its checkpoints, or a saved Hugging Face model"
+            f"{did_you_mean(path)}"
         )
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file: give the folder of a run, a checkpoint or a saved Hugging Face model")
     raise CheckpointError(f"{path} holds no model: neither checkpoints/ nor a config.json")
 
 

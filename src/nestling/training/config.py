@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from nestling.utils.places import did_you_mean
+
 RUN_FILE = "run.json"  # a run's configuration in its folder
 
 
@@ -187,6 +189,8 @@ class TrainConfig(Settings):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("out is empty: name the run's folder")
         _positive(self, "steps")
         _not_negative(self, "threads")
         _one_of(self, "precision", ("float32", "bf16"))
@@ -202,9 +206,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """Read a JSON or YAML file that holds a mapping."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no configuration file at {path}")
-    text = path.read_text(encoding="utf-8")
+        raise ValueError(f"no configuration file at {path}{did_you_mean(path)}")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             values = json.loads(text)
         else:

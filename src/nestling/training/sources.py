@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nestling.training.config import DataConfig
+from nestling.training.texts import find_files, open_text, scan
+from nestling.utils.places import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,8 @@ class Document:
         """The document's bytes."""
         if self.path is None:
             return self.content
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot read {self.path}: {error.strerror}") from error
+        with open_text(self.path) as file:
+            return file.read()
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,21 @@ class Split:
 
 
 def find_documents(names: list[str], config: DataConfig) -> list[Document]:
-    """The documents that files, folders or one `datasets` name stand for; ValueError if there is none."""
-    documents = []
+    """The documents that files, folders or one data set of the hub, owner/name, stand for.
+
+    Raises:
+        ValueError: nothing there, a file that is no text, nothing to read.
+    """
+    documents, size = [], 0
     for name in names:
-        path = Path(name).expanduser()
-        if path.is_file():
-            documents.append(Document(path.name, path))
-        elif path.is_dir():
-            found = sorted(p for p in path.glob(config.pattern) if p.is_file() and not _hidden(p, path))
-            if not found:
-                raise ValueError(f"no file in {path} matches {config.pattern!r} (option data.pattern)")
-            documents += [Document(str(p.relative_to(path)), p) for p in found]
-        elif _looks_like_path(name):
-            raise ValueError(f"no file or folder {name!r}")
-        else:
-            documents += _from_datasets(name, config, "train")
-    if not any(d.content if d.path is None else d.path.stat().st_size for d in documents):
+        if _is_data_set(name):
+            rows = _from_datasets(name, config, "train")
+            documents, size = documents + rows, size + sum(len(row.content) for row in rows)
+            continue
+        for found, path in find_files(name, config.pattern, "data.pattern"):
+            documents.append(Document(found, path))
+            size += scan(path)[0]
+    if not size:
         raise ValueError(f"nothing to read: {', '.join(names) or 'no text was given'} holds no bytes")
     return documents
 
@@ -102,7 +102,7 @@ def _by_document(documents: list[Document], fraction: float) -> Split:
         raise ValueError("val_split='documents' needs at least two documents; use val_split='tail' or name val_text")
 
     def place(document: Document) -> int:
-        return int.from_bytes(hashlib.blake2b(document.name.encode(), digest_size=8).digest())
+        return int.from_bytes(hashlib.blake2b(os.fsencode(document.name), digest_size=8).digest())
 
     held_out = [d for d in documents if place(d) < fraction * 2**64]
     if not held_out or len(held_out) == len(documents):  # few documents: the one with the smallest hash
@@ -120,13 +120,20 @@ def _boundary(text: bytes, cut: int) -> int:
     return cut
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+def _is_data_set(name: str) -> bool:
+    """Whether a name can only be one at the hub, owner/name: nothing here is called so, or nearly so."""
+    path = Path(name)
+    return (
+        len(path.parts) == 2
+        and name == path.as_posix()
+        and name[0] not in "./~"
+        and not _ending(path)
+        and not any(os.path.lexists(p) or did_you_mean(p) for p in (path, path.parent))
+    )
 
 
-def _looks_like_path(name: str) -> bool:
-    suffix = Path(name).suffix
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (suffix[1:].isalpha() and len(suffix) <= 6)
+def _ending(path: Path) -> bool:
+    return path.suffix[1:].isalpha() and len(path.suffix) <= 6
 
 
 def _from_datasets(name: str, config: DataConfig, split: str) -> list[Document]:

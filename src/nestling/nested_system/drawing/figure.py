@@ -9,6 +9,7 @@ from typing import Any
 from nestling.nested_system.drawing.layout import layout
 from nestling.nested_system.drawing.shapes import BOX_HEIGHT, MARGIN, Band, Box, Layout, text_width
 from nestling.nested_system.system import NestedSystem
+from nestling.utils.files import new_file, write_text
 
 THEMES = {
     "light": {
@@ -81,11 +82,11 @@ def draw(system: NestedSystem, path: str | Path | None = None, *, theme: str = "
     path = Path(path)
     if not path.suffix:
         raise ValueError(f"{path} has no ending to tell the format by: give it .svg, .png or .pdf")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
-        path.write_text(svg, encoding="utf-8")
+        write_text(path, svg)
     else:
-        _with_matplotlib(plan, path, THEMES[theme])
+        with new_file(path) as aside:
+            _with_matplotlib(plan, aside, THEMES[theme])
     return svg
 
 

@@ -12,6 +12,7 @@ from nestling.nested_system.drawing.groups import ViewGroup, groups, short
 from nestling.nested_system.drawing.layout import layout
 from nestling.nested_system.formalism import Cost
 from nestling.nested_system.system import NestedSystem
+from nestling.utils.files import write_text
 
 
 def page(system: NestedSystem, path: str | Path | None = None) -> str:
@@ -29,9 +30,7 @@ def page(system: NestedSystem, path: str | Path | None = None) -> str:
     for name, text in parts.items():
         template = template.replace(name, text, 1)
     if path is not None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template, encoding="utf-8")
+        write_text(path, template)
     return template
 
 

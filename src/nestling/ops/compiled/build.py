@@ -16,11 +16,15 @@ from pathlib import Path
 
 import torch
 
+from nestling.utils.locks import sole_writer
+from nestling.utils.places import user_cache
+
 HERE = Path(__file__).parent
 SOURCES = ("library.cpp", "step.h", "linear.h", "read.h", "chunk.h", "decay.h", "matrix.h")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 FLAGS += ["-shared", "-fPIC"]
 BLAS = ("sgemm_", "dgemm_")
+ASKED = "NESTLING_COMPILED is 0"
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +39,38 @@ def native() -> ctypes.CDLL | None:
     try:
         return _load()
     except (Unavailable, OSError) as reason:
-        log.info("the chunk forms run in PyTorch: %s", reason)
+        level = logging.INFO if str(reason) == ASKED else logging.WARNING  # a warning is a line on stderr
+        log.log(level, "nestling: the chunk forms run in PyTorch, slower: %s (NESTLING_COMPILED=0: as wanted)", reason)
         return None
+
+
+def reason() -> str:
+    """Why `native` is None; empty where it is not."""
+    try:
+        _load()
+    except (Unavailable, OSError) as error:
+        return str(error)
+    return ""
+
+
+def library() -> Path:
+    """Where the compiled forms lie, or will. Unavailable without a compiler."""
+    return user_cache() / f"chunk-{_fingerprint()}.so"
 
 
 def _load() -> ctypes.CDLL:
     if os.environ.get("NESTLING_COMPILED", "1") == "0":
-        raise Unavailable("NESTLING_COMPILED is 0")
+        raise Unavailable(ASKED)
     blas = _blas()
-    path = _cache() / f"chunk-{_fingerprint()}.so"
+    path = library()
     if not path.exists():
         compile_to(path)
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError:  # damaged: it is derived data
+        path.unlink()
+        compile_to(path)
+        loaded = ctypes.CDLL(str(path))
     loaded.use_blas(*(ctypes.cast(f, ctypes.c_void_p) for f in blas))
     return loaded
 
@@ -71,15 +95,21 @@ def limit_blas_threads() -> None:
 
 
 def compile_to(path: Path) -> None:
-    """Compile beside `path`, then move into place, so that processes starting together do not meet half a file."""
+    """Compile beside `path`, then move into place; of processes starting together one does, and the others wait."""
+    with sole_writer(path, wait=True):
+        if not path.exists():
+            _compile(path)
+
+
+def _compile(path: Path) -> None:
     compiler = _compiler()
-    path.parent.mkdir(parents=True, exist_ok=True)
     print("nestling: compiling the chunk form for this machine, once (some seconds)", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         aside = Path(folder) / path.name
         done = subprocess.run(
-            [compiler, *FLAGS, str(HERE / SOURCES[0]), "-o", str(aside)], capture_output=True, text=True
-        )
+            [compiler, *FLAGS, str(HERE / SOURCES[0]), "-o", str(aside)],
+            capture_output=True, text=True, errors="replace", env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
         if done.returncode:
             raise Unavailable(f"{compiler} failed: {done.stderr.strip()[-500:]}")
         aside.replace(path)
@@ -90,11 +120,6 @@ def _compiler() -> str:
         if name and shutil.which(name):
             return name
     raise Unavailable("no C++ compiler (g++, c++, clang++ or $CXX)")
-
-
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nestling"
 
 
 def _fingerprint() -> str:
