@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nestling.layers.mixers import MIXERS, build_mixer
+from nestling.layers.titans_reference import self_modifying_titans_reference
 from nestling.ops import delta_rule, delta_rule_reference
 from nestling.ops.orthogonalize import orthogonalize, orthogonalize_reference
 from nestling.optim import M3
@@ -18,6 +19,20 @@ TOLERANCE = 1e-8  # float64, relative to the largest value
 
 def check(device: str = "cpu") -> list[str]:
     """Run every check in float64; what failed, in words. An empty list is a green light."""
+    failures = []
+    for name, run in comparisons(device).items():
+        try:
+            error = run()
+        except Exception as problem:  # a check that cannot run has failed
+            failures.append(f"{name}: {type(problem).__name__}: {problem}")
+            continue
+        if not error <= TOLERANCE:  # NaN fails too
+            failures.append(f"{name}: off by {error:.1e}, allowed {TOLERANCE:.0e}")
+    return failures
+
+
+def comparisons(device: str = "cpu") -> dict[str, Callable[[], float]]:
+    """Every check by its name; called, it gives the largest difference, relative to the largest value or to 1."""
     checks: dict[str, Callable[[], float]] = {}
     for read in ("before", "after"):
         for momentum in (True, False):
@@ -28,16 +43,7 @@ def check(device: str = "cpu") -> list[str]:
     checks |= {f"{form} form of Newton-Schulz": lambda f=form: _newton_schulz(f, device) for form in ("plain", "gram")}
     checks["M3's batched step"] = lambda: _m3(device)
     checks["selfmod: token by token is one pass"] = lambda: _pieces("selfmod", range(70), device)
-    failures = []
-    for name, run in checks.items():
-        try:
-            error = run()
-        except Exception as problem:  # a check that cannot run has failed
-            failures.append(f"{name}: {type(problem).__name__}: {problem}")
-            continue
-        if not error <= TOLERANCE:  # NaN fails too
-            failures.append(f"{name}: off by {error:.1e}, allowed {TOLERANCE:.0e}")
-    return failures
+    return checks
 
 
 @torch.no_grad()
@@ -77,6 +83,19 @@ def _operator(read: str, momentum: bool, device: str) -> float:
         outputs = [y for y in form(**args, read=read) if y is not None]
         results.append([*outputs, *_gradients(outputs, list(args.values()))])
     return _distance(results[1], results[0])
+
+
+def definition(dtype: torch.dtype, device: str = "cpu", width: int = 8, tokens: int = 71) -> float:
+    """Outputs and parameter gradients of self-modifying Titans against their token loop in float64."""
+    torch.manual_seed(0)
+    layer = build_mixer("selfmod", width, 2).double()
+    x = torch.randn(1, tokens, width, dtype=torch.float64)
+    want = self_modifying_titans_reference(layer, x)
+    wanted = _gradients([want], list(layer.parameters()))
+    layer = layer.to(device, dtype)
+    got, _ = layer(x.to(device, dtype))
+    found = [got, *_gradients([got], list(layer.parameters()))]
+    return _distance([None if t is None else t.double().cpu() for t in found], [want, *wanted])
 
 
 def _newton_schulz(form: str, device: str) -> float:

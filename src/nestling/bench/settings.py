@@ -80,7 +80,7 @@ QUICK = dict(
 def environment(settings: BenchSettings) -> dict:
     """The machine and its load, for the record."""
     found = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
@@ -96,7 +96,8 @@ def environment(settings: BenchSettings) -> dict:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as the system calls it."""
     try:
         with open("/proc/cpuinfo") as lines:
             for line in lines:

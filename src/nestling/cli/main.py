@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from nestling.cli.common import friendly
+from nestling.cli.common import App, friendly
 
 # in the order of the help
-COMMANDS = ("train", "generate", "convert", "learn", "demo", "eval", "tune", "bench", "inspect")
+COMMANDS = ("train", "generate", "convert", "learn", "demo", "eval", "tune", "bench", "inspect", "doctor")
 
-app = typer.Typer(
+app = App(
     name="nestling",
     no_args_is_help=True,
     rich_markup_mode="rich",
