@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -303,9 +304,33 @@ class Learner:
         return fresh
 
 
-def _attention(graph: bool):
-    """Attention whose gradient can be differentiated again, where that is wanted."""
-    return sdpa_kernel(SDPBackend.MATH) if graph else nullcontext()
+_BEFORE: AbstractContextManager = nullcontext()
+_TWICE, _LOCK = 0, Lock()  # threads whose attention must be differentiated twice
+
+
+@contextmanager
+def _attention(graph: bool) -> Iterator[None]:
+    """Attention whose gradient can be differentiated again, where that is wanted.
+
+    torch keeps the choice of kernel for the whole process: the first thread sets it and the last one puts it back.
+    Others run the same kernel meanwhile, with the same values, but slower.
+    """
+    global _TWICE, _BEFORE
+    if not graph:
+        yield
+        return
+    with _LOCK:
+        if not _TWICE:
+            _BEFORE = sdpa_kernel(SDPBackend.MATH)
+            _BEFORE.__enter__()
+        _TWICE += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _TWICE -= 1
+            if not _TWICE:
+                _BEFORE.__exit__(None, None, None)
 
 
 def plan(levels: Sequence[Level], blocks: int) -> list[list[int]]:
