@@ -1,0 +1,63 @@
+"""The default Hope is chosen here: state tracking, recall and language together, for candidates and baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experiments.choice.report import plot, summarize, table
+from experiments.choice.study import Choice, ChoiceContender, ChoiceJob, ChoiceWork
+from experiments.shared.work import Row
+
+GROUP = "Models"
+QUESTION = "Which Hope tracks state, recalls pairs and models language, all with one setting?"
+
+__all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
+
+# every option of the first default, written out: what a contender does not change stays as it is here
+FIRST = dict(
+    architecture="mlp", skip="outer", adaptive=["k", "v", "eta", "alpha"], gates="linear", objective="l2", dgd=True,
+    gated_erase=False, step="joint", erase_gate=False, erase_range=1.0, erase_layer="first", tied_write=True,
+    self_targets=True, momentum=True, decay="learned", rate="learned", initial_rate=0.02, initial_scale=1.0,
+    retain="initial", horizon=[128.0, 2048.0], read="before", normalize_values=True, conv_size=4, conv_for="all",
+    qkv_conv=0, conv_init="uniform", chunk_size=64,
+)  # fmt: skip
+# a matrix per head, written as Gated DeltaNet writes it, static projections
+DELTA = FIRST | dict(
+    architecture="linear", adaptive=[], objective="dot", gated_erase=True, step="layer", self_targets=False,
+    momentum=False, initial_rate=1.0, initial_scale=0.1, retain="zero", read="after", normalize_values=False,
+    conv_for="gates", qkv_conv=4,
+)  # fmt: skip
+# the same with an erase gate of range 2 and a write gate of its own, decays that keep, convolutions that pass
+TRACKING = DELTA | dict(
+    gated_erase=False, erase_gate=True, erase_range=2.0, tied_write=False, rate="gate", horizon=[1024.0, 16384.0],
+    conv_init="last",
+)  # fmt: skip
+
+
+def defaults() -> Choice:
+    """The experiment's settings."""
+    contenders = [
+        ChoiceContender("attention", "attention", head_size=32),
+        ChoiceContender("gated deltanet, conv", options=DELTA),
+        ChoiceContender("first default", options=FIRST, head_size=32),
+        ChoiceContender("tracking", options=TRACKING),
+    ]
+    return Choice(contenders=contenders, seeds=[0, 1, 2])
+
+
+def work(settings: Choice, data: str | Path | None, smoke: bool) -> ChoiceWork:
+    """What trains; parity and pairs are drawn, the text is the standard library's sources."""
+    return ChoiceWork(settings)
+
+
+def plan(settings: Choice, contenders: list[ChoiceContender], row: Row) -> list[ChoiceJob]:
+    """Every contender and task with the first seed, then with the second, ..."""
+    return [
+        ChoiceJob(contender.name, task, seed)
+        for seed in settings.seeds
+        for contender in contenders
+        for task in settings.tasks
+        if seed in (settings.seeds if contender.seeds is None else contender.seeds)
+        and task in (settings.tasks if contender.tasks is None else contender.tasks)
+    ]
