@@ -33,6 +33,8 @@ TRACKING = DELTA | dict(
     gated_erase=False, erase_gate=True, erase_range=2.0, tied_write=False, rate="gate", horizon=[1024.0, 16384.0],
     conv_init="last",
 )  # fmt: skip
+# of the first of two layers: key and erase see single tokens
+PLAIN_KEYS = TRACKING | dict(qkv_conv=0, conv_for=["gate", "eta", "alpha", "v"])
 
 
 def defaults() -> Choice:
@@ -42,8 +44,18 @@ def defaults() -> Choice:
         ChoiceContender("gated deltanet, conv", options=DELTA),
         ChoiceContender("first default", options=FIRST, head_size=32),
         ChoiceContender("tracking", options=TRACKING),
+        ChoiceContender("tracking, erase by token", options=TRACKING | dict(conv_for=["gate", "eta", "alpha"])),
+        ChoiceContender("plain keys, tracking", mixers=[_selfmod(PLAIN_KEYS), _selfmod(TRACKING)]),
+        ChoiceContender(
+            "plain keys, tracking, by token",
+            mixers=[_selfmod(PLAIN_KEYS), _selfmod(TRACKING | dict(conv_for=["gate", "eta", "alpha"]))],
+        ),
     ]
     return Choice(contenders=contenders, seeds=[0, 1, 2])
+
+
+def _selfmod(options: dict[str, Any]) -> dict[str, Any]:
+    return {"mixer": "selfmod"} | options
 
 
 def work(settings: Choice, data: str | Path | None, smoke: bool) -> ChoiceWork:
