@@ -33,8 +33,11 @@ TRACKING = DELTA | dict(
     gated_erase=False, erase_gate=True, erase_range=2.0, tied_write=False, rate="gate", horizon=[1024.0, 16384.0],
     conv_init="last",
 )  # fmt: skip
-# of the first of two layers: key and erase see single tokens
-PLAIN_KEYS = TRACKING | dict(qkv_conv=0, conv_for=["gate", "eta", "alpha", "v"])
+# of the first of two layers: key, value and erase see single tokens
+PLAIN_KEYS = TRACKING | dict(qkv_conv=0)
+LONG = dict(horizon=[4096.0, 65536.0], conv_for=["gate", "eta", "alpha"])
+# k and v are memories whose rate begins near zero: the layer begins as the static one
+ADAPTIVE = dict(adaptive=["k", "v"], projection_rate=0.02, retain="initial")
 
 
 def defaults() -> Choice:
@@ -45,11 +48,24 @@ def defaults() -> Choice:
         ChoiceContender("first default", options=FIRST, head_size=32),
         ChoiceContender("tracking", options=TRACKING),
         ChoiceContender("tracking, erase by token", options=TRACKING | dict(conv_for=["gate", "eta", "alpha"])),
-        ChoiceContender("plain keys, tracking", mixers=[_selfmod(PLAIN_KEYS), _selfmod(TRACKING)]),
+        ChoiceContender(
+            "plain keys, tracking",
+            mixers=[_selfmod(PLAIN_KEYS | dict(conv_for=["gate", "eta", "alpha", "v"])), _selfmod(TRACKING)],
+        ),
         ChoiceContender(
             "plain keys, tracking, by token",
-            mixers=[_selfmod(PLAIN_KEYS), _selfmod(TRACKING | dict(conv_for=["gate", "eta", "alpha"]))],
+            mixers=[
+                _selfmod(PLAIN_KEYS | dict(conv_for=["gate", "eta", "alpha", "v"])),
+                _selfmod(TRACKING | dict(conv_for=["gate", "eta", "alpha"])),
+            ],
         ),
+        ChoiceContender("plain keys, long", mixers=[_selfmod(PLAIN_KEYS | LONG), _selfmod(TRACKING | LONG)]),
+        ChoiceContender(
+            "plain keys, adaptive",
+            mixers=[_selfmod(PLAIN_KEYS | LONG | ADAPTIVE), _selfmod(TRACKING | LONG | ADAPTIVE)],
+        ),
+        ChoiceContender("plain keys + window", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "window_attention"}]),
+        ChoiceContender("plain keys + attention", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "attention"}]),
     ]
     return Choice(contenders=contenders, seeds=[0, 1, 2])
 

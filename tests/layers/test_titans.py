@@ -58,6 +58,11 @@ SETTINGS = {
     "qkv_conv_static": dict(qkv_conv=4, conv_for="gates", adaptive=(), normalize_values=False),
     "qkv_conv_some": dict(qkv_conv=2, adaptive=("v", "q", "alpha"), conv_for=("eta", "gate", "x")),
     "conv_for_gates": dict(conv_for="gates", erase_gate=True),
+    "projection_rate": dict(projection_rate=0.3),
+    "projection_rate_static_gates": dict(
+        projection_rate=0.1, adaptive=("k", "v"), architecture="linear", objective="dot", self_targets=False,
+        rate="gate", step="layer", erase_gate=True, erase_range=2.0, tied_write=False, momentum=False, qkv_conv=4,
+    ),
     "inner_skip": dict(skip="inner", first_rate=0.1),
     "inner_skip_all": dict(
         skip="inner", first_rate=0.02, adaptive=(), objective="dot", self_targets=False, rate="gate", step="layer",

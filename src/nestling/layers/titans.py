@@ -55,6 +55,8 @@ class SelfModifyingTitans(nn.Module):
         self.mu_bias = nn.Parameter(torch.empty(num_heads)) if config.momentum else None
         self.erase_bias = nn.Parameter(torch.empty(num_heads)) if config.erase_gate else None
         self.log_first_rate = nn.Parameter(torch.empty(num_heads)) if config.first_rate is not None else None
+        adapts = config.projection_rate is not None
+        self.log_projection_rate = nn.Parameter(torch.empty(num_heads)) if adapts else None
         # initial states: what every sequence starts from, learned by the outer loop
         self.initial = nn.ModuleList(
             nn.ParameterList(torch.empty(len(g.names), num_heads, *shape) for shape in g.architecture.shapes())
@@ -87,6 +89,8 @@ class SelfModifyingTitans(nn.Module):
             nn.init.zeros_(self.erase_bias)
         if self.log_first_rate is not None:
             nn.init.constant_(self.log_first_rate, math.log(self.config.first_rate))
+        if self.log_projection_rate is not None:
+            nn.init.constant_(self.log_projection_rate, math.log(self.config.projection_rate))
         for group, weights in zip(self.groups, self.initial, strict=True):
             for weight, std in zip(weights, group.architecture.initial(), strict=True):
                 nn.init.normal_(weight, std=std)
@@ -229,6 +233,10 @@ class SelfModifyingTitans(nn.Module):
         """A factor on the step of the main memory's first layer, [H, 1]; None is 1."""
         return None if self.log_first_rate is None else state_dtype(self.log_first_rate).exp()[:, None]
 
+    def projection_rate(self) -> Tensor | float:
+        """A factor on the eta of all memories but the main one, [H, 1]."""
+        return 1.0 if self.log_projection_rate is None else state_dtype(self.log_projection_rate).exp()[:, None]
+
     @torch.no_grad()
     def inspect(self, x: Tensor, state: TitansState | None = None) -> dict[str, Tensor]:
         """The main memory over a text: inner loss, eta, step, decay, momentum, weight norm, each [B, H, T]."""
@@ -256,7 +264,8 @@ def _plan(config: TitansConfig) -> tuple[MemoryGroup, ...]:
     gates = tuple(name for name in ("eta", "alpha") if name in config.adaptive)
     groups = []
     alone = config.main_chunk_size != config.chunk_size or main != full
-    if projections and (alone or config.erase_gate or config.first_rate is not None):
+    apart = config.erase_gate or config.first_rate is not None or config.projection_rate is not None
+    if projections and (alone or apart):
         groups.append(MemoryGroup(projections, full, config.chunk_size))
         projections = ()
     groups.append(MemoryGroup((*projections, "memory"), main, config.main_chunk_size))

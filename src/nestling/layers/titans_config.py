@@ -79,6 +79,9 @@ class TitansConfig:
     are taken at the same weights and add up."""
     first_rate: float | None = None
     """A learned factor, from this value, on the step of a deep main memory's first layer; None for none."""
+    projection_rate: float | None = None
+    """A learned factor, from this value, on the eta of all memories but the main one; None for none. A small one lets
+    the layer begin as one of static projections."""
     initial_scale: float = 1.0
     """A factor on the main memory's initial weights, of a deep one's last layer: at 1 they drown what is written."""
     retain: str = "initial"
@@ -161,8 +164,10 @@ class TitansConfig:
         for name in ("norm_limit", "initial_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
-        if self.first_rate is not None and not self.first_rate > 0:
-            raise ValueError(f"first_rate must be positive, or None; got {self.first_rate!r}")
+        for name in ("first_rate", "projection_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, or None; got {value!r}")
         if not self.initial_scale >= 0:
             raise ValueError(f"initial_scale must not be negative; got {self.initial_scale!r}")
         if self.head_dim is None and self.dim % self.num_heads:
@@ -205,6 +210,8 @@ class TitansConfig:
             raise ValueError(f'adaptive holds "eta", which needs a rate from the data; got rate={self.rate!r}')
         if "alpha" in self.adaptive and self.decay != "learned":
             raise ValueError(f'adaptive holds "alpha", which needs decay="learned"; got {self.decay!r}')
+        if self.projection_rate is not None and not self.adaptive:
+            raise ValueError("projection_rate is of memories that project: adaptive is empty, leave it None")
         numbers = [name for name in ("eta", "alpha") if name in self.adaptive]
         if numbers and not self.self_targets:
             raise ValueError(

@@ -158,10 +158,12 @@ def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Te
 
         before = main.now
         for memory in memories.values():
-            own = ()
+            own, rate = (), eta
             if memory is main:
                 own = gate_t, 1.0 if layer.log_first_rate is None else torch.exp(layer.log_first_rate)
-            memory.write(layer.rule, k, v, eta, alpha, mu, *own)  # NL Eq. 88
+            elif layer.log_projection_rate is not None:
+                rate = eta * torch.exp(layer.log_projection_rate)
+            memory.write(layer.rule, k, v, rate, alpha, mu, *own)  # NL Eq. 88
         weights = {"before": before, "after": main.now, "chunk": main.start}[config.read]
         out.append(main(weights, q))  # NL Eq. 86
     y = torch.stack(out, 1)  # [B, T, H, p]

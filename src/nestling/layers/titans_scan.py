@@ -92,7 +92,10 @@ class MemoryScan:
             running = main and self.layer.config.read != "chunk"
             if main and not running:
                 y = forward(group.architecture, tuple(w[-1] for w in fast.start), q)
-            own = context._replace(erase=gates.erase, first_rate=self.layer.first_rate()) if main else context
+            if main:
+                own = context._replace(erase=gates.erase, first_rate=self.layer.first_rate())
+            else:
+                own = context._replace(rate=gates.eta * self.layer.projection_rate())
             new, reads, figures = self.advance(
                 group, fast, own, segment.fresh[i], q if running else None, self.anchors[i]
             )

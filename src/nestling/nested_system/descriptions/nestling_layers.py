@@ -51,7 +51,7 @@ def self_modifying_titans(module: SelfModifyingTitans, place: Place) -> Parts:
             "convolution", (f"path_convs.{name}",), retrieval="y = silu(w ∗ x)", name=f"conv of {name}",
             macs=module.path_convs[name].numel(), keys="the last tokens",
         )  # fmt: skip
-    names = ("eta_bias", "alpha_bias", "mu_bias", "erase_bias", "log_first_rate")
+    names = ("eta_bias", "alpha_bias", "mu_bias", "erase_bias", "log_first_rate", "log_projection_rate")
     biases = tuple(n for n in names if getattr(module, n) is not None)
     if biases:
         yield place.weights(
