@@ -36,6 +36,7 @@ TRACKING = DELTA | dict(
 # of the first of two layers: key, value and erase see single tokens
 PLAIN_KEYS = TRACKING | dict(qkv_conv=0)
 LONG = dict(horizon=[4096.0, 65536.0], conv_for=["gate", "eta", "alpha"])
+TIED = dict(tied_write=True, horizon=[4096.0, 65536.0])
 # k and v are memories whose rate begins near zero: the layer begins as the static one
 ADAPTIVE = dict(adaptive=["k", "v"], projection_rate=0.02, retain="initial")
 
@@ -64,6 +65,13 @@ def defaults() -> Choice:
             "plain keys, adaptive",
             mixers=[_selfmod(PLAIN_KEYS | LONG | ADAPTIVE), _selfmod(TRACKING | LONG | ADAPTIVE)],
         ),
+        ChoiceContender("tied", options=TRACKING | TIED),
+        ChoiceContender("tied, adaptive", options=TRACKING | TIED | ADAPTIVE),
+        ChoiceContender("tied + window", mixers=[_selfmod(TRACKING | TIED), {"mixer": "window_attention"}]),
+        ChoiceContender("window + tied", mixers=[{"mixer": "window_attention"}, _selfmod(TRACKING | TIED)]),
+        ChoiceContender("plain tied + window", mixers=[_selfmod(PLAIN_KEYS | TIED), {"mixer": "window_attention"}]),
+        ChoiceContender("tied, plain tied", mixers=[_selfmod(TRACKING | TIED), _selfmod(PLAIN_KEYS | TIED)]),
+        ChoiceContender("plain tied, tied", mixers=[_selfmod(PLAIN_KEYS | TIED), _selfmod(TRACKING | TIED)]),
         ChoiceContender("plain keys + window", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "window_attention"}]),
         ChoiceContender("plain keys + attention", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "attention"}]),
     ]
