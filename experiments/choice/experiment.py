@@ -37,6 +37,7 @@ TRACKING = DELTA | dict(
 PLAIN_KEYS = TRACKING | dict(qkv_conv=0)
 LONG = dict(horizon=[4096.0, 65536.0], conv_for=["gate", "eta", "alpha"])
 TIED = dict(tied_write=True, horizon=[4096.0, 65536.0])
+BY_TOKEN = PLAIN_KEYS | LONG | TIED
 # k and v are memories whose rate begins near zero: the layer begins as the static one
 ADAPTIVE = dict(adaptive=["k", "v"], projection_rate=0.02, retain="initial")
 
@@ -72,6 +73,9 @@ def defaults() -> Choice:
         ChoiceContender("plain tied + window", mixers=[_selfmod(PLAIN_KEYS | TIED), {"mixer": "window_attention"}]),
         ChoiceContender("tied, plain tied", mixers=[_selfmod(TRACKING | TIED), _selfmod(PLAIN_KEYS | TIED)]),
         ChoiceContender("plain tied, tied", mixers=[_selfmod(PLAIN_KEYS | TIED), _selfmod(TRACKING | TIED)]),
+        ChoiceContender("tracking, token", mixers=[_selfmod(TRACKING), _selfmod(BY_TOKEN)]),
+        ChoiceContender("token, tracking", mixers=[_selfmod(BY_TOKEN), _selfmod(TRACKING)]),
+        ChoiceContender("window + token", mixers=[{"mixer": "window_attention"}, _selfmod(BY_TOKEN)]),
         ChoiceContender("plain keys + window", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "window_attention"}]),
         ChoiceContender("plain keys + attention", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "attention"}]),
     ]
