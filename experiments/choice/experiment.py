@@ -38,6 +38,7 @@ PLAIN_KEYS = TRACKING | dict(qkv_conv=0)
 LONG = dict(horizon=[4096.0, 65536.0], conv_for=["gate", "eta", "alpha"])
 TIED = dict(tied_write=True, horizon=[4096.0, 65536.0])
 BY_TOKEN = PLAIN_KEYS | LONG | TIED
+SHORT, UNIFORM = dict(horizon=[128.0, 2048.0]), dict(conv_init="uniform")
 # k and v are memories whose rate begins near zero: the layer begins as the static one
 ADAPTIVE = dict(adaptive=["k", "v"], projection_rate=0.02, retain="initial")
 
@@ -76,6 +77,9 @@ def defaults() -> Choice:
         ChoiceContender("tracking, token", mixers=[_selfmod(TRACKING), _selfmod(BY_TOKEN)]),
         ChoiceContender("token, tracking", mixers=[_selfmod(BY_TOKEN), _selfmod(TRACKING)]),
         ChoiceContender("window + token", mixers=[{"mixer": "window_attention"}, _selfmod(BY_TOKEN)]),
+        ChoiceContender("tracking, short", options=TRACKING | SHORT),
+        ChoiceContender("tracking, uniform", options=TRACKING | UNIFORM),
+        ChoiceContender("tracking, short, uniform", options=TRACKING | SHORT | UNIFORM),
         ChoiceContender("plain keys + window", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "window_attention"}]),
         ChoiceContender("plain keys + attention", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "attention"}]),
     ]
