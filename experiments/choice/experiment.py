@@ -67,21 +67,12 @@ def defaults() -> Choice:
             "plain keys, adaptive",
             mixers=[_selfmod(PLAIN_KEYS | LONG | ADAPTIVE), _selfmod(TRACKING | LONG | ADAPTIVE)],
         ),
-        ChoiceContender("tied", options=TRACKING | TIED),
-        ChoiceContender("tied, adaptive", options=TRACKING | TIED | ADAPTIVE),
         ChoiceContender("tied + window", mixers=[_selfmod(TRACKING | TIED), {"mixer": "window_attention"}]),
-        ChoiceContender("window + tied", mixers=[{"mixer": "window_attention"}, _selfmod(TRACKING | TIED)]),
-        ChoiceContender("plain tied + window", mixers=[_selfmod(PLAIN_KEYS | TIED), {"mixer": "window_attention"}]),
-        ChoiceContender("tied, plain tied", mixers=[_selfmod(TRACKING | TIED), _selfmod(PLAIN_KEYS | TIED)]),
-        ChoiceContender("plain tied, tied", mixers=[_selfmod(PLAIN_KEYS | TIED), _selfmod(TRACKING | TIED)]),
-        ChoiceContender("tracking, token", mixers=[_selfmod(TRACKING), _selfmod(BY_TOKEN)]),
         ChoiceContender("token, tracking", mixers=[_selfmod(BY_TOKEN), _selfmod(TRACKING)]),
-        ChoiceContender("window + token", mixers=[{"mixer": "window_attention"}, _selfmod(BY_TOKEN)]),
         ChoiceContender("tracking, short", options=TRACKING | SHORT),
         ChoiceContender("tracking, uniform", options=TRACKING | UNIFORM),
         ChoiceContender("tracking, short, uniform", options=TRACKING | SHORT | UNIFORM),
         ChoiceContender("plain keys + window", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "window_attention"}]),
-        ChoiceContender("plain keys + attention", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "attention"}]),
     ]
     return Choice(contenders=contenders, seeds=[0, 1, 2])
 
@@ -102,6 +93,5 @@ def plan(settings: Choice, contenders: list[ChoiceContender], row: Row) -> list[
         for seed in settings.seeds
         for contender in contenders
         for task in settings.tasks
-        if seed in (settings.seeds if contender.seeds is None else contender.seeds)
-        and task in (settings.tasks if contender.tasks is None else contender.tasks)
+        if not contender.runs or seed in contender.runs.get(task, [])
     ]

@@ -34,7 +34,7 @@ Draw = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]  # sequences
 
 @dataclass
 class ChoiceContender(Contender):
-    """A sequence layer with its options, or a pattern of them; None of `tasks` and `seeds`: the experiment's.
+    """A sequence layer with its options, or a pattern of them; `runs`: the seeds of each task, {} is all of them.
 
     The width of the MLPs is set on text only, for equal parameters.
     """
@@ -43,8 +43,7 @@ class ChoiceContender(Contender):
     options: dict[str, Any] = field(default_factory=dict)
     mixers: list[dict[str, Any]] = field(default_factory=list)
     head_size: int = 64
-    tasks: list[str] | None = None
-    seeds: list[int] | None = None
+    runs: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,7 +78,7 @@ class Choice(Study):
     windows: int = 128  # of the held-out text
 
     def smoke(self) -> Choice:
-        few = [asdict(c) | {"head_size": 16, "seeds": None} for c in self.contenders]
+        few = [asdict(c) | {"head_size": 16, "runs": {}} for c in self.contenders]
         return self.changed(
             contenders=few, tasks=["parity", "recall", "text 3"], width=16, text_width=32, text_parameters=60_000,
             batch_size=4, tested=4, parity_steps=3, recall_steps=3, recall_pairs=[2, 4], recall_tested=[4],
@@ -120,13 +119,11 @@ class ChoiceWork(StudyWork):
 
     def fingerprint(self, job: ChoiceJob) -> str:
         contender = asdict(self.settings.contender(job.contender))
-        for name in ("tasks", "seeds"):
-            contender.pop(name)
+        contender.pop("runs")
         text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def run(self, job: ChoiceJob, progress: Progress | None) -> dict[str, Any]:
-        torch.manual_seed(job.seed)
         contender = self.settings.contender(job.contender)
         kind, *steps = job.task.split()
         if kind == "text":
@@ -185,6 +182,7 @@ def run_drawn(
     settings: Choice, contender: ChoiceContender, kind: str, seed: int, progress: Progress | None
 ) -> dict[str, Any]:
     """Parity or recall: accuracy by length or by pairs."""
+    torch.manual_seed(seed)
     model = HopeForCausalLM(small_config(settings, contender, kind))
     steps = getattr(settings, f"{kind}_steps")
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)

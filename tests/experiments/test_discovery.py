@@ -29,6 +29,7 @@ DATA = {
     "cost": CORPUS, "quality": CORPUS, "stability": CORPUS, "language": CORPUS,
     "vision": "9186ed07dbbc", "m3": "9186ed07dbbc",
     "domains": ",".join(SIZES), "frequencies": ", ".join(SIZES), "knowledge": SIZES[3],
+    "choice": "8e722667726f2363-77a938d4c9bb4bab",
     "translation": "galela 846809,uma 778732",
 }  # fmt: skip
 # contenders that have not run on every stream, as the experiment's page says

@@ -58,6 +58,8 @@ def build(**options):
         (dict(skip="inner", expansion=2), "expansion must be 1"),
         (dict(first_rate=0.0), "first_rate"),
         (dict(first_rate=0.1, architecture="linear"), "first_rate=0.1 is of a deep"),
+        (dict(projection_rate=0.0), "projection_rate"),
+        (dict(projection_rate=0.1, adaptive=()), "projection_rate is of memories that project"),
         (dict(initial_scale=-1.0), "initial_scale"),
         (dict(qkv_conv=-1), "qkv_conv"),
         (dict(conv_init="first"), "conv_init"),

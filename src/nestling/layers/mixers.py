@@ -39,6 +39,23 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
         SelfModifyingTitans,
         dict(_DELTA, gated_erase=True, qkv_conv=4, conv_for="gates", initial_scale=0.1),
     ),
+    # the same with an erase gate of range 2, a write gate of its own, decays that keep and convolutions that begin near
+    # the identity: it recalls pairs and keeps count modulo two; language wants other convolutions (experiment `choice`)
+    "gated_deltanet_tracking": (
+        SelfModifyingTitans,
+        dict(
+            _DELTA,
+            qkv_conv=4,
+            conv_for="gates",
+            conv_init="last",
+            initial_scale=0.1,
+            erase_gate=True,
+            erase_range=2.0,
+            tied_write=False,
+            rate="gate",
+            horizon=(1024.0, 16384.0),
+        ),
+    ),
     # gradient descent on the reconstruction of v by an MLP, no momentum, no decay
     "ttt": (SelfModifyingTitans, dict(_DESCENT, decay="none")),
     # the same with momentum and decay, deep and linear
