@@ -17,11 +17,11 @@ SIZES = [9, 1, 11]
 def build(kind, make):
     torch.manual_seed(0)
     if kind.startswith("stacked"):
-        model = stack_levels(make(), [Level(4, lr=0.5), Level(8, lr=0.25)])
+        model = stack_levels(make(num_hidden_layers=2), [Level(4, lr=0.5), Level(8, lr=0.25)])
     else:
         levels = [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": None}] if "levels" in kind else None
-        sizes = dict(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        config = HopeConfig(**sizes, cms_levels=levels)
+        sizes = dict(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        config = HopeConfig(**sizes, cms_levels=levels, mixer="attention" if levels else "selfmod")
         model = HopeForCausalLM(config).double().eval()
     model.learning = "off" not in kind
     return model

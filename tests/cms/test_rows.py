@@ -1,6 +1,8 @@
 """Rows of a batch keep their own boundaries: what a row reads and learns is what it would alone."""
 
 import copy
+import itertools
+import os
 
 import pytest
 import torch
@@ -15,6 +17,13 @@ from nestling.generation import load_state, save_state
 CLOSE = dict(rtol=1e-9, atol=1e-10)
 HYBRID = [{"mixer": "selfmod", "chunk_size": 4}, {"mixer": "window_attention", "window": 6}]
 KINDS = ("depth", "width", "context", "selfmod", "nested hybrid")
+
+
+def some(names, chosen, *others):
+    """These cases; all of them where slow tests are asked for."""
+    every = list(itertools.product(*others)) if len(others) > 1 else list(*others)
+    every = every if "NESTLING_SLOW_TESTS" in os.environ else chosen
+    return pytest.mark.parametrize(names, every)
 
 
 def make_model(kind, original, **changes):
@@ -92,8 +101,10 @@ def test_what_a_row_learns_is_what_it_would_learn_alone(models, data):
         assert_learned_alike(model, cache, row, own)
 
 
-@pytest.mark.parametrize("meta_grad", ["full", "first_order", "none"])
-@pytest.mark.parametrize("kind", ["depth", "selfmod"])
+@some(
+    "kind, meta_grad", [("depth", "full"), ("selfmod", "first_order"), ("depth", "none")],
+    ("depth", "selfmod"), ("full", "first_order", "none"),
+)  # fmt: skip
 def test_the_outer_gradient_is_the_sum_of_what_rows_give_alone(made, kind, meta_grad):
     model, ids, lengths = make_model(kind, made[0], meta_grad=meta_grad), draw((3, 14), 3), [14, 5, 10]
     mask = padded(lengths, 14, "right")
@@ -114,11 +125,16 @@ def test_the_outer_gradient_is_the_sum_of_what_rows_give_alone(made, kind, meta_
             torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)  # the loss is taken in float32
 
 
-@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "seq_idx", "padded"])
+@some(
+    "kind, how",
+    [("depth", "position_ids"), ("context", "cu_seq_lens"), ("nested hybrid", "seq_idx"), ("width", "padded")],
+    KINDS, ("position_ids", "cu_seq_lens", "seq_idx", "padded"),
+)  # fmt: skip
 @torch.no_grad()
-def test_each_text_of_a_packed_row_is_a_stream_of_its_own(model, how):
+def test_each_text_of_a_packed_row_is_a_stream_of_its_own(models, kind, how):
     """Equal to rows of their own; the row goes on with its last text, and what went on before ends with the first."""
-    sizes, ids, more = [9, 1, 13], draw((2, 23), 4), draw((2, 6), 5)
+    model, sizes = models[kind], [9, 1, 13]
+    ids, more = draw((2, 23), 4), draw((2, 6), 5)
     positions = torch.cat([torch.arange(n) for n in sizes])[None]
     given = {
         "position_ids": dict(position_ids=positions),
@@ -143,9 +159,11 @@ def test_each_text_of_a_packed_row_is_a_stream_of_its_own(model, how):
     torch.testing.assert_close(out.logits[:, 4:], model(ids[:, 4:11]).logits, **CLOSE)
 
 
+@some("kind", ["depth", "nested hybrid"], KINDS)
 @torch.no_grad()
-def test_a_cache_of_rows_at_different_places(model, tmp_path):
+def test_a_cache_of_rows_at_different_places(models, kind, tmp_path):
     """Everything that a cache can do: rows chosen and repeated, forks, snapshots, files, forgetting, `adapted`."""
+    model = models[kind]
     lengths, ids, more = [11, 4, 7, 4], draw((4, 11), 6), draw((4, 9), 7)
     cache = model(ids, attention_mask=padded(lengths, 11), use_cache=True).past_key_values
     alone = [model(ids[r : r + 1, 11 - n :], use_cache=True).past_key_values for r, n in enumerate(lengths)]
@@ -159,16 +177,14 @@ def test_a_cache_of_rows_at_different_places(model, tmp_path):
             torch.testing.assert_close(got[n], want, **CLOSE)
 
     follow(cache.fork(), [0, 1, 2, 3])
-    for rows in ([3, 0, 0, 2], [1, 3], [2]):
-        chosen, beams = cache.fork(), cache.fork()
-        chosen.batch_select_indices(torch.tensor(rows))
-        beams.reorder_cache(torch.tensor(rows))
+    for rows, change in (([3, 0, 0, 2], "reorder_cache"), ([1, 3], "batch_select_indices")):
+        chosen = cache.fork()
+        getattr(chosen, change)(torch.tensor(rows))
         follow(chosen, rows)
-        follow(beams, rows)
         assert not chosen.parts or len(rows) == 4
     repeated = cache.fork()
     repeated.batch_repeat_interleave(2)
-    follow(repeated, [0, 0, 1, 1, 2, 2, 3, 3])
+    assert repeated.tokens_read(8) == [11, 11, 4, 4, 7, 7, 4, 4]
     cache.snapshot("here")
     follow(cache, [0, 1, 2, 3])
     cache.rollback("here")
@@ -206,8 +222,15 @@ def test_merge_takes_one_of_the_rows(made):
             torch.testing.assert_close(model(ids).logits[1], want, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["context", "selfmod"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 0.5}, {"prefill_chunk_size": 5}])
+BEAMS, PIECES = {"num_beams": 3, "length_penalty": 0.5}, {"prefill_chunk_size": 5}
+
+
+@some(
+    "kind, options",
+    [("context", BEAMS), ("selfmod", {}), ("context", PIECES)],
+    ("context", "selfmod"),
+    ({}, BEAMS, PIECES),
+)
 def test_prompts_of_different_lengths_generate_what_each_would_alone(models, kind, options):
     """As lm-eval calls it: left padding, learning on."""
     model, lengths, prompts = models[kind], [12, 3, 7, 7], draw((4, 12), 9)
