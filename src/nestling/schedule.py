@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-OPTIMIZERS = ("gd", "momentum", "adamw", "dgd", "m3")
+OPTIMIZERS = ("gd", "momentum", "adamw", "dgd", "m3", "spectral")
 SIGNALS = ("gradient", "loss")
 
 
@@ -22,13 +22,19 @@ class Level:
         lr: step size of the updates inside a context; 0 freezes the level. A slow level's outer step takes the outer
             optimiser's learning rate.
         optimizer: the rule of the updates inside a context, on the mean next-token loss of the level's chunk: "gd",
-            plain gradient descent, "momentum", "adamw", "dgd" (Delta Gradient Descent) or "m3".
-        momentum: of the optimiser's average of gradients (not for "gd" and "dgd").
+            plain gradient descent, "momentum", "adamw", "dgd" (Delta Gradient Descent), "m3" or "spectral".
+            "spectral" is steepest descent under the spectral norm, Muon without its momentum: the gradient with all its
+            singular values made 1, times lr, times the root mean square of the singular values of the layer's weights.
+            So lr is the part of the weights that a step changes, on every model, and nothing is remembered.
+        momentum: of the optimiser's average of gradients (not for "gd", "dgd" and "spectral").
         clip: largest norm of a stream's gradient at an update, None for any.
         decay: part of what was learned in the context that each update forgets, in [0, 1].
         erase: "dgd" only: how much of what was learned in the context is erased along the inputs of the chunk.
         surprise: None updates at every boundary. A share in (0, 1) makes the level adaptive: it updates at about that
             share of its boundaries, those at which it is most surprised, and at the latest after 4 / surprise of them.
+        rank: None learns a dense difference of each layer. A number keeps it as two factors, D = B A: A has that many
+            orthonormal rows, drawn once and the same for every stream, and B, zero at first, is learned. A step of "gd"
+            or "dgd" is the dense one, projected on these rows.
         signal: what surprise is measured by, against its running mean: the norm of the "gradient" since the last
             update, or the "loss" of the chunk.
 
@@ -45,6 +51,7 @@ class Level:
     erase: float = 1.0
     surprise: float | None = None
     signal: str = "gradient"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         size = self.chunk_size
@@ -70,6 +77,8 @@ class Level:
             raise ValueError(f"erase must be finite and not negative; got {self.erase}")
         if self.surprise is not None and not 0 < self.surprise < 1:
             raise ValueError(f"surprise is a share of the boundaries in (0, 1), or None for all; got {self.surprise}")
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank must be a positive whole number, or None for a dense difference; got {self.rank!r}")
         if self.signal not in SIGNALS:
             raise ValueError(f"signal must be one of {', '.join(SIGNALS)}; got {self.signal!r}")
 

@@ -109,3 +109,40 @@ def test_stacked_weights_stay_as_they_were(call, folder, short, tmp_path):
     assert call("learn", folder, short, "--state", tmp_path / "s").exit_code == 0
     assert (folder / "model.safetensors").read_bytes() == before
     assert torch.is_grad_enabled()
+
+
+def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path):
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128, eos_token_id=257, bos_token_id=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    made = json.loads(call("convert", tmp_path / "plain", tmp_path / "out", "--json").stdout)
+    assert made["levels"][0]["rank"] == 16 and made["levels"][0]["optimizer"] == "spectral"
+    read = json.loads(call("learn", tmp_path / "out", short, "--json", "--quiet").stdout)
+    assert read["state_bytes"] == made["state_bytes"] and read["state"] == str(tmp_path / "out.state")
+    document = read["documents"][0]
+    assert document["after"]["bits_per_byte"] < document["before"]["bits_per_byte"]
+    before = (tmp_path / "out.state").read_bytes()
+    found = json.loads(call("ask", tmp_path / "out", "who sat?", "-n", 5, "--json").stdout)
+    assert 0 < found["confidence"] <= 1 and 0 < found["without_levels"] < found["confidence"]
+    assert (tmp_path / "out.state").read_bytes() == before
+    assert "question is empty" in call("ask", tmp_path / "out", " ").stderr
+    assert "no levels" in call("ask", tmp_path / "plain", "who?", "--state", tmp_path / "out.state").stderr
+
+
+def test_a_forgotten_context_leaves_what_levels_learned(call, folder, short, tmp_path):
+    state = tmp_path / "my.state"
+    assert call("learn", folder, short, "--state", state, "--quiet").exit_code == 0
+    kept = state.read_bytes()
+    options = ["-p", "the", "-n", 5, "--greedy", "--json"]
+    texts = []
+    for extra in ([], ["--forget-context"]):
+        state.write_bytes(kept)
+        result = call("generate", folder, *options, "--state", state, *extra)
+        assert result.exit_code == 0, result.stderr
+        texts.append(json.loads(result.stdout)["results"][0]["text"])
+    assert all(texts)
+    assert "--state" in call("generate", folder, *options, "--forget-context").stderr

@@ -21,7 +21,8 @@ def main(
             "--level",
             "-l",
             metavar="CHUNK[,NAME=VALUE...]",
-            help="A level, fastest first: its chunk size in tokens and options (lr, optimizer, momentum, clip, decay).",
+            help="A level, fastest first: its chunk size in tokens and options (lr, optimizer, rank, clip, decay) "
+            "[one that is safe without a search].",
         ),
     ] = None,
     placement: Annotated[
@@ -43,6 +44,9 @@ def main(
 
     [bold]Examples[/bold]
 
+    One level of low rank over the MLPs of all blocks, a few megabytes for each text:
+      nestling convert SmolLM2-135M runs/smol
+
     Two levels over the MLPs of the last four blocks:
       nestling convert SmolLM2-135M runs/smol -l 64,lr=0.1 -l 512,lr=0.05 --blocks=-4:
 
@@ -53,26 +57,30 @@ def main(
       nestling generate runs/smol --prompt "..." --state smol.state
     """
     from nestling.cms import stack_levels
+    from nestling.cms.defaults import default_levels
     from nestling.cms.files import save_stacked
     from nestling.cms.pretrained import load_pretrained
+    from nestling.cms.state import shapes
     from nestling.utils.locks import sole_writer
 
-    if not level:
-        raise ValueError("name at least one --level, e.g. --level 64,lr=0.1")
-    levels = [_level(text) for text in level]
+    levels = [_level(text) for text in level or ()]
+    if not levels and placement != "depth":
+        raise ValueError(f"--placement {placement} has no default levels: name them with --level, e.g. -l 64,lr=0.1")
     with sole_writer(out):
         if out.exists():
             raise ValueError(f"{out} exists already: choose another folder, or remove it first")
     loaded, tokenizer = load_pretrained(model)
     chosen = None if blocks is None else _blocks(blocks, loaded.config.num_hidden_layers)
-    stacked = stack_levels(loaded, levels, placement, blocks=chosen, width=width, variant=variant)
+    stacked = stack_levels(
+        loaded, levels or default_levels(loaded.config), placement, blocks=chosen, width=width, variant=variant
+    )
     save_stacked(stacked, out, tokenizer)
     made = {
         "folder": str(out),
         "parameters": sum(p.numel() for p in stacked.parameters()),
         "state_bytes": stacked.state_bytes(),
         "levels": [
-            {**settings.to_dict(), "weights": sum(m.weight.numel() for m in modules)}
+            {**settings.to_dict(), "weights": sum(o * i for o, i in shapes(settings, modules))}
             for settings, modules in zip(stacked.learner.levels, stacked.learner.modules)
         ],
     }

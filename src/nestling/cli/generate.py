@@ -39,6 +39,9 @@ def main(
             parser=a_file, help="Go on from the state in this file if it exists, and write it back at the end."
         ),
     ] = None,
+    forget_context: Annotated[
+        bool, typer.Option("--forget-context", help="Of --state use what the levels learned alone, not what was read.")
+    ] = False,
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Ask for prompts until an empty line.")
     ] = False,
@@ -63,6 +66,7 @@ def main(
     A conversation that is remembered on disk:
       nestling generate runs/book -i --state pip.state
     """
+    from nestling.cms.cache import LevelsCache
     from nestling.generation import Sampling, TextGenerator, load_notes, load_state, save_state
     from nestling.generation.load import load_model
     from nestling.utils.locks import sole_writer
@@ -72,6 +76,8 @@ def main(
         raise ValueError(f"--max-new-tokens must not be negative, not {max_new_tokens}")
     if state is not None and not carry:
         raise ValueError("--state keeps what is carried, so it cannot go with --fresh")
+    if forget_context and state is None:
+        raise ValueError("--forget-context is about a state: name it with --state")
     if interactive and as_json:
         raise ValueError("--interactive cannot go with --json")
     prompts = [readable(text, "--prompt") for text in prompt or ([] if interactive else [""])]
@@ -82,6 +88,10 @@ def main(
     with nullcontext() if state is None else sole_writer(state):
         model, tokenizer = load_model(checkpoint, device)
         resumed, notes = (load_state(state, model), load_notes(state)) if state and state.exists() else (None, None)
+        if forget_context and resumed is not None:
+            if not isinstance(resumed, LevelsCache) or resumed.levels is None:
+                raise ValueError(f"--forget-context leaves what levels learned, and {state} holds nothing of levels")
+            resumed.forget_context()
         written = _Writer(TextGenerator(model, tokenizer, resumed, seed), shown=not as_json, carry=carry)
         texts = []
         for text in chain(prompts, _asked() if interactive else ()):

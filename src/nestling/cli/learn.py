@@ -22,11 +22,12 @@ def main(
     ],
     text: Annotated[list[str], typer.Argument(help="Files or folders, read one after another; - is standard input.")],
     state: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            parser=a_file, help="The file of what it learned: gone on from if it is there, written while reading."
+            parser=a_file,
+            help="The file of what it learned: gone on from if it is there, written while reading [MODEL.state].",
         ),
-    ],
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(help="Tokens after which attention begins anew, 0 for never [2048; a recurrent model: never]."),
@@ -91,6 +92,7 @@ def main(
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, not {threads}")
+    state = model.with_name(f"{model.name}.state") if state is None else state
     with sole_writer(state):
         pass  # another session at the file shows now, not after a model was loaded
     if threads is not None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from threading import Lock
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,11 +22,45 @@ from torch.nn import functional as F
 JOIN = 32  # rows of x from which a second product costs more than a sum of two matrices
 
 
+class Factors(NamedTuple):
+    """A difference of low rank, D = B A: each stream's own weights over r fixed features of the input.
+
+    Attributes:
+        up: B [B, o, r].  down: A [r, i], orthonormal rows.
+    """
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        """D [B, o, i]."""
+        return self.up @ self.down
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """Both in another type."""
+        return Factors(self.up.to(dtype), self.down.to(dtype))
+
+
+Delta = Tensor | Factors  # what a layer of a batch of streams has learned
+
+
+@cache
+def features(rank: int, inputs: int, number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The factor A of the layer with this number: [r, i] with orthonormal rows, drawn once and always the same."""
+    draw = torch.Generator("cpu").manual_seed(number)
+    with torch.inference_mode(False), torch.no_grad():
+        drawn = torch.randn(inputs, rank, generator=draw, dtype=torch.float64, device="cpu")
+        q, r = torch.linalg.qr(drawn)
+        return (q * r.diagonal().sign()).mT.contiguous().to(device, dtype)
+
+
 class Seen(NamedTuple):
     """What Delta Gradient Descent needs of a chunk: sums over its tokens.
 
     Attributes:
-        products: of (D x) x^T, [B, o, i].  norms: of |x|^2, [B].
+        products: of (D x) x^T, [B, o, i]; of factors (D x) z^T, [B, o, r], z = A x.
+        norms: of |x|^2, [B]; of factors of |z|^2.
     """
 
     products: Tensor
@@ -37,12 +72,12 @@ class Applied:
     """What one call gives its layers, and what it asks of them.
 
     Attributes:
-        deltas: difference of each layer [B, o, i], or [1, o, i] for all rows of a batch; None for none.
+        deltas: difference of each layer [B, o, i], or its factors; B = 1 for all rows of a batch; None for none.
         fixed: no gradient reaches the shared weights.
         watched: whether `seen` is taken.
     """
 
-    deltas: Mapping[FastLinear, Tensor | None]
+    deltas: Mapping[FastLinear, Delta | None]
     fixed: bool = False
     watched: bool = False
     seen: dict[FastLinear, Seen] = field(default_factory=dict)
@@ -56,9 +91,9 @@ _OPEN, _LOCK = 0, Lock()
 
 @contextmanager
 def applied(
-    modules: Sequence[FastLinear], deltas: Sequence[Tensor | None], *, fixed: bool = False, watched: bool = False
+    modules: Sequence[FastLinear], deltas: Sequence[Delta | None], *, fixed: bool = False, watched: bool = False
 ) -> Iterator[Applied]:
-    """Inside, in this thread or task, the modules use these differences, [B, o, i] each or None.
+    """Inside, in this thread or task, the modules use these differences, [B, o, i] or factors each, or None.
 
     fixed: their shared weights get no gradient.  watched: the call keeps what they have `seen`.
     """
@@ -103,14 +138,19 @@ class FastLinear(nn.Linear):
         weight, delta = self.weight.detach() if call.fixed else self.weight, call.deltas[self]
         if delta is None:
             return F.linear(x, weight, self.bias)
-        if delta.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{delta.shape[0]} streams were read, but the input has {x.shape[0]} rows")
+        factors = delta if isinstance(delta, Factors) else None
+        streams = delta.shape[0] if factors is None else factors.up.shape[0]
+        if streams not in (1, x.shape[0]):
+            raise ValueError(f"{streams} streams were read, but the input has {x.shape[0]} rows")
         # squeeze(0), whose gradient is a view: that of [0] fills a matrix with zeros first
-        if not call.watched and _joins(x, weight, delta):
+        if factors is None and not call.watched and _joins(x, weight, delta):
             return F.linear(x, weight + delta.squeeze(0), self.bias)
-        y, small = F.linear(x, weight, self.bias), delta.to(x.dtype)
+        y = F.linear(x, weight, self.bias)
+        if factors is not None:
+            x, delta = F.linear(x, factors.down.to(x.dtype)), factors.up  # a dense one over z = A x
+        small = delta.to(x.dtype)
         # one product for all rows is faster than a batch of products of one
-        learned = F.linear(x, small.squeeze(0)) if delta.shape[0] == 1 else x @ small.transpose(-1, -2)
+        learned = F.linear(x, small.squeeze(0)) if streams == 1 else x @ small.transpose(-1, -2)
         if call.watched:
             a, b = learned.to(delta.dtype), x.to(delta.dtype)
             call.seen[self] = Seen(a.transpose(-1, -2) @ b, b.square().sum((-1, -2)))

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from nestling.ops import orthogonalize
 from nestling.optim.m3 import M3
 from nestling.optim.m3_options import settings_of
 from nestling.optim.multiscale import M3Settings, m3_reference
@@ -61,6 +62,18 @@ def m3(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor], S
     return along, found
 
 
+def spectral(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor], Slots]:
+    """The gradient with its singular values made 1: steepest descent under the spectral norm."""
+    return [orthogonalize(g) for g in grads], slots
+
+
+def mean_singular_value(weight: Tensor) -> Tensor:
+    """The root mean square of a matrix's singular values; 1 for a matrix of zeros, which says nothing of its scale."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    size = torch.linalg.vector_norm(weight) / min(weight.shape) ** 0.5
+    return torch.where(size > 0, size, torch.ones_like(size))
+
+
 @cache
 def m3_settings(shape: torch.Size, beta: float) -> M3Settings:
     """The defaults of `nestling.optim.M3`, the fast momentum apart."""
@@ -74,6 +87,7 @@ OPTIMIZERS: dict[str, tuple[Step, tuple[str, ...]]] = {
     "adamw": (adamw, ("first", "second", "count")),
     "dgd": (gd, ()),  # gradient descent on another objective: see `delta_gradients`
     "m3": (m3, (*M3_SLOTS.values(), "count")),
+    "spectral": (spectral, ()),
 }
 
 
@@ -100,7 +114,7 @@ def begin(level: Level, weights: list[Tensor]) -> Slots:
 
 def update(
     level: Level, deltas: list[Tensor], sums: list[Tensor], slots: Slots, count: Tensor, norms: list[Tensor] = (),
-    due: Tensor | None = None,
+    due: Tensor | None = None, sizes: list[Tensor] = (),
 ) -> tuple[list[Tensor], Slots, Tensor]:  # fmt: skip
     """One step of a level: new deltas and slots, and the norm written for each stream [B] (NaN where it was refused).
 
@@ -110,6 +124,7 @@ def update(
         sums: gradients summed over tokens, [B, o, i] each.  count: tokens of each stream, [B].
         norms: sums of |x|^2 of every weight's inputs, [B] each, for "dgd".
         due: [B] the streams that step, None for all; the others write nothing.
+        sizes: of the weights, `mean_singular_value`, for "spectral".
     """
     if level.optimizer == "dgd":
         sums = delta_gradients(level, sums, [n / count for n in norms])
@@ -125,6 +140,7 @@ def update(
         along, new, rate = sums, slots, per_stream(-level.lr * scale)
     else:
         along, new = OPTIMIZERS[level.optimizer][0](level, [g * per_stream(scale) for g in sums], slots)
+        along = [a * s for a, s in zip(along, sizes, strict=True)] if sizes else along
         rate = per_stream(torch.full_like(scale, -level.lr))
     kept = [(1 - level.decay) * d for d in deltas] if level.decay else deltas
     moved = [torch.addcmul(d, a, rate) for d, a in zip(kept, along, strict=True)]

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from threading import Lock
 
 import torch
@@ -22,8 +23,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling.cms.backbones import Backbone, Layers
-from nestling.cms.fast_linear import FastLinear, Seen, applied
-from nestling.cms.inner_optimizers import begin, per_stream, squares, update
+from nestling.cms.fast_linear import Delta, Factors, FastLinear, Seen, applied, features
+from nestling.cms.inner_optimizers import begin, mean_singular_value, per_stream, squares, update
 from nestling.cms.recompute import filled, recomputed
 from nestling.cms.state import LevelState, StreamState, begin_level, waits
 from nestling.cms.surprise import is_due
@@ -57,6 +58,13 @@ class Learner:
     meta_grad: str = "first_order"
     context: int | None = None
     context_length: int | float = float("inf")
+
+    def __post_init__(self) -> None:
+        for n, (level, modules) in enumerate(zip(self.levels, self.modules)):
+            for m in modules if level.rank else ():
+                if level.rank > min(m.weight.shape):
+                    raise ValueError(f"rank {level.rank} of level {n} is more than a layer of {m.out_features} x "
+                                     f"{m.in_features} has: give it a smaller rank, or None")  # fmt: skip
 
     @property
     def fast(self) -> list[int]:
@@ -155,15 +163,25 @@ class Learner:
                 logits.pop(0)
         return torch.cat(logits, 1), layers, state
 
-    def adapted(self, state: StreamState | None) -> tuple[list[FastLinear], list[Tensor | None]]:
+    def adapted(self, state: StreamState | None) -> tuple[list[FastLinear], list[Delta | None]]:
         """The layers of the levels that learn, and what each has learned, None for nothing yet."""
         modules = [m for i in self.fast for m in self.modules[i]]
-        deltas: list[Tensor | None] = []
+        deltas: list[Delta | None] = []
         for i in self.fast:
             level = None if state is None else state.levels[i]
             never = level is None or level.updates == 0
-            deltas += [None] * len(self.modules[i]) if never else level.deltas
+            deltas += [None] * len(self.modules[i]) if never else self.differences(i, level.deltas)
         return modules, deltas
+
+    def differences(self, index: int, learned: Sequence[Tensor]) -> list[Delta]:
+        """What the matrices that a level learned add to its layers' weights: themselves, or B A."""
+        rank = self.levels[index].rank
+        if rank is None:
+            return list(learned)
+        sizes = [m.in_features for m in self.modules[index]]
+        return [
+            Factors(b, features(rank, size, n, b.dtype, b.device)) for n, (b, size) in enumerate(zip(learned, sizes))
+        ]
 
     def _piece(self, position: int) -> int:
         """Tokens to run below at once: whole chunks, up to where the sequence layers begin anew."""
@@ -216,8 +234,9 @@ class Learner:
             # each chunk sees weights of its own: the gradient must not go back through what earlier chunks left behind
             held = [d for s in levels for d in s.deltas]
             used = [d.view_as(d) if graph and d.requires_grad else d.detach().requires_grad_() for d in held]
-            fixed = outer and self.meta_grad == "none"
-            with applied(modules, used, fixed=fixed, watched=watched) as call, _attention(graph):
+            fixed, parts = outer and self.meta_grad == "none", iter(used)
+            deltas = [d for i in self.fast for d in self.differences(i, [*islice(parts, len(self.modules[i]))])]
+            with applied(modules, deltas, fixed=fixed, watched=watched) as call, _attention(graph):
                 logits = self._above(hidden, layers)
                 seen = [call.seen.get(m) for m in modules]
             targets = torch.cat([tokens[:, 1:], target], 1)
@@ -279,7 +298,9 @@ class Learner:
         if surprise is not None:
             count, size = surprise.tokens, squares(sums).sqrt() / surprise.tokens
             due, surprise = is_due(level, surprise, size if level.signal == "gradient" else loss)
-        deltas, slots, written = update(level, list(state.deltas), sums, state.slots, count, norms, due)
+        deltas, slots, written = update(
+            level, list(state.deltas), sums, state.slots, count, norms, due, self._sizes(index)
+        )
 
         def left(kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             """What stays in a sum: nothing, but for streams that did not step."""
@@ -291,6 +312,11 @@ class Learner:
             tuple(deltas), left(state.sums), slots, written, state.refused + written.isnan(), 0, state.updates + 1,
             left(state.norms), surprise,
         )  # fmt: skip
+
+    def _sizes(self, index: int) -> list[Tensor]:
+        """Of the weights of a level's layers, for rules whose step is relative to them."""
+        relative = self.levels[index].optimizer == "spectral"
+        return [mean_singular_value(m.weight) for m in self.modules[index]] if relative else []
 
     def _nest(self, states: list[LevelState], position: int) -> list[LevelState]:
         """With the nested variant, levels faster than one that was just updated go back to their initial state."""

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from nestling.cms.apart import read_apart
 from nestling.cms.arguments import check_ids, check_options, scoring
 from nestling.cms.cache import LevelsCache, fill
-from nestling.cms.fast_linear import FastLinear, applied
+from nestling.cms.fast_linear import Factors, FastLinear, applied
 from nestling.cms.learner import Learner
 from nestling.cms.rows import rows_of
-from nestling.cms.state import level_bytes
+from nestling.cms.state import level_bytes, shapes
 
 # the models that this thread or task uses as they have become
 _ADAPTED: ContextVar[tuple[LearningMixin, ...]] = ContextVar("adapted", default=())
@@ -160,7 +160,7 @@ class LearningMixin:
         """Raise ValueError unless what is in a cache was learned by levels of this model's kind and sizes."""
         if not isinstance(cache, LevelsCache):
             raise TypeError(f"expected the cache that reading with this model returned; got {type(cache).__name__}")
-        ours = [[tuple(m.weight.shape) for m in modules] for modules in self.learner.modules]
+        ours = [shapes(level, modules) for level, modules in zip(self.learner.levels, self.learner.modules)]
         for _, part in cache.places():
             if (state := part.levels) is None:
                 continue
@@ -236,6 +236,8 @@ def merge(model: LearningMixin, cache: LevelsCache, *, stream: int = 0, levels: 
     state = cache.taken([stream]).levels
     for i in chosen if state is not None else ():
         if state.levels[i] is not None:
-            for module, delta in zip(model.learner.modules[i], state.levels[i].deltas, strict=True):
-                module.weight.copy_(module.weight.to(delta.dtype) + delta[0])
+            own = model.learner.differences(i, state.levels[i].deltas)
+            for module, delta in zip(model.learner.modules[i], own, strict=True):
+                delta = delta.product[0] if isinstance(delta, Factors) else delta[0]
+                module.weight.copy_(module.weight.to(delta.dtype) + delta)
     cache.reset(chosen)

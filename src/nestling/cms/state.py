@@ -21,7 +21,7 @@ class LevelState:
     """One level of a batch of streams; tensors are replaced, never written into, so a copy of the state is free.
 
     Attributes:
-        deltas: difference from the shared weights, [B, o, i] for each linear layer.
+        deltas: difference from the shared weights, [B, o, i] for each linear layer; of a rank its factor [B, o, r].
         sums: gradients of the summed loss since the last update; empty for a level that never has to wait.
         slots: the inner optimiser's memory.
         written: norm of the last update of each stream [B], NaN where it was refused.
@@ -87,7 +87,7 @@ def waits(level: Level, chunk_size: int) -> bool:
 
 def begin_level(level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int) -> LevelState:
     """A level before its first update, differences of zero; `chunk_size` is the fastest level's."""
-    zeros = tuple(_zeros(m.weight, batch) for m in modules)
+    zeros = tuple(_zeros(m.weight, batch, size) for m, size in zip(modules, shapes(level, modules), strict=True))
     each = zeros[0].new_zeros(batch)
     slow = waits(level, chunk_size)
     norms = tuple(each for _ in zeros) if slow and level.optimizer == "dgd" else ()
@@ -95,6 +95,11 @@ def begin_level(level: Level, modules: Sequence[FastLinear], batch: int, chunk_s
     return LevelState(
         zeros, sums, begin(level, list(zeros)), each, each, norms=norms, surprise=begin_surprise(level, each)
     )
+
+
+def shapes(level: Level, modules: Sequence[FastLinear]) -> list[tuple[int, int]]:
+    """Of the matrices that a level learns for one stream."""
+    return [(m.out_features, m.in_features if level.rank is None else level.rank) for m in modules]
 
 
 def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int) -> int:
@@ -105,7 +110,7 @@ def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, chunk_s
     return StreamState((state,), torch.empty(0), None, None).nbytes
 
 
-def _zeros(weight: Tensor, batch: int) -> Tensor:
+def _zeros(weight: Tensor, batch: int, shape: tuple[int, int]) -> Tensor:
     """float32 or wider: a small step on a bf16 weight would be lost."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros(batch, *weight.shape, dtype=dtype, device=weight.device)
+    return torch.zeros(batch, *shape, dtype=dtype, device=weight.device)

@@ -114,9 +114,8 @@ def load_notes(path: str | Path) -> dict[str, Any] | None:
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of a model's kind and weights: a state means something only to the weights that made it."""
     levels = getattr(model, "learner", None)
-    digest = hashlib.sha256(
-        f"{getattr(model, 'kind', type(model).__name__)}{levels and (levels.levels, levels.variant)}".encode()
-    )
+    rules = f"{levels and (levels.levels, levels.variant)}".replace(", rank=None", "")  # as before there were ranks
+    digest = hashlib.sha256(f"{getattr(model, 'kind', type(model).__name__)}{rules}".encode())
     for name, parameter in sorted(model.state_dict().items()):
         digest.update(f"{name}{list(parameter.shape)}{parameter.dtype}".encode())
         digest.update(_bytes(parameter))
