@@ -26,9 +26,13 @@ def main(
     It answers from what its levels have learned alone: the text itself is out of its sight. With the answer stands how
     sure it is, the mean probability of the answer's tokens, and how sure the model without levels would be of the same.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
-      nestling ask runs/smol --state my.state "Who has the key of shed B?"
+    After nestling learn runs/smol notes/:
+      nestling ask runs/smol "Who has the key of shed B?"
+
+    Of another reader, for a program:
+      nestling ask runs/smol --state my.state --json "Who has the key of shed B?"
     """
     from nestling.cms.learning_model import LearningMixin
     from nestling.generation import load_state
