@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from nestling import HopeConfig, HopeForCausalLM, Level, stack_levels
 from nestling.cms import LevelsCache, learning_model, merge
+from nestling.cms.fast_linear import Factors
 from nestling.generation import load_state, save_state
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)
 HYBRID = [{"mixer": "selfmod", "chunk_size": 4}, {"mixer": "window_attention", "window": 6}]
-KINDS = ("depth", "width", "context", "selfmod", "nested hybrid")
+KINDS = ("depth", "width", "low rank", "context", "selfmod", "nested hybrid")
 
 
 def some(names, chosen, *others):
@@ -31,6 +32,7 @@ def make_model(kind, original, **changes):
     stacked = {
         "depth": dict(levels=[Level(4, lr=0.5), Level(8, lr=0.25, optimizer="dgd")]),
         "width": dict(levels=[Level(4, lr=0.5, optimizer="momentum"), Level(8, surprise=0.5)], placement="width"),
+        "low rank": dict(levels=[Level(4, lr=0.5, rank=3), Level(8, lr=0.25)]),
         "context": dict(levels=[Level(4, lr=0.5)], context=8),
     }
     torch.manual_seed(0)
@@ -68,7 +70,8 @@ def padded(lengths, tokens, side="left"):
 def learned(model, cache, row):
     """What a row's levels hold, zeros where they hold nothing yet."""
     modules, deltas = model._learned(cache)
-    return [torch.zeros_like(m.weight) if d is None else d[row] for m, d in zip(modules, deltas)]
+    whole = [d.product if isinstance(d, Factors) else d for d in deltas]
+    return [torch.zeros_like(m.weight) if d is None else d[row] for m, d in zip(modules, whole)]
 
 
 def assert_learned_alike(model, cache, row, alone):
@@ -127,7 +130,8 @@ def test_the_outer_gradient_is_the_sum_of_what_rows_give_alone(made, kind, meta_
 
 @some(
     "kind, how",
-    [("depth", "position_ids"), ("context", "cu_seq_lens"), ("nested hybrid", "seq_idx"), ("width", "padded")],
+    [("depth", "position_ids"), ("low rank", "position_ids"),
+     ("context", "cu_seq_lens"), ("nested hybrid", "seq_idx"), ("width", "padded")],
     KINDS, ("position_ids", "cu_seq_lens", "seq_idx", "padded"),
 )  # fmt: skip
 @torch.no_grad()
@@ -159,7 +163,7 @@ def test_each_text_of_a_packed_row_is_a_stream_of_its_own(models, kind, how):
     torch.testing.assert_close(out.logits[:, 4:], model(ids[:, 4:11]).logits, **CLOSE)
 
 
-@some("kind", ["depth", "nested hybrid"], KINDS)
+@some("kind", ["low rank", "nested hybrid"], KINDS)
 @torch.no_grad()
 def test_a_cache_of_rows_at_different_places(models, kind, tmp_path):
     """Everything that a cache can do: rows chosen and repeated, forks, snapshots, files, forgetting, `adapted`."""

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from nestling.cms.apart import read_apart
 from nestling.cms.arguments import check_ids, check_options, scoring
 from nestling.cms.cache import LevelsCache, fill
-from nestling.cms.fast_linear import Factors, FastLinear, applied
+from nestling.cms.fast_linear import Delta, Factors, FastLinear, applied
 from nestling.cms.learner import Learner
 from nestling.cms.rows import rows_of
 from nestling.cms.state import level_bytes, shapes
@@ -191,14 +191,17 @@ class LearningMixin:
         finally:
             _ADAPTED.reset(token)
 
-    def _learned(self, cache: LevelsCache) -> tuple[list[FastLinear], list[Tensor | None]]:
+    def _learned(self, cache: LevelsCache) -> tuple[list[FastLinear], list[Delta | None]]:
         """The layers of the levels that learn, and what all streams of a cache have learned, row by row."""
         modules, deltas = self.learner.adapted(cache.levels)
         for rows, part in cache.parts:
             for n, own in enumerate(self.learner.adapted(part.levels)[1]):
-                if own is not None:
-                    whole = own.new_zeros(cache.streams, *own.shape[1:]) if deltas[n] is None else deltas[n]
-                    deltas[n] = whole.index_copy(0, torch.tensor(rows, device=own.device), own)
+                if own is None:
+                    continue
+                mine, held = (d.up if isinstance(d, Factors) else d for d in (own, deltas[n]))
+                held = mine.new_zeros(cache.streams, *mine.shape[1:]) if held is None else held
+                whole = held.index_copy(0, torch.tensor(rows, device=mine.device), mine)
+                deltas[n] = own._replace(up=whole) if isinstance(own, Factors) else whole
         return modules, deltas
 
     def state_bytes(self, batch: int = 1) -> int:
