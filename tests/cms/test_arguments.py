@@ -181,6 +181,7 @@ def test_hooks_on_other_modules_go_on_working(make, ids):
 
 def test_mixed_precision_of_accelerate(make, ids):
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # a process has one, which a Trainer may have made
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(make(dtype=torch.float32))
     with pytest.raises(TypeError, match="forward"):

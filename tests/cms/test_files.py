@@ -1,17 +1,18 @@
 """Models with levels and their streams on disk."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from typer.testing import CliRunner
 
 from nestling import Level, stack_levels
 from nestling.cli.main import app
-from nestling.cms.files import load_stacked, save_stacked
-from nestling.cms.stacked_model import RECIPE
+from nestling.cms.files import OLD_FORMAT, OLD_RECIPE, load_stacked, save_stacked
 from nestling.generation import load_state, save_state
 from nestling.training.build import load_saved
 
@@ -24,14 +25,52 @@ def read(model, ids, cache=None):
     return out.logits, out.past_key_values
 
 
-@pytest.mark.parametrize("placement", ["depth", "width"])
+@pytest.mark.parametrize("shard", ["1GB", "1KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_from_disk_learns_as_before(make, ids, tmp_path, placement, tied):
-    model = stack_levels(make(dtype=torch.float32, tie_word_embeddings=tied), LEVELS, placement, blocks=[1, 3], width=3)
-    save_stacked(model, tmp_path / "model")
-    for loaded in (load_stacked(tmp_path / "model"), load_saved(tmp_path / "model")):
-        assert loaded.recipe == model.recipe
+@pytest.mark.parametrize("placement", ["depth", "width"])
+def test_a_model_from_disk_is_what_was_saved(make, ids, tmp_path, placement, tied, dtype, shard):
+    plain = AutoModelForCausalLM.from_config(make(tie_word_embeddings=tied).config, dtype=dtype).eval()
+    frozen = Level(math.inf)
+    model = stack_levels(plain, [*LEVELS, frozen], placement, blocks=[0, 1, 3], width=3)
+    with torch.no_grad():  # weights that no initialisation gives
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) / 20
+    model.generation_config.temperature = 0.33
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "1KB")
+    for load in (load_stacked, load_saved, AutoModelForCausalLM.from_pretrained, type(model).from_pretrained):
+        loaded = load(tmp_path)
+        assert type(loaded) is type(model) and type(loaded.config) is type(plain.config)
+        assert loaded.recipe == model.recipe and loaded.dtype == dtype
+        assert loaded.generation_config.temperature == 0.33 and loaded.config.tie_word_embeddings == tied
+        assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
         assert torch.equal(read(loaded, ids)[0], read(model, ids)[0])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).dtype == torch.float64
+    assert plain.config.architectures is None  # saving writes nothing to the model
+
+
+def test_a_folder_in_the_old_form_loads(make, ids, tmp_path):
+    """The recipe lay beside the configuration of the original."""
+    model = stack_levels(make(dtype=torch.float32), LEVELS, "width", width=3)
+    model.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / OLD_RECIPE).write_text(json.dumps({"format": OLD_FORMAT, **model.recipe}))
+    assert torch.equal(read(load_saved(tmp_path), ids)[0], read(model, ids)[0])
+    (tmp_path / OLD_RECIPE).write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load_stacked(tmp_path)
+    (tmp_path / OLD_RECIPE).write_text("{}")
+    with pytest.raises(ValueError, match="of format None"):
+        load_stacked(tmp_path)
+
+
+def test_what_cannot_be_a_stacked_model_is_refused(make, tmp_path):
+    save_stacked(stack_levels(make(dtype=torch.float32), LEVELS), tmp_path / "model")
+    assert PreTrainedConfig.from_json_file(tmp_path / "model" / "config.json").levels["placement"] == "depth"
+    with pytest.raises(ValueError, match="use stack_levels"):
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("nestling_stacked"))
 
 
 @pytest.mark.parametrize("length", [3, 4, 9, 21])
@@ -78,14 +117,16 @@ def test_what_does_not_belong_together_is_refused(make, tmp_path):
     save_stacked(model, tmp_path / "model")
     with pytest.raises(ValueError, match="exists already"):
         save_stacked(model, tmp_path / "model")
-    recipe = json.loads((tmp_path / "model" / RECIPE).read_text())
-    (tmp_path / "model" / RECIPE).write_text(json.dumps(recipe | {"width": 5}))
-    with pytest.raises(ValueError, match="do not fit"):
-        load_stacked(tmp_path / "model")
-    (tmp_path / "model" / RECIPE).write_text("{")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    for changes in ({"width": 5}, {"placement": "depth"}, {"blocks": [0, 1, 2]}):
+        path.write_text(json.dumps(config | {"levels": config["levels"] | changes}))
+        with pytest.raises(ValueError, match="do not fit"):
+            load_stacked(tmp_path / "model")
+    path.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         load_stacked(tmp_path / "model")
-    with pytest.raises(ValueError, match="no levels.json"):
+    with pytest.raises(ValueError, match="holds no model with levels"):
         load_stacked(tmp_path)
 
 

@@ -141,6 +141,21 @@ def test_greedy_text_is_what_the_forward_says(make, ids):
     assert torch.equal(read(stacked, out)[0][:, 10:-1].argmax(-1), out[:, 11:])
 
 
+def test_what_takes_tokens_back_is_refused_while_levels_learn(make, ids):
+    stacked = stack_levels(make(), TWO)
+    options = dict(max_new_tokens=3, pad_token_id=0, do_sample=False, attention_mask=torch.ones(1, 11))
+    for changes, word in (
+        (dict(prompt_lookup_num_tokens=2), "stateful"),
+        (dict(cache_implementation="static"), "read"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            stacked.generate(ids[:1, :11], **options, **changes)
+        stacked.learning = False
+        assert stacked.generate(ids[:1, :11], **options, **changes).shape == (1, 14)
+        stacked.learning = True
+    assert not stacked._can_compile_fullgraph
+
+
 def test_a_fork_goes_its_own_way_and_copies_nothing(make, ids):
     stacked = stack_levels(make(), TWO)
     _, cache = read(stacked, ids[:, :20])

@@ -11,10 +11,10 @@ from nestling.cms.files import load_stacked, save_stacked
 from nestling.cms.learner import Learner
 from nestling.cms.learning_model import LearningMixin, merge
 from nestling.cms.stack import stack_levels
-from nestling.cms.stacked_model import StackedForCausalLM
+from nestling.cms.stacked_model import StackedConfig, StackedForCausalLM
 from nestling.cms.state import LevelState, StreamState
 
 __all__ = [
-    "ContinuumMemory", "Learner", "LearningMixin", "LevelBlock", "LevelState", "LevelsCache", "StackedForCausalLM",
-    "StreamState", "load_stacked", "merge", "save_stacked", "stack_levels",
+    "ContinuumMemory", "Learner", "LearningMixin", "LevelBlock", "LevelState", "LevelsCache", "StackedConfig",
+    "StackedForCausalLM", "StreamState", "load_stacked", "merge", "save_stacked", "stack_levels",
 ]  # fmt: skip

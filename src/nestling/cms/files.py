@@ -1,4 +1,4 @@
-"""A stacked model on disk: the model as Hugging Face keeps it, and beside it the recipe of its levels."""
+"""A stacked model on disk: as Hugging Face keeps a model, with the recipe of its levels in the configuration."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestling.cms.stack import stack_levels
-from nestling.cms.stacked_model import FORMAT, RECIPE, StackedForCausalLM
+from nestling.cms.stacked_model import StackedConfig, StackedForCausalLM
 from nestling.utils.files import new_folder
 from nestling.utils.locks import sole_writer
 from nestling.utils.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# until version 0.1 the recipe lay beside the original's configuration
+OLD_RECIPE, OLD_FORMAT = "levels.json", "nestling-levels-1"
 
 
 def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -29,45 +31,55 @@ def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
         if folder.exists():
             raise ValueError(f"{folder} exists already: choose another folder, or remove it first")
         with new_folder(folder) as aside, no_bars():
-            model.save_pretrained(aside, max_shard_size="1TB")
+            model.save_pretrained(aside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
 
 
 def is_stacked(folder: str | Path) -> bool:
-    """Whether a folder holds a model with levels."""
-    return (Path(folder) / RECIPE).is_file()
+    """Whether a folder holds a model with levels.
+
+    Raises:
+        ValueError: a damaged configuration.
+    """
+    folder = Path(folder)
+    return (folder / OLD_RECIPE).is_file() or _json(folder / "config.json").get(
+        "model_type"
+    ) == StackedConfig.model_type
 
 
-def load_stacked(folder: str | Path) -> PreTrainedModel:
+def load_stacked(folder: str | Path) -> StackedForCausalLM:
     """The stacked model in a folder.
 
     Raises:
-        ValueError: no such folder, or a recipe or weights that do not belong together.
+        ValueError: no such folder, or levels and weights that do not belong together.
     """
-    import torch
-    from safetensors.torch import load_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    recipe = _recipe(Path(folder))
-    config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    stacked = stack_levels(model, recipe.pop("levels"), **recipe)
-    try:
-        load_model(stacked, Path(folder) / "model.safetensors")
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"the weights in {folder} do not fit its {RECIPE}: {error}") from error
-    return stacked.eval()
-
-
-def _recipe(folder: Path) -> dict[str, Any]:
     if not is_stacked(folder):
-        raise ValueError(f"{folder} holds no {RECIPE}: it is no model with levels; make one with nestling convert")
+        raise ValueError(f"{folder} holds no model with levels: make one with nestling convert")
+    with no_bars():
+        model = StackedForCausalLM.from_pretrained(folder, config=_config(Path(folder)))
+    own_weights(model)
+    return model
+
+
+def own_weights(model: PreTrainedModel) -> None:
+    """Weights come as views of their file: copy them, at the alignment of fresh ones (products may round by it)."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+
+
+def _config(folder: Path) -> StackedConfig:
+    if not (folder / OLD_RECIPE).is_file():
+        return StackedConfig.from_pretrained(folder)
+    recipe, original = _json(folder / OLD_RECIPE), _json(folder / "config.json")
+    if (known := recipe.pop("format", None)) != OLD_FORMAT:
+        raise ValueError(f"{folder / OLD_RECIPE} is of format {known!r}; this version reads {OLD_FORMAT}")
+    return StackedConfig(original=original, levels=recipe, dtype=original.get("dtype"))
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        known = recipe.pop("format")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / RECIPE} is damaged ({error})") from None
-    if known != FORMAT:
-        raise ValueError(f"{folder / RECIPE} is of format {known!r}; this version reads {FORMAT}")
-    return recipe
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return dict(found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None

@@ -225,7 +225,8 @@ class Learner:
         """
         graph = outer and self.meta_grad == "full"
         levels = [
-            state.levels[i] or begin_level(self.levels[i], self.modules[i], tokens.shape[0], self.chunk_size)
+            state.levels[i]
+            or begin_level(self.levels[i], self.modules[i], tokens.shape[0], self.chunk_size, tokens.device)
             for i in self.fast
         ]
         modules = [m for i in self.fast for m in self.modules[i]]

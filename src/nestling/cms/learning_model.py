@@ -40,6 +40,7 @@ class LearningMixin:
         training: bool
         parameters: Any
         loss_function: Any
+        _is_stateful: bool
 
     @property
     def reads(self) -> bool:
@@ -129,12 +130,13 @@ class LearningMixin:
         return cache if isinstance(cache, LevelsCache) else self._new_cache()
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> Any:
+        kinds = (None, "dynamic", "dynamic_full") if self.reads else (None, "dynamic", "dynamic_full", "offloaded")
+        if self._is_stateful and generation_config.cache_implementation not in kinds:
+            raise ValueError(
+                f"cache_implementation {generation_config.cache_implementation!r} cannot hold what "
+                f'{type(self).__name__} has read: leave it out, or use "dynamic"'
+            )
         if self.reads and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-                raise ValueError(
-                    f"cache_implementation {generation_config.cache_implementation!r} cannot hold what levels learn: "
-                    'leave it out, or use "dynamic"'
-                )
             model_kwargs["past_key_values"] = self._new_cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
@@ -236,6 +238,8 @@ def merge(model: LearningMixin, cache: LevelsCache, *, stream: int = 0, levels: 
         return
     if not 0 <= stream < cache.streams:
         raise ValueError(f"stream {stream} is not in the cache, which holds {cache.streams}")
+    if any(module.weight.is_meta for i in chosen for module in model.learner.modules[i]):
+        raise ValueError("the weights are offloaded (accelerate): take the hooks off the model to merge into it")
     state = cache.taken([stream]).levels
     for i in chosen if state is not None else ():
         if state.levels[i] is not None:

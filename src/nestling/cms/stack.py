@@ -119,9 +119,6 @@ def stack_levels(
         _check_width(width)
         members = _add_blocks([layers[i] for i in chosen], len(levels), width, variant == "independent")
     modules = tuple(tuple(level) for level in members)
-    for level, parts in zip(levels, modules):
-        for part in parts if level.frozen else ():
-            part.weight.requires_grad_(False)  # no outer optimiser either
     recipe = dict(levels=[level.to_dict() for level in levels], placement=placement, blocks=chosen, width=width)
     recipe |= dict(target_modules=target_modules if isinstance(target_modules, str | None) else [*target_modules])
     recipe |= dict(variant=variant, meta_grad=meta_grad, context=context)
@@ -129,6 +126,7 @@ def stack_levels(
     stacked.learner = Learner(
         levels, modules, LlamaBackbone(stacked), chosen[0], variant, meta_grad, _check_context(context, levels)
     )
+    stacked.freeze_levels()
     return stacked
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-import json
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -17,12 +17,36 @@ from nestling.cms.arguments import check_ids, check_spelling, scoring
 from nestling.cms.cache import check_plain
 from nestling.cms.learning_model import LearningMixin
 from nestling.cms.rows import booleans, rows_of, text_positions
-from nestling.utils.files import write_text
-
-RECIPE, FORMAT = "levels.json", "nestling-levels-1"
+from nestling.utils.auto_classes import KnownByFile, NeverCopied, register
 
 
-class StackedForCausalLM(LearningMixin, PreTrainedModel, GenerationMixin):
+class StackedConfig(KnownByFile, NeverCopied, PreTrainedConfig):
+    """What a folder says of a model with levels; in memory such a model keeps the original's configuration.
+
+    Attributes:
+        original: the configuration of the model that was given levels, as a dict.
+        levels: the arguments of `stack_levels`.
+    """
+
+    model_type = "nestling_stacked"
+
+    original: dict | None = None
+    levels: dict | None = None
+
+    def build(self) -> StackedForCausalLM:
+        """The model with its levels, freshly drawn, in torch's default dtype."""
+        from nestling.cms.stack import stack_levels
+
+        if self.original is None or self.levels is None:
+            raise ValueError("StackedConfig needs the configuration of a model and its levels: use stack_levels")
+        config = AutoConfig.for_model(**self.original)
+        if self._attn_implementation_internal is not None:
+            config._attn_implementation = self._attn_implementation_internal
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+        return stack_levels(model, **self.levels)
+
+
+class StackedForCausalLM(LearningMixin, NeverCopied, PreTrainedModel, GenerationMixin):
     """A Llama-family model with levels: its forward reads streams and lets the levels learn.
 
     It shares everything with the model it was made of, and computes what that model's class computes wherever nothing
@@ -33,13 +57,19 @@ class StackedForCausalLM(LearningMixin, PreTrainedModel, GenerationMixin):
         recipe: the arguments of `stack_levels`.
     """
 
+    config_class = StackedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _can_compile_fullgraph = False  # a chunk's end is decided in Python
 
-    def __init__(self, model: PreTrainedModel, recipe: dict[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel | StackedConfig, recipe: dict[str, Any] | None = None) -> None:
         nn.Module.__init__(self)  # the model is initialised: this one takes over what it has
-        vars(self).update(_class_settings(type(model), type(self)) | vars(model))
-        self.original, self.recipe = type(model), recipe
+        if isinstance(model, StackedConfig):  # as the library makes a model to load weights into it
+            vars(self).update(vars(model.build()))
+            self.learner.backbone.model = self
+        else:
+            vars(self).update(_class_settings(type(model), type(self)) | vars(model))
+            self.original, self.recipe = type(model), recipe
 
     def __getattr__(self, name: str) -> Any:
         """What the original's class defines beside what every Hugging Face model has."""
@@ -52,23 +82,45 @@ class StackedForCausalLM(LearningMixin, PreTrainedModel, GenerationMixin):
             return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
 
     @property
+    def _is_stateful(self) -> bool:
+        """Whether tokens cannot be taken back: assisted decoding is refused while levels learn."""
+        return self.reads
+
+    @property
     def kind(self) -> str:
         """The name under which states know this model."""
         return f"Stacked{self.original.__name__}"
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> StackedForCausalLM:
-        """The model in a folder that `save_pretrained` wrote, with its levels (`nestling.cms.load_stacked`)."""
-        from nestling.cms.files import load_stacked
+    def from_pretrained(cls, folder: str | os.PathLike, *args: Any, **options: Any) -> StackedForCausalLM:
+        """The model in a folder that `save_pretrained` wrote, with its levels; options are Hugging Face's.
 
-        if options:
-            raise TypeError(f"from_pretrained of a model with levels takes a folder alone, not {', '.join(options)}")
-        return load_stacked(folder)
+        Raises:
+            ValueError: weights that do not belong to the levels.
+        """
+        wanted = options.pop("output_loading_info", False)
+        try:
+            loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
+        except RuntimeError as error:  # sizes
+            raise ValueError(f"the weights in {folder} do not fit its levels: {error}") from error
+        model, info = loaded
+        if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
+            raise ValueError(f"the weights in {folder} do not fit its levels: {len(wrong)} differ, such as {wrong[0]}")
+        model.freeze_levels()
+        return (model, info) if wanted else model
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As Hugging Face saves a model, with the recipe of its levels beside it (`nestling.cms.files`)."""
-        super().save_pretrained(save_directory, **options)
-        write_text(Path(save_directory) / RECIPE, json.dumps({"format": FORMAT, **self.recipe}, indent=2) + "\n")
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """As Hugging Face saves a model; the configuration says what was given levels, and which."""
+        saved, config = copy.copy(self), copy.copy(self.config)  # nothing is written to the model
+        config.architectures = [self.original.__name__]
+        saved.config = StackedConfig(original=config.to_diff_dict(), levels=self.recipe, dtype=self.config.dtype)
+        super(StackedForCausalLM, saved).save_pretrained(save_directory, **options)
+
+    def freeze_levels(self) -> None:
+        """Keep frozen levels from every outer optimiser too."""
+        for level, modules in zip(self.learner.levels, self.learner.modules):
+            for module in modules if level.frozen else ():
+                module.weight.requires_grad_(False)
 
     def level_parameters(self) -> dict[int, list[nn.Parameter]]:
         """Each level's shared weights: where every stream's level begins."""
@@ -132,12 +184,15 @@ class StackedForCausalLM(LearningMixin, PreTrainedModel, GenerationMixin):
         return call
 
 
+register(StackedConfig, StackedForCausalLM)
+
+
 def _class_settings(theirs: type, ours: type) -> dict[str, Any]:
     """What Hugging Face reads from a model and the original's class sets: split modules, tied weights, plans, ..."""
     found = {}
     for name in dir(theirs):
         value = inspect.getattr_static(theirs, name)
-        if name.startswith("__") or callable(value) or hasattr(value, "__get__"):
+        if name.startswith("__") or name in vars(ours) or callable(value) or hasattr(value, "__get__"):
             continue
         if inspect.getattr_static(ours, name, None) != value:
             found[name] = value

@@ -85,9 +85,15 @@ def waits(level: Level, chunk_size: int) -> bool:
     return level.chunk_size > chunk_size or level.surprise is not None
 
 
-def begin_level(level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int) -> LevelState:
-    """A level before its first update, differences of zero; `chunk_size` is the fastest level's."""
-    zeros = tuple(_zeros(m.weight, batch, size) for m, size in zip(modules, shapes(level, modules), strict=True))
+def begin_level(
+    level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int, device: Any = None
+) -> LevelState:
+    """A level before its first update, differences of zero; `chunk_size` is the fastest level's.
+
+    device: where they are kept if the weights are on "meta": offloaded, away from their layer until it is called.
+    """
+    sizes = shapes(level, modules)
+    zeros = tuple(_zeros(m.weight, batch, size, device) for m, size in zip(modules, sizes, strict=True))
     each = zeros[0].new_zeros(batch)
     slow = waits(level, chunk_size)
     norms = tuple(each for _ in zeros) if slow and level.optimizer == "dgd" else ()
@@ -110,7 +116,8 @@ def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, chunk_s
     return StreamState((state,), torch.empty(0), None, None).nbytes
 
 
-def _zeros(weight: Tensor, batch: int, shape: tuple[int, int]) -> Tensor:
+def _zeros(weight: Tensor, batch: int, shape: tuple[int, int], device: Any) -> Tensor:
     """float32 or wider: a small step on a bf16 weight would be lost."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros(batch, *shape, dtype=dtype, device=weight.device)
+    device = weight.device if device is None or not weight.is_meta else device
+    return torch.zeros(batch, *shape, dtype=dtype, device=device)

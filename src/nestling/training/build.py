@@ -66,7 +66,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
 def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The causal language model saved in a folder, as `kind` if given; CheckpointError if it cannot be loaded."""
     import nestling.models  # noqa: F401 - registers the model types
-    from nestling.cms.files import is_stacked, load_stacked
+    from nestling.cms.files import is_stacked, load_stacked, own_weights
 
     if is_stacked(path):
         return load_stacked(path)
@@ -77,9 +77,7 @@ def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> P
             model = kind.from_pretrained(path)
     except Exception as error:
         raise CheckpointError(f"the model in {path} cannot be loaded: {error}") from error
-    # Weights come as views of the file: own them, at the alignment of fresh weights (products may round by alignment).
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
+    own_weights(model)
     return model
 
 

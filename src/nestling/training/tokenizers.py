@@ -44,11 +44,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """A Hugging Face tokenizer from a folder (or a hub name); ValueError says what is wrong with it."""
+    """A Hugging Face tokenizer from a folder, a run's too (or a hub name); ValueError says what is wrong with it."""
     from transformers import AutoTokenizer
 
+    import nestling.models  # noqa: F401 - registers the model types, which decide of a tokenizer too
+    from nestling.training.checkpoint import resolve
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        folder = resolve(path) if (Path(path) / "checkpoints").is_dir() else path
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:
         raise ValueError(
             f"tokenizer {str(path)!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "

@@ -1,13 +1,10 @@
 """Hope and its relatives as Hugging Face models."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
 from nestling.models.hope.cache import HopeCacheLayer
 from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.modeling import HopeForCausalLM, HopeModel, HopePreTrainedModel
+from nestling.utils.auto_classes import register
 
-AutoConfig.register(HopeConfig.model_type, HopeConfig, exist_ok=True)
-AutoModel.register(HopeConfig, HopeModel, exist_ok=True)
-AutoModelForCausalLM.register(HopeConfig, HopeForCausalLM, exist_ok=True)
+register(HopeConfig, HopeForCausalLM, HopeModel)
 
 __all__ = ["HopeCacheLayer", "HopeConfig", "HopeForCausalLM", "HopeModel", "HopePreTrainedModel"]

@@ -16,6 +16,7 @@ from nestling.layers.mixers import build_mixer
 from nestling.memory.rule import META_GRADS
 from nestling.models.hope.cache import LAYER_TYPE
 from nestling.schedule import Level, check_order
+from nestling.utils.auto_classes import KnownByFile, NeverCopied
 
 # what Hugging Face itself hands to a configuration besides its fields
 _PASSED_ON = {
@@ -39,7 +40,7 @@ _PASSED_ON = {
 
 
 @strict
-class HopeConfig(PreTrainedConfig):
+class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
     """Configuration of a Hope model: a sequence layer and a continuum memory per decoder layer (NL Sec. 8.3).
 
     Args:
@@ -142,6 +143,11 @@ class HopeConfig(PreTrainedConfig):
                 self._checked(index)
         self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without `layer_types`, which follow from the rest: transformers itself refuses a type that it does not know,
+        wherever it reads a configuration without its class (Trainer, on resuming)."""
+        return {name: value for name, value in super().to_dict().items() if name != "layer_types"}
 
     @property
     def mixer_names(self) -> list[str]:

@@ -21,6 +21,8 @@ from nestling.models.hope.backbone import make_learner
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.inputs import Packed, tokens_read
+from nestling.utils.auto_classes import NeverCopied
+from nestling.utils.offload import brought
 
 
 class HopeDecoderLayer(GradientCheckpointingLayer):
@@ -60,6 +62,12 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
 
         At padding the mixer adds nothing. Of packed rows the state is that of every text, from the learned initial one.
         """
+        if self.norm.weight.is_meta and not hidden.is_meta:
+            with brought(self):
+                return self._forward(hidden, state, mask, packed)
+        return self._forward(hidden, state, mask, packed)
+
+    def _forward(self, hidden: Tensor, state: Any, mask: Tensor | None, packed: Packed | None) -> tuple[Tensor, Any]:
         mixer_state, memory_state = (None, None) if state is None else state
         normed = self.norm(hidden)
         if packed is None:
@@ -73,7 +81,7 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         return hidden, (mixer_state, memory_state)
 
 
-class HopePreTrainedModel(PreTrainedModel):
+class HopePreTrainedModel(NeverCopied, PreTrainedModel):
     """Weights, saving and loading, common to all Hope models."""
 
     config_class = HopeConfig
