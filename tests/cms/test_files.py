@@ -25,9 +25,7 @@ def read(model, ids, cache=None):
     return out.logits, out.past_key_values
 
 
-@pytest.mark.parametrize("shard", ["1GB", "1KB"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype, tied, shard", [(torch.float32, True, "1KB"), (torch.bfloat16, False, "1GB")])
 @pytest.mark.parametrize("placement", ["depth", "width"])
 def test_a_model_from_disk_is_what_was_saved(make, ids, tmp_path, placement, tied, dtype, shard):
     plain = AutoModelForCausalLM.from_config(make(tie_word_embeddings=tied).config, dtype=dtype).eval()
@@ -148,7 +146,11 @@ def test_convert(make, ids, tmp_path):
 
 @pytest.mark.parametrize(
     "changes, word",
-    [((), "at least one --level"), (("-l", "4,speed=3"), "no field"), (("-l", "4", "--blocks", "x"), "--blocks takes")],
+    [
+        (("--placement", "width"), "no default levels"),
+        (("-l", "4,speed=3"), "no field"),
+        (("-l", "4", "--blocks", "x"), "--blocks takes"),
+    ],
 )
 def test_convert_names_what_is_wrong(make, tmp_path, changes, word):
     make(dtype=torch.float32).save_pretrained(tmp_path / "original")

@@ -207,7 +207,6 @@ def test_outer_gradients(make, ids, meta_grad):
         (lambda m, ids: stack_levels(m, TWO, blocks=[9]), "block 9"),
         (lambda m, ids: stack_levels(stack_levels(m, TWO), TWO), "already"),
         (lambda m, ids: (stack_levels(m, TWO), stack_levels(m, TWO)), "already"),
-        (lambda m, ids: stack_levels(m, TWO)(ids, attention_mask=torch.zeros_like(ids)), "padding"),
         (lambda m, ids: stack_levels(m, TWO)(ids[:, :0]), "input_ids"),
         (lambda m, ids: (s := stack_levels(m, TWO))(ids[:1], past_key_values=read(s, ids)[1]), "holds 2 streams"),
     ],
