@@ -16,7 +16,7 @@ ARGS ?=
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint types docs check bench gpu clean
+.PHONY: help demo test fuzz lint types docs check bench gpu clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -48,6 +48,10 @@ demo: $(VENV)/.base  ## train a small Hope and a Transformer side by side, write
 # one process a core, one thread each; a process that has nothing left takes tests from the other's end
 test: $(VENV)/.test  ## run the tests on every core (ARGS="-k name" chooses; ARGS="-n 0" keeps to one process)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# input N of a kind comes from the seed: ARGS="--only state:17" replays one with its traceback
+fuzz: $(VENV)/.test  ## damaged states and models, odd levels, arguments and texts: each is taken or refused in one line
+	OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 lint: $(VENV)/.test  ## ruff: faults and format
 	$(BIN)/ruff check .
