@@ -56,7 +56,7 @@ class Fuzz:
         self.originals, self.work, self.tokenizer = root / "originals", root / "work", byte_tokenizer()
         self.originals.mkdir()
         ids = dict(vocab_size=259, eos_token_id=257, bos_token_id=256, pad_token_id=258)
-        sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, **ids)
+        sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, **ids)
         hope = HopeForCausalLM(HopeConfig(**sizes))
         llama = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, max_position_embeddings=128))
         hope.save_pretrained(self.originals / "hope")
