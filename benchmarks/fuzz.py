@@ -83,7 +83,7 @@ class Fuzz:
         from safetensors.torch import load_file, safe_open, save_file
 
         from nestling.generation import load_notes, load_state
-        from nestling.generation.state import _digest
+        from nestling.generation.state import _content_digest, _digest
 
         name = draw.choice(list(self.models))
         original, path = self.originals / f"{name}.state", self.work / "x.state"
@@ -100,7 +100,7 @@ class Fuzz:
                     metadata.pop(key)
                 else:
                     metadata[key] = odd_json(metadata[key], draw) if key in ("layers", "learned") else "x"
-            metadata["digest"] = _digest(tensors)
+            metadata |= {"digest": _digest(tensors), "content_digest": _content_digest(metadata)}
             save_file(tensors, path, metadata)
         cache = load_state(path, self.models[name])
         load_notes(path)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT = "nestling-state-2"
 APART = "nestling-state-3"  # of streams that stand at different places
+CONTENT = ("layers", "learned", "parts", "columns")  # what a file says of its tensors
 # the types in older files: as module:name, what they are called now
 MOVED = {
     "nestling.cms.surprise:Pace": "nestling.cms.surprise:Surprise",
@@ -56,6 +57,7 @@ def save_state(
     named = {f"t{i}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
     metadata = {"format": APART if parts else FORMAT, "model": origin or fingerprint(model), "digest": _digest(named)}
     metadata |= {name: json.dumps(value) for name, value in content.items()}
+    metadata["content_digest"] = _content_digest(metadata)
     if notes is not None:
         text = json.dumps(notes)
         metadata |= {"notes": text, "notes_digest": hashlib.sha256(text.encode()).hexdigest()}
@@ -85,10 +87,21 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
         raise ValueError(f"{path} is the state of another model: load the model that wrote it, or start without it")
     if metadata.get("digest") != _digest(tensors):
         raise ValueError(f"{path} is damaged: its content does not match its digest; start without it")
+    if metadata.get("content_digest", _content_digest(metadata)) != _content_digest(metadata):  # none in older files
+        raise ValueError(f"{path} is damaged: its description does not match its digest; start without it")
+    try:
+        return _read(model, metadata, tensors)
+    except Exception as error:  # whole in itself, and not what this version writes
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} holds no state that this version can read ({said}); start without it") from error
+
+
+def _read(model: PreTrainedModel, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Cache:
+    """The cache that a file's metadata and tensors describe."""
     device = next(model.parameters()).device
     # clones: views of the file may be aligned otherwise, and products may round by alignment
     ordered = [tensors[f"t{i}"].to(device).clone() for i in range(len(tensors))]
-    content = {name: json.loads(metadata.get(name, "null")) for name in ("layers", "learned", "parts", "columns")}
+    content = {name: json.loads(metadata.get(name, "null")) for name in CONTENT}
     if content["parts"] is None:
         return _make_cache(model, content, ordered, content["learned"] != {"value": None})
     cache = _empty_cache(model, True)
@@ -99,10 +112,13 @@ def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
 
 def load_notes(path: str | Path) -> dict[str, Any] | None:
     """The notes that were saved beside a state, None if there are none; ValueError if they are damaged."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no state file ({error}); start without it") from None
     text = metadata.get("notes")
     if text is None:
         return None
@@ -140,6 +156,8 @@ def _content(cache: Any, tensors: list[Tensor], compact: bool) -> dict[str, Any]
 
 
 def _make_cache(model: PreTrainedModel, content: dict[str, Any], tensors: list[Tensor], learned: bool) -> Any:
+    from nestling.cms.state import StreamState
+
     cache = _empty_cache(model, learned)
     for index, layer in enumerate(content["layers"]):
         state = _rebuilt(layer["state"], tensors)
@@ -148,6 +166,8 @@ def _make_cache(model: PreTrainedModel, content: dict[str, Any], tensors: list[T
         elif state is not None:
             cache.update(*state, index)
     if learned and (levels := _rebuilt(content["learned"], tensors)) is not None:
+        if not isinstance(levels, StreamState):
+            raise TypeError(f"what the levels learned is a {type(levels).__name__}")
         cache.levels, cache.columns = levels, content.get("columns") or levels.position
     return cache
 
@@ -221,6 +241,10 @@ def low_rank(value: Tensor) -> list[Tensor] | None:
     rebuilt = (factors[0].double() @ factors[1].double()).float()
     close = (rebuilt - value).abs().max() <= 1e-6 * value.abs().max()
     return factors if bool(close) else None
+
+
+def _content_digest(metadata: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([metadata.get(name) for name in CONTENT]).encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -68,11 +68,11 @@ def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> P
     import nestling.models  # noqa: F401 - registers the model types
     from nestling.cms.files import is_stacked, load_stacked, own_weights
 
-    if is_stacked(path):
-        return load_stacked(path)
     if kind is None:
         from transformers import AutoModelForCausalLM as kind
     try:
+        if is_stacked(path):
+            return load_stacked(path)
         with no_bars():
             model = kind.from_pretrained(path)
     except Exception as error:
