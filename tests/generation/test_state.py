@@ -3,9 +3,12 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nestling.generation import Sampling, TextGenerator, load_notes, load_state, save_state
+from nestling.generation.state import _content_digest
 
 GREEDY = Sampling(temperature=0)
 
@@ -57,6 +60,28 @@ def test_the_state_of_another_model_is_refused(written, make_model):
     for other in (make_model(seed=1), make_model("attention")):
         with pytest.raises(ValueError, match="the state of another model"):
             load_state(file, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("layers", '[{"kind": "value"}]'),
+        ("learned", '{"value": 0.5}'),
+        ("layers", "7"),
+        ("parts", "{}"),
+    ],
+)
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_foreign_description_is_refused(written, name, text, forged):
+    model, file, _ = written
+    with safe_open(str(file), "pt") as content:
+        metadata = content.metadata() | {name: text}
+    if forged:
+        metadata["content_digest"] = _content_digest(metadata)
+    save_file(load_file(file), file, metadata)
+    words = "holds no state that this version can read" if forged else "its description does not match"
+    with pytest.raises(ValueError, match=words):
+        load_state(file, model)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "foreign"])
