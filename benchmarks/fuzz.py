@@ -325,8 +325,11 @@ def _judged(run: Callable, kind: str, number: int, seed: int, faults: list[dict]
     except Exception as error:
         if whole:
             traceback.print_exc()
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "nestling" in f.filename]
-        place = f"{type(error).__name__}: {error!s:.300} at {frames[-1].filename.split('src/')[-1]}:{frames[-1].lineno}"
+        cause = error.__cause__ or error
+        frame = traceback.extract_tb(cause.__traceback__)[-1]
+        here = [f for f in traceback.extract_tb(cause.__traceback__) if "src/nestling" in f.filename]
+        frame = here[-1] if here else frame
+        place = f"{type(cause).__name__}: {cause!s:.300} at {frame.filename.split('src/')[-1]}:{frame.lineno}"
         verdict = "fault"
     else:
         place = verdict

@@ -78,6 +78,9 @@ PATHS = {
         ["inspect", "--gallery", ""], ["bench", "--json", ""], ["bench", "--plot", ""], ["demo", "--out", ""],
         ["demo", "--text", ""],
     ],
+    "a name too long": [
+        ["train", "my_notes", "--out", "x" * 300], ["generate", "run", "--state", "x" * 300],
+    ],
     "a folder where a file is needed": [
         ["learn", "run", "my_notes", "--state", "none"], ["generate", "run", "--state", "none"],
         ["learn", "run", "my_notes", "--state", "s", "--page", "none"], ["bench", "--json", "none"],

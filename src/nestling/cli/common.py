@@ -112,8 +112,8 @@ def _parser(check: Callable[[str | Path], Path]) -> Callable[[str], Path]:
     def path(text: str) -> Path:
         try:
             return check(text)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+        except (ValueError, OSError) as error:  # OSError: a name too long for the system, say
+            raise typer.BadParameter(said(error)) from None
 
     return path
 
