@@ -160,6 +160,7 @@ class Fuzz:
         for option in draw.sample(options, min(len(options), draw.randint(0, 4))):
             given += [option, draw.choice([*there, plain(draw), "1", "2"])][: draw.choice([1, 2, 2, 2])]
         small = ["--steps", "1", "--seq-len", "8", "--batch-size", "1", "--quiet"] if name == "train" else []
+        small = ["--trials", "1", "-o", "steps=1", "--quiet"] if name == "tune" else small
         result = CliRunner().invoke(app, [name, *given, *small], input="")
         unplanned = result.exception is not None and not isinstance(result.exception, SystemExit)
         if unplanned or "fault of nestling" in result.output or result.exit_code not in (0, 1, 2, 130):
