@@ -95,6 +95,7 @@ def test_a_file_in_the_old_naming_goes_on(make, ids, tmp_path, prefix):
         .replace("nestling.cms.state", f"{prefix}state")
     )
     assert f'"{pace}"' in old and f"{prefix}state:LevelState" in old and ":Surprise" not in old
+    del metadata["content_digest"]  # older files have none
     (tmp_path / "old.state").write_bytes(save(tensors, metadata | {"learned": old}))
     loaded = load_state(tmp_path / "old.state", model)
     assert torch.equal(read(model, ids[:, 21:], loaded)[0], read(model, ids[:, 21:], cache)[0])
