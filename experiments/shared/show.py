@@ -1,4 +1,4 @@
-"""Committed results on pages: `python -m experiments.shared.show` writes their tables, and the index, anew."""
+"""Committed results on pages: `python -m experiments.shared.show` writes tables, single figures and the index anew."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from experiments.shared.report import markdown
 from nestling.utils.files import write_text
 
 MARKER = re.compile(r"(<!-- experiment (\S+) -->\n).*?<!-- end -->", re.DOTALL)
+CELL = re.compile(r"(<!-- cell ([^>]*?) -->).*?(<!-- end -->)")
 INDEX = re.compile(r"(<!-- experiments -->\n).*?<!-- end -->", re.DOTALL)
+PAGES = ("experiments.md", "evidence.md")
 VERDICTS = ("holds", "holds in part", "does not hold", "cannot tell")
 
 
 def update_page(page: str, experiments: Path, link: str = "../experiments") -> str:
     """The page with the text between `<!-- experiment NAME -->` and `<!-- end -->` taken from NAME/table.md, and
-    between `<!-- experiments -->` and `<!-- end -->` a table of all experiments.
+    between `<!-- experiments -->` and `<!-- end -->` a table of all experiments; within a line the text between
+    `<!-- cell NAME; row; column -->` and `<!-- end -->` is that cell of NAME/table.md.
 
     Args:
         link: where the experiments are, seen from the page.
 
     Raises:
-        ValueError: a marker names an experiment without a table.
+        ValueError: a marker names an experiment without a table, or a row or column that its table does not have.
     """
 
     def section(match: re.Match) -> str:
@@ -33,7 +36,28 @@ def update_page(page: str, experiments: Path, link: str = "../experiments") -> s
         return f"{match[1]}\n{table.read_text().strip()}\n\n<!-- end -->"
 
     page = MARKER.sub(section, page)
+    page = CELL.sub(lambda match: f"{match[1]}{cell(match[2], experiments)}{match[3]}", page)
     return INDEX.sub(lambda match: f"{match[1]}\n{index(experiments, link)}\n<!-- end -->", page)
+
+
+def cell(asked: str, experiments: Path) -> str:
+    """A figure of a table: `NAME; row; column`, the first that fits where NAME/table.md holds several tables.
+
+    Raises:
+        ValueError: there is no such table, row or column.
+    """
+    name, row, column = asked.split("; ")
+    path = experiments / name / "table.md"
+    header: list[str] = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        found = [part.strip() for part in line.strip("| ").split(" | ")]
+        if not line.startswith("|"):
+            header = []
+        elif not header:
+            header = found
+        elif found[0] == row and column in header:
+            return found[header.index(column)]
+    raise ValueError(f"the page asks for {asked!r}, but {path} has no such row and column")
 
 
 def index(experiments: Path, link: str) -> str:
@@ -54,7 +78,8 @@ def header(readme: str) -> dict[str, str]:
 
 def pages(root: Path) -> list[Path]:
     """The pages that show results."""
-    return [root / "README.md", root / "docs" / "experiments.md", *sorted(root.glob("experiments/*/README.md"))]
+    docs = [root / "docs" / name for name in PAGES]
+    return [root / "README.md", *docs, *sorted(root.glob("experiments/*/README.md"))]
 
 
 def main(paths: list[str], experiments: Path = Path("experiments")) -> None:

@@ -26,6 +26,19 @@ def test_an_unknown_experiment_is_named(tmp_path):
         update_page("<!-- experiment quality -->\n<!-- end -->", tmp_path)
 
 
+def test_a_single_figure_is_the_cell_of_its_table(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "table.md").write_text(
+        "| x | loss |\n| --- | ---: |\n| one | 1.5 ± 0.1 |\n\n| x | time |\n| --- | ---: |\n| one | 7 |\n| two | 8 |\n"
+    )
+    page = "| <!-- cell a; one; loss -->0<!-- end -->, <!-- cell a; two; time -->0<!-- end --> | kept |"
+    filled = "| <!-- cell a; one; loss -->1.5 ± 0.1<!-- end -->, <!-- cell a; two; time -->8<!-- end --> | kept |"
+    assert update_page(page, tmp_path) == filled == update_page(filled, tmp_path)
+    for asked in ("a; two; loss", "a; three; time", "b; one; loss"):
+        with pytest.raises(ValueError, match=asked):
+            update_page(f"<!-- cell {asked} --><!-- end -->", tmp_path)
+
+
 @pytest.mark.parametrize("page", pages(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
 def test_committed_pages_show_the_committed_results(page):
     text = page.read_text()
