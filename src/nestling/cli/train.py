@@ -146,8 +146,14 @@ def main(
     final = base.changed(**options)
 
     from nestling.training.loop import train
+    from nestling.utils.ranks import Elsewhere, is_first
 
-    result = train(final, resume=resume)
+    try:
+        result = train(final, resume=resume)
+    except Elsewhere:
+        raise typer.Exit(2) from None
+    if not is_first():
+        return
     if as_json:
         print_json(result.to_dict(final.logging.position_bins))
     else:

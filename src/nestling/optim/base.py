@@ -41,6 +41,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
             shapes.
     """
 
+    whole_state = True  # of a sharded parameter too, on every rank
+
     def __init__(self, params, lr=1e-3, memory: GradientMemory | None = None, *, weight_decay=0.0, nonfinite="skip"):
         self._fixed = memory
         self._setup(params, dict(lr=lr, weight_decay=weight_decay), nonfinite)

@@ -50,6 +50,16 @@ def shard_of(value: Tensor, like: Any) -> Tensor:
     return everywhere.redistribute(placements=like.placements).to_local()
 
 
+def sharded_as(value: Tensor, like: Any) -> Tensor:
+    """A whole value, which every rank has, as a DTensor sharded as `like` is; a plain tensor for a plain one."""
+    from torch.distributed.tensor import DTensor
+
+    if is_sharded(value) or not is_sharded(like):
+        return value
+    mesh, shape, stride = like.device_mesh, like.shape, like.stride()
+    return DTensor.from_local(shard_of(value, like), mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
 def agreed(flag: bool, tensors: Sequence[Any]) -> bool:
     """Whether a flag holds on all ranks that share these tensors."""
     for mesh in {t.device_mesh for t in tensors if is_sharded(t)}:

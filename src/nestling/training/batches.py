@@ -20,18 +20,28 @@ class Batches:
         seq_len: tokens predicted per window.
         batch_size: windows per batch.
         seed: what the order depends on.
+        rank, ranks: of so many processes this one reads an equal part of the rows of every batch; together they read
+            what one process does.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, tokens: Tokens, seq_len: int, batch_size: int, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> None:
+        if batch_size % ranks:
+            raise ValueError(
+                f"batch_size {batch_size} counts the windows of all processes and cannot be divided over {ranks}: "
+                f"make it a multiple of {ranks}"
+            )
         if len(tokens) < seq_len + 1:
             raise ValueError(f"{len(tokens)} tokens are too few for one window of seq_len {seq_len} + 1")
         self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
+        self._rows = range(batch_size // ranks * rank, batch_size // ranks * (rank + 1))
         self._num_windows = max(1, (len(tokens) - 1) // seq_len - 1)  # one less than fits: room for the phase
         self._order = functools.lru_cache(maxsize=2)(self._draw)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Batch `index` [batch_size, seq_len + 1], int64."""
-        starts = [self.start(index * self.batch_size + row) for row in range(self.batch_size)]
+        """This process's rows of batch `index`, [batch_size / ranks, seq_len + 1], int64."""
+        starts = [self.start(index * self.batch_size + row) for row in self._rows]
         return windows(self.tokens, starts, self.seq_len)
 
     def start(self, sequence: int) -> int:

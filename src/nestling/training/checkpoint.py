@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, know their own content, and are refused by name when damaged or foreign.
 
 A run's folder holds `checkpoints/step-00000250/` (the model and tokenizer as Hugging Face saves them, the trainer's
-state, and a manifest with the size and digest of every file) and `latest`, a link to the newest.
+state, and a manifest with the size and digest of every file) and `latest`, a link to the newest. What is spread over
+ranks of the trainer's state lies in `shards/`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from nestling.training.shards import split, write
 from nestling.utils.files import link, new_folder
 from nestling.utils.places import did_you_mean
 from nestling.utils.quiet import no_bars
+from nestling.utils.ranks import Ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 1
 KIND = "nestling-checkpoint"
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
+SHARDS = "shards"
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -33,32 +40,62 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names it, what is wrong, and the previous good one."""
 
 
-def save_checkpoint(run: str | Path, step: int, model, tokenizer, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write the checkpoint of a step and drop all but the newest `keep`.
+def save_checkpoint(
+    run: str | Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer,
+    state: dict[str, Any],
+    keep: int = 2,
+    ranks: Ranks | None = None,
+) -> Path:
+    """Write the checkpoint of a step and drop all but the newest `keep`. Every rank calls it.
 
     Nothing that was there is touched until the new one is whole and on the disk. Raises OSError (a full disk, say)
     with nothing lost.
     """
-    root = Path(run) / "checkpoints"
-    path = root / f"step-{step:08d}"
-    if path.exists():  # only a damaged one is in the way: a resumed run starts from the newest that is whole
-        try:
-            verify(path)
-            return path
-        except CheckpointError:
-            shutil.rmtree(path)
-    with new_folder(path) as aside, no_bars():
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        torch.save(state, aside / STATE)
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in sorted(aside.iterdir())}
-        manifest = {"kind": KIND, "format": FORMAT, "step": step, "files": files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    with contextlib.suppress(OSError):  # a file system without links: the newest is found by its number
-        link(Path(run) / "latest", f"checkpoints/{path.name}")
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    ranks = ranks or Ranks()
+    path = Path(run) / "checkpoints" / f"step-{step:08d}"
+    if ranks.together(lambda: _is_whole(path), only_first=True):
+        return path
+    state, shards = split(state)
+    with contextlib.ExitStack() as stack:  # an error on any rank goes through it on the first, and nothing is left
+        aside = ranks.together(lambda: stack.enter_context(new_folder(path)), only_first=True)
+        if shards:
+            write(shards, aside / SHARDS)
+
+        def fill() -> None:
+            with no_bars():
+                model.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+            torch.save(state, aside / STATE)
+            written = sorted(f for f in aside.rglob("*") if f.is_file())
+            files = {
+                f.relative_to(aside).as_posix(): {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in written
+            }
+            manifest = {"kind": KIND, "format": FORMAT, "step": step, "files": files}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            stack.close()
+
+        ranks.together(fill, only_first=True)
+    if ranks.first:
+        with contextlib.suppress(OSError):  # a file system without links: the newest is found by its number
+            link(Path(run) / "latest", f"checkpoints/{path.name}")
+        for old in list_checkpoints(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a whole checkpoint is there; a damaged one is removed: a resumed run starts from the newest whole one."""
+    if not path.exists():
+        return False
+    try:
+        verify(path)
+    except CheckpointError:
+        shutil.rmtree(path)
+        return False
+    return True
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:

@@ -99,7 +99,7 @@ class DataConfig:
     column: str = "text"  # its text column
     tokenizer: str = "auto"
     seq_len: int = 256  # tokens of one window
-    batch_size: int = 8  # windows of one micro-batch
+    batch_size: int = 8  # windows of one micro-batch, of all processes together
     cache_dir: str | None = None  # where token files are kept; None: the user's cache folder
 
     def __post_init__(self) -> None:
@@ -162,6 +162,25 @@ class LoggingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes that torchrun starts share a run.
+
+    `mode` is "ddp" (every process holds the whole model), "fsdp" (each holds a part of weights, gradients and optimiser
+    state; FSDP2), "none", or "auto": ddp where there are several processes. `param_dtype` is the type in which fsdp
+    gathers and computes with weights, "float32" or "bf16"; they are kept, and gradients summed, in float32. `offload`
+    keeps fsdp's parts in the CPU's memory.
+    """
+
+    mode: str = "auto"
+    param_dtype: str = "float32"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of(self, "mode", ("auto", "none", "ddp", "fsdp"))
+        _one_of(self, "param_dtype", ("float32", "bf16"))
+
+
+@dataclass
 class TrainConfig(Settings):
     """A whole run.
 
@@ -187,6 +206,7 @@ class TrainConfig(Settings):
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if not self.out:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nestling.training.batches import spread, windows
 from nestling.training.data import Tokens
+from nestling.utils.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ def bin_edges(length: int, bins: int) -> list[int]:
 
 
 def token_losses(model: nn.Module, window: Tensor, precision: str = "float32") -> Tensor:
-    """The loss of every prediction in windows [B, T + 1], in nats: [B, T], float32."""
+    """The loss of every prediction in windows [B, T + 1], in nats: [B, T], at least in float32."""
     with autocast(window.device, precision):
         logits = model(input_ids=window[:, :-1], use_cache=False).logits
     targets = window[:, 1:]
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def autocast(device: torch.device, precision: str):
@@ -62,6 +64,7 @@ def evaluate(
     batch_size: int,
     max_batches: int | None = None,
     precision: str = "float32",
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """The loss of a model on windows spread evenly over a token stream.
 
@@ -72,7 +75,9 @@ def evaluate(
         batch_size: windows at once.
         max_batches: at most so many batches; None: every window that fits.
         precision: "float32" or "bf16".
+        ranks: the processes that share the work; each calls this.
     """
+    ranks = ranks or Ranks()
     if len(tokens) < 2:
         raise ValueError(
             f"{len(tokens)} held-out tokens are too few to evaluate; hold out more (data.val_fraction or data.val_text)"
@@ -85,11 +90,14 @@ def evaluate(
     total = torch.zeros(seq_len, dtype=torch.float64)
     try:
         for first in range(0, len(starts), batch_size):
-            window = windows(tokens, starts[first : first + batch_size], seq_len).to(device)
-            total += token_losses(model, window, precision).double().sum(0).cpu()
+            mine = starts[first : first + batch_size][ranks.rank :: ranks.size]
+            # a rank without a row of its own runs too: a sharded model's parts are exchanged in its forward pass
+            window = windows(tokens, mine or starts[:1], seq_len).to(device)
+            losses = token_losses(model, window, precision).double().sum(0).cpu()
+            total += losses if mine else 0
     finally:
         model.train(was_training)
-    loss_at = total / len(starts)
+    loss_at = ranks.sum(total) / len(starts)
     loss = float(loss_at.mean())
     return Evaluation(loss, bits_per_byte(loss, tokens), seq_len * len(starts), loss_at)
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nestling.layers.titans import SelfModifyingTitans
-from nestling.schedule import Schedule
-from nestling.training import checkpoint
+from nestling.training import checkpoint, shards
 from nestling.training.batches import Batches
 from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
+from nestling.training.levels import chunk_warnings, freeze, make_schedule
 from nestling.training.metrics import Metrics
 from nestling.training.optimizers import LevelOptimizers
-from nestling.training.progress import TrainingProgress
+from nestling.training.parallelize import find_mode, parallelize
+from nestling.training.progress import Silence, TrainingProgress
 from nestling.training.report import Report, Result
-from nestling.training.resume import check_same_run, find_checkpoint
+from nestling.training.resume import check_same_run, find_checkpoint, writing_alone
 from nestling.training.schedules import lr_factor
 from nestling.training.tokenizers import load_tokenizer
-from nestling.utils.locks import sole_writer
 from nestling.utils.machine import find_device, stop_requests
+from nestling.utils.ranks import find_ranks, process_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,12 +55,31 @@ class Trainer:
         corpus: Corpus | None = None,
         resume: bool = False,
     ) -> None:
-        self.config = config
-        self.device = find_device(config.device)
+        self.config, self.ranks = config, find_ranks()
         if config.threads:
             torch.set_num_threads(config.threads)
-        source, self.warnings = find_checkpoint(config.out, resume)
+        source, self.warnings = self.ranks.together(lambda: find_checkpoint(config.out, resume), only_first=True)
         self._known = checkpoint.list_checkpoints(config.out)
+        state = self.ranks.together(lambda: self._prepare(model, corpus, source))
+        self._plain = copy.deepcopy(self.model).to("meta") if self.mode == "fsdp" else None
+        self._parallel = parallelize(self.model, self.mode, config.parallel, self.device)
+        self._called = torch.compile(self.model) if config.compile else self._parallel.called
+        self.optimizers = self.ranks.together(lambda: LevelOptimizers(self.model, config.optim, self.schedule))
+        self.step = self.tokens = self.skipped = 0
+        self._speed = 0.0
+        torch.manual_seed(config.seed + self.ranks.rank)
+        if state and source:
+            state = shards.read(state, source / checkpoint.SHARDS, self.mode == "fsdp")
+            self.optimizers.load_state_dict(state["optimizers"])
+            self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+            self._restore_random(state)
+        self.resumed_at = self.step
+
+    def _prepare(self, model: PreTrainedModel | None, corpus: Corpus | None, source: Path | None) -> dict | None:
+        """Text and model, whole on this rank, and the state they resume from; every fault of the input shows here."""
+        config, ranks = self.config, self.ranks
+        self.mode = find_mode(config.parallel, ranks, config.compile)
+        self.device = find_device(config.device, ranks.local if ranks.size > 1 else None)
         own = Path(config.model.name)
         tokenizer = (
             load_tokenizer(checkpoint.resolve(own)) if config.data.tokenizer == "auto" and own.is_dir() else None
@@ -70,24 +90,22 @@ class Trainer:
             check_same_run(state, config, self.corpus.fingerprint)
         self.model = self._make_model(model, source).to(self.device)
         self.model.train()
-        self.warnings += _chunk_warnings(self.model, config.data.seq_len)
+        self.warnings += chunk_warnings(self.model, config.data.seq_len)
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-        self._called = torch.compile(self.model) if config.compile else self.model
-        self.schedule = self._make_schedule()
-        if config.trained == "levels":
-            _train_levels_only(self.model)
-        self.optimizers = LevelOptimizers(self.model, config.optim, self.schedule)
+        self.schedule = make_schedule(self.model, config)
+        freeze(self.model, self.schedule, config.trained)
         data = config.data
-        self.batches = Batches(self.corpus.train, data.seq_len, data.batch_size, config.seed)
-        self.step = self.tokens = self.skipped = 0
-        self._speed = 0.0
-        torch.manual_seed(config.seed)
-        if state:
-            self.optimizers.load_state_dict(state["optimizers"])
-            self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
-            checkpoint.set_random_state(state["random"])
-        self.resumed_at = self.step
+        self.batches = Batches(self.corpus.train, data.seq_len, data.batch_size, config.seed, ranks.rank, ranks.size)
+        return state
+
+    def _restore_random(self, state: dict) -> None:
+        """Every generator as it was; another number of ranks begins others, each its own."""
+        saved = [state["random"], *state.get("random_of_others", [])]
+        if len(saved) == self.ranks.size or self.ranks.first:
+            checkpoint.set_random_state(saved[self.ranks.rank])
+        else:
+            torch.manual_seed(self.config.seed + self.ranks.rank + self.step * self.ranks.size)
 
     def train_step(self) -> Report:
         """Take one optimiser step; returns its figures."""
@@ -96,9 +114,11 @@ class Trainer:
         loss = 0.0
         for micro in range(accumulate):
             window = self.batches[self.step * accumulate + micro].to(self.device)
-            part = token_losses(self._called, window, config.precision).mean() / accumulate
-            part.backward()
+            with self._parallel.exchange(micro == accumulate - 1):
+                part = token_losses(self._called, window, config.precision).mean() / accumulate
+                part.backward()
             loss += part.item()
+        loss = self.ranks.mean(loss)
         factor = lr_factor(self.step, config.steps, config.schedule)
         done = self.optimizers.step(self.tokens, self.tokens + config.tokens_per_step, factor)
         self.step += 1
@@ -130,6 +150,7 @@ class Trainer:
             batch_size=config.data.batch_size,
             max_batches=config.logging.eval_batches,
             precision=config.precision,
+            ranks=self.ranks,
         )
 
     def save(self) -> Path:
@@ -143,8 +164,17 @@ class Trainer:
             "optimizers": self.optimizers.state_dict(),
             "random": checkpoint.random_state(),
         }
+        if self.ranks.size > 1:
+            state["random_of_others"] = self.ranks.gathered(state["random"])[1:]
+        model = self.model if self._plain is None else shards.whole_model(self.model, self._plain, self.ranks.first)
         path = checkpoint.save_checkpoint(
-            self.config.out, self.step, self.model, self.corpus.tokenizer, state, self.config.logging.keep
+            self.config.out,
+            self.step,
+            model,
+            self.corpus.tokenizer,
+            state,
+            self.config.logging.keep,
+            self.ranks,
         )
         self._known = checkpoint.list_checkpoints(self.config.out)
         return path
@@ -158,24 +188,31 @@ class Trainer:
         Raises:
             ValueError: another run is at the folder, or wrote there after this one had looked.
         """
-        with sole_writer(self.config.out):
+        with writing_alone(self.config.out, self.ranks):
             return self._run()
 
     def _run(self) -> Result:
         """`run` with the folder's lock held."""
-        if checkpoint.list_checkpoints(self.config.out) != self._known:
-            raise ValueError(f"another run wrote into {self.config.out} meanwhile: resume it, or choose another --out")
         config, every = self.config, self.config.logging
-        checkpoint.clean(config.out)
-        config.save(Path(config.out) / RUN_FILE)
-        metrics = Metrics(config, self.step)
-        progress = TrainingProgress(config.steps, self.step, Path(config.out).name, every.log_every, every.progress)
+        metrics: Any = Silence()
+        progress: Any = Silence()
+
+        def begin() -> None:
+            if checkpoint.list_checkpoints(config.out) != self._known:
+                raise ValueError(f"another run wrote into {config.out} meanwhile: resume it, or choose another --out")
+            checkpoint.clean(config.out)
+            config.save(Path(config.out) / RUN_FILE)
+
+        self.ranks.together(begin, only_first=True)
+        if self.ranks.first:
+            metrics = Metrics(config, self.step)
+            progress = TrainingProgress(config.steps, self.step, Path(config.out).name, every.log_every, every.progress)
         for warning in self.warnings:
             progress.say(warning)
         started, losses, evaluation = time.monotonic(), [], None
         with stop_requests() as stop:
             try:
-                while self.step < config.steps and not stop.is_set():
+                while self.step < config.steps and not self.ranks.any(stop.is_set()):
                     report = self.train_step()
                     losses.append(report.loss)
                     progress.step(report)
@@ -243,50 +280,8 @@ class Trainer:
             return model
         return build_model(self.config.model, self.corpus.tokenizer, self.config.seed)
 
-    def _make_schedule(self) -> Schedule | None:
-        levels = getattr(self.model.config, "levels", None)
-        if not levels or not hasattr(self.model, "level_parameters"):  # a stacked model has no levels in its config
-            return None
-        config = self.config
-        total = config.tokens_per_step * config.steps
-        schedule = Schedule(levels, config.data.seq_len, config.tokens_per_step, total)
-        if hasattr(self.model, "set_context_length"):
-            self.model.set_context_length(config.data.seq_len)
-        elif schedule.fast:
-            raise ValueError(
-                f"levels {', '.join(map(str, schedule.fast))} would be updated inside a context of "
-                f"{config.data.seq_len} tokens, which a {type(self.model).__name__} does not do"
-            )
-        return schedule
-
-
-def _chunk_warnings(model: PreTrainedModel, window: int) -> list[str]:
-    """Memories whose chunk is not shorter than a training window: reading never begins a second chunk there."""
-    chunks = [g.chunk_size for m in model.modules() if isinstance(m, SelfModifyingTitans) for g in m.groups]
-    if window > max(chunks, default=0):
-        return []
-    return [
-        f"a training window of {window} tokens is not longer than a memory's chunk of {max(chunks)}: what the model "
-        "does with a second chunk stays untrained. Take a larger seq_len, or a smaller chunk_size of the mixer"
-    ]
-
-
-def _train_levels_only(model: PreTrainedModel) -> None:
-    """Freeze all but the weights from which the levels of a stream begin."""
-    learner = getattr(model, "learner", None)
-    if learner is None or not learner.fast:
-        raise ValueError(
-            f'trained "levels" needs a model with levels that learn in a context, and this {type(model).__name__} has '
-            "none: convert one first (nestling convert), or train all"
-        )
-    if learner.meta_grad == "none":
-        raise ValueError('trained "levels" needs their meta-gradients, but meta_grad is "none": use "first_order"')
-    chosen = {m.weight for i in learner.fast for m in learner.modules[i]}
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in chosen)
-
 
 def train(config: TrainConfig, resume: bool = False) -> Result:
-    """Train from text to checkpoint; see `Trainer`."""
-    with sole_writer(config.out):  # from before the folder is read
+    """Train from text to checkpoint; see `Trainer`. Under torchrun every process calls it."""
+    with process_group(config.device) as ranks, writing_alone(config.out, ranks):  # from before the folder is read
         return Trainer(config, resume=resume)._run()

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestling.optim.sharding import is_sharded, sharded_as, whole
 from nestling.schedule import Schedule
 from nestling.training.config import OptimConfig, unknown
+from nestling.training.levels import freeze
 
 BUILT_IN = ("adamw", "muon", "m3")
 
@@ -59,9 +61,7 @@ class LevelOptimizers:
     def __init__(self, model: nn.Module, config: OptimConfig, schedule: Schedule | None = None) -> None:
         self.config, self.schedule = config, schedule
         levels: dict[int, list[nn.Parameter]] = model.level_parameters() if schedule is not None else {}
-        for index in schedule.frozen if schedule is not None else ():
-            for parameter in levels.get(index, ()):
-                parameter.requires_grad_(False)
+        freeze(model, schedule)
         names = {parameter: name for name, parameter in model.named_parameters()}
         matrices = _hidden_matrices(model)
         taken: set[nn.Parameter] = set()
@@ -148,11 +148,25 @@ class LevelOptimizers:
             raise ValueError("the optimiser state belongs to other parameters or levels than this model's")
         for group, values in zip(self.groups, saved):
             for optimizer, inner in zip(group.optimizers, values["optimizers"], strict=True):
-                optimizer.load_state_dict(inner)
+                optimizer.load_state_dict(_as_held(inner, optimizer))
             if group.sums is not None:
                 for total, value in zip(group.sums, values["sums"], strict=True):
-                    total.copy_(value)
+                    total.copy_(sharded_as(value, total))
             group.count, group.steps = values["count"], values["steps"]
+
+
+def _as_held(saved: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """A saved optimiser state, sharded where the optimiser keeps it sharded."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if getattr(optimizer, "whole_state", False) or not any(is_sharded(p) for p in params):
+        return saved
+    states = {}
+    for i, values in saved["state"].items():
+        states[i] = {
+            name: sharded_as(value, params[i]) if getattr(value, "shape", None) == params[i].shape else value
+            for name, value in values.items()
+        }
+    return {**saved, "state": states}
 
 
 def make_optimizers(
@@ -253,4 +267,4 @@ def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())

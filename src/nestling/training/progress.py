@@ -74,3 +74,10 @@ class TrainingProgress:
         """Stop the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+class Silence:
+    """Where the figures and words of the ranks other than the first go."""
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: None

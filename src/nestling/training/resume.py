@@ -1,15 +1,22 @@
-"""Whether and where a run goes on, and that it is the same run."""
+"""Whether and where a run goes on, that it is the same run, and that nobody else is at it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from nestling.training import checkpoint
 from nestling.training.config import TrainConfig
+from nestling.utils.locks import sole_writer
+from nestling.utils.ranks import Ranks
 
 # in a resumed run
-MAY_CHANGE = ("out", "steps", "device", "threads", "compile", "gradient_checkpointing", "logging", "data.cache_dir")
+MAY_CHANGE = (
+    *("out", "steps", "device", "threads", "compile", "gradient_checkpointing", "logging", "data.cache_dir"),
+    *("parallel.mode", "parallel.offload"),
+)
 
 
 def find_checkpoint(out: str | Path, resume: bool) -> tuple[Path | None, list[str]]:
@@ -56,3 +63,11 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, objec
         elif before != after:
             found.append((f"{prefix}{name}", before, after))
     return found
+
+
+@contextmanager
+def writing_alone(out: str, ranks: Ranks) -> Iterator[None]:
+    """The lock of a run's folder, held by the first rank for all."""
+    with ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(sole_writer(out)), only_first=True)
+        yield

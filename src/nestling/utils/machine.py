@@ -10,10 +10,20 @@ from contextlib import contextmanager
 import torch
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes a GPU if there is one. ValueError if it is not available."""
+def find_device(name: str, local: int | None = None) -> torch.device:
+    """The device of a name; "auto" takes a GPU if there is one. ValueError if it is not available.
+
+    Args:
+        local: of several processes on this machine, the number of this one: each takes the GPU of its number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and local is not None:
+        if ":" in name:
+            raise ValueError(
+                f"device {name!r} is one GPU, and several processes train: use 'cuda', and each has its own"
+            )
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -1,0 +1,64 @@
+"""What a run asks of a model's levels before its optimiser is made: their schedule, and which weights move at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from nestling.layers.titans import SelfModifyingTitans
+from nestling.schedule import Schedule
+from nestling.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_schedule(model: PreTrainedModel, config: TrainConfig) -> Schedule | None:
+    """Which level of the model is updated when, in a run; the model is told its context length."""
+    levels = getattr(model.config, "levels", None)
+    if not levels or not hasattr(model, "level_parameters"):  # a stacked model has no levels in its config
+        return None
+    total = config.tokens_per_step * config.steps
+    schedule = Schedule(levels, config.data.seq_len, config.tokens_per_step, total)
+    if hasattr(model, "set_context_length"):
+        model.set_context_length(config.data.seq_len)
+    elif schedule.fast:
+        raise ValueError(
+            f"levels {', '.join(map(str, schedule.fast))} would be updated inside a context of "
+            f"{config.data.seq_len} tokens, which a {type(model).__name__} does not do"
+        )
+    return schedule
+
+
+def freeze(model: nn.Module, schedule: Schedule | None, trained: str = "all") -> None:
+    """Take frozen levels from the optimiser, and with `trained` "levels" all but where the levels of a stream begin."""
+    if schedule is not None and schedule.frozen:
+        levels: dict[int, list[nn.Parameter]] = model.level_parameters()  # type: ignore[operator]
+        for index in schedule.frozen:
+            for parameter in levels.get(index, ()):
+                parameter.requires_grad_(False)
+    if trained != "levels":
+        return
+    learner = getattr(model, "learner", None)
+    if learner is None or not learner.fast:
+        raise ValueError(
+            f'trained "levels" needs a model with levels that learn in a context, and this {type(model).__name__} has '
+            "none: convert one first (nestling convert), or train all"
+        )
+    if learner.meta_grad == "none":
+        raise ValueError('trained "levels" needs their meta-gradients, but meta_grad is "none": use "first_order"')
+    chosen = {m.weight for i in learner.fast for m in learner.modules[i]}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in chosen)
+
+
+def chunk_warnings(model: nn.Module, window: int) -> list[str]:
+    """Memories whose chunk is not shorter than a training window: reading never begins a second chunk there."""
+    chunks = [g.chunk_size for m in model.modules() if isinstance(m, SelfModifyingTitans) for g in m.groups]
+    if window > max(chunks, default=0):
+        return []
+    return [
+        f"a training window of {window} tokens is not longer than a memory's chunk of {max(chunks)}: what the model "
+        "does with a second chunk stays untrained. Take a larger seq_len, or a smaller chunk_size of the mixer"
+    ]

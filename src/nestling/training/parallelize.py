@@ -1,0 +1,90 @@
+"""A model over several processes: DDP, or FSDP2 (`fully_shard`). The model itself knows nothing of it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nestling.training.config import ParallelConfig
+from nestling.utils.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A model as a training step calls it; gradients of a backward pass are the mean over all ranks."""
+
+    called: Any
+    mode: str = "none"
+
+    def exchange(self, wanted: bool):
+        """A context for a forward and backward pass whose gradients are exchanged, or stay here for a later one."""
+        if self.mode == "fsdp":
+            self.called.set_requires_gradient_sync(wanted)
+        return self.called.no_sync() if self.mode == "ddp" and not wanted else nullcontext()
+
+
+def find_mode(config: ParallelConfig, ranks: Ranks, compiled: bool = False) -> str:
+    """ "none", "ddp" or "fsdp"; ValueError for what the processes that run do not fit."""
+    started = dist.is_available() and dist.is_initialized()
+    mode = config.mode if config.mode != "auto" else "ddp" if ranks.size > 1 else "none"
+    if mode == "none" and ranks.size > 1:
+        raise ValueError(
+            f"parallel.mode is none, but {ranks.size} processes run: use ddp or fsdp, or start one without torchrun"
+        )
+    if mode != "none" and not started:
+        raise ValueError(
+            f"parallel.mode {mode} needs the processes of torchrun: torchrun --nproc-per-node 2 -m nestling train ..."
+        )
+    if mode != "fsdp" and (config.offload or config.param_dtype != "float32"):
+        raise ValueError(f"parallel.offload and parallel.param_dtype are for parallel.mode fsdp; this is {mode}")
+    if mode != "none" and compiled:
+        raise ValueError(f"compile was not made to go with parallel.mode {mode}: leave one of them out")
+    return mode
+
+
+def parallelize(model: nn.Module, mode: str, config: ParallelConfig, device: torch.device) -> Parallel:
+    """Spread a model over the ranks, before its optimiser is made.
+
+    With fsdp every decoder layer (`_no_split_modules`) is gathered when it runs. A model whose levels learn in the
+    context runs its upper layers from the middle of its own forward pass and takes gradients there: it is gathered once
+    and whole, and what is spread is gradients, optimiser state and the weights between steps.
+    """
+    if mode == "none":
+        return Parallel(model)
+    learns = _learns(model)
+    if mode == "ddp":
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=learns)
+        return Parallel(wrapped, mode)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
+    if config.param_dtype == "bf16":
+        if learns:
+            raise ValueError(
+                "parallel.param_dtype bf16 would round what levels learn in a context: leave it at float32, or take "
+                'precision "bf16", which learns in float32'
+            )
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if config.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor, 0)
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in [] if learns else [m for m in model.modules() if type(m).__name__ in names]:
+        fully_shard(module, **options)
+    fully_shard(model, **options)
+    return Parallel(model, mode)
+
+
+def _learns(model: nn.Module) -> bool:
+    """Whether levels learn in the context."""
+    learner = getattr(model, "learner", None)
+    return bool(learner is not None and learner.fast)
