@@ -33,6 +33,12 @@ def main(
     seed: Annotated[int | None, run(help="Decides weights and the order of the data.")] = None,
     device: Annotated[str | None, run(help="auto, cpu, cuda, cuda:1, ...")] = None,
     threads: Annotated[int | None, run(help="CPU threads (0: torch's choice).")] = None,
+    parallel: Annotated[
+        str | None,
+        run(
+            help="Under torchrun: ddp (auto takes it) or fsdp, which spreads weights and optimiser over the processes."
+        ),
+    ] = None,
     precision: Annotated[str | None, run(help="float32, or bf16 (mixed).")] = None,
     compile: Annotated[bool | None, run(help="Use torch.compile.")] = None,
     gradient_checkpointing: Annotated[
@@ -62,7 +68,7 @@ def main(
     val: Annotated[list[str] | None, data(help="Held-out text instead of a part of TEXT.")] = None,
     val_fraction: Annotated[float | None, data(help="The part of every file held out.")] = None,
     seq_len: Annotated[int | None, data(help="Tokens of one window.")] = None,
-    batch_size: Annotated[int | None, data(help="Windows of one micro-batch.")] = None,
+    batch_size: Annotated[int | None, data(help="Windows of one micro-batch, of all processes together.")] = None,
     lr: Annotated[float | None, optimiser(help="Peak learning rate.")] = None,
     optimizer: Annotated[str | None, optimiser(help="adamw, muon, m3, or package.module.Class.")] = None,
     optimizer_options: Annotated[
@@ -99,6 +105,9 @@ def main(
     Teach the levels of a converted model how to adapt, with gradients through what they learn:
       nestling train texts/ --init runs/smol --trained levels --seq-len 512 --batch-size 1 --lr 1e-4 --out runs/adapted
 
+    On two processes (GPUs where there are any), each with a part of the model; the result is that of one process:
+      torchrun --nproc-per-node 2 -m nestling train texts/ --parallel fsdp --out runs/texts
+
     Any option by its full name (see run.json in a run's folder):
       nestling train book.txt --out runs/book -o schedule.warmup=0.1 -o optim.clip=0.5
     """
@@ -112,6 +121,7 @@ def main(
         "seed": seed,
         "device": device,
         "threads": threads,
+        "parallel.mode": parallel,
         "precision": precision,
         "compile": compile,
         "gradient_checkpointing": gradient_checkpointing,

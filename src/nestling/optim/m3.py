@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from nestling.optim import checks
+from nestling.optim.m3_divided import divided_step
 from nestling.optim.m3_options import check_group, is_matrix, parts_of, settings_of
 from nestling.optim.multiscale import m3_batched, m3_single, new_state
 from nestling.optim.parameters import split_parameters
-from nestling.optim.sharding import is_uneven, keep_shard, local, whole
+from nestling.optim.sharding import is_cut_by_rows, is_sharded, keep_shard, local, whole
 from nestling.optim.states import exact_loading
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class M3(torch.optim.Optimizer):
@@ -45,11 +50,16 @@ class M3(torch.optim.Optimizer):
             blocks or a list of their sizes; ("columns", ...) for columns. Needs `named_parameters()`.
         slow_dtype: type of the cached slow directions; None is bfloat16, or the state's own for "sum" and float64.
         nonfinite: "skip", "raise", or "ignore" (no check, so no synchronisation with a device).
+        process_group: ranks that hold the same parameters and gradients, as under DDP: each orthogonalises its share of
+            the matrices and sends it to the others. None: every rank does all of them, and nothing is sent. Parameters
+            that FSDP2 shards are always divided among their ranks.
         foreach: False takes the plain definition, one parameter after the other, in place of batches of one shape.
 
     Raises:
         ValueError, TypeError: naming the argument; nothing is changed.
     """
+
+    _ranks: ProcessGroup | None = None  # a copy has none
 
     def __init__(
         self,
@@ -74,6 +84,7 @@ class M3(torch.optim.Optimizer):
         slow_dtype: torch.dtype | None = None,
         nonfinite: str = "skip",
         foreach: bool | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         checks.check_choice("nonfinite", nonfinite, checks.NONFINITE)
         options = dict(
@@ -84,6 +95,7 @@ class M3(torch.optim.Optimizer):
             view=None,
         )  # fmt: skip
         check_group(options)
+        self._ranks = process_group
         super().__init__(split_parameters(params) if isinstance(params, nn.Module) else params, options)
         self._warn_of_tables()
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
@@ -168,10 +180,17 @@ class M3(torch.optim.Optimizer):
                 if parameter.grad is not None and parameter.numel() and not self.state[parameter]:
                     new = _matrix_state if is_matrix(parameter, group, index) else _adamw_state
                     self.state[parameter].update(new(parameter, group))
-        return [work for group in self.param_groups for work in self._open_group(group)] if counts else []
+        if not counts:
+            return []
+        divided: dict[Any, list[tuple]] = {}  # one exchange for all parameters of the same ranks
+        work = [work for group in self.param_groups for work in self._open_group(group, divided)]
+        for mesh, together in divided.items():
+            ranks = self._ranks if mesh is None else mesh.get_group()
+            work.append((divided_step, together, ranks, mesh is not None))
+        return work
 
-    def _open_group(self, group: dict) -> list[tuple]:
-        """Parameters that take the same step go together."""
+    def _open_group(self, group: dict, divided: dict[Any, list[tuple]]) -> list[tuple]:
+        """Parameters that take the same step go together; matrices whose work ranks share go to `divided`."""
         work, vectors, matrices = [], {}, {}
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None or parameter.numel() == 0:
@@ -189,7 +208,11 @@ class M3(torch.optim.Optimizer):
         for (*_, shape, step, (sizes, dim)), parameters in matrices.items():
             settings = settings_of(group, shape, sizes, dim)
             states, gradients = [self.state[p] for p in parameters], [p.grad for p in parameters]
-            if is_uneven(parameters[0]):
+            sharded = is_sharded(parameters[0])
+            if group["foreach"] and (is_cut_by_rows(parameters[0]) if sharded else self._ranks is not None):
+                mesh = parameters[0].device_mesh if sharded else None
+                divided.setdefault(mesh, []).append((parameters, gradients, states, settings, step))
+            elif sharded:
                 work.append((_gathered_step, parameters, gradients, states, settings, step))
             elif group["foreach"]:
                 work.append((m3_batched, parameters, gradients, states, settings, step))
@@ -235,7 +258,7 @@ def _adamw_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:
 
 @torch.compiler.disable
 def _gathered_step(parameters: list[Tensor], gradients: list[Tensor], states: list[dict], settings, step: int) -> None:
-    """The step of unevenly sharded parameters, one after the other: whole on every rank, which keeps its part."""
+    """The step of parameters sharded in any other way, one by one: whole on every rank, which keeps its part."""
     for parameter, gradient, state in zip(parameters, gradients, states):
         weight = whole(parameter).clone()
         memories = {name: whole(value).clone() for name, value in state.items() if name != "step"}

@@ -179,9 +179,9 @@ def m3_batched(
 def _batched(
     parameters: list[Tensor], gradients: list[Tensor], states: list[State], settings: M3Settings, step: int
 ) -> None:
-    fast = settings.orthogonal(_remember(gradients, states, settings, [(step - 1) % f == 0 for f in settings.periods]))
+    fast = settings.orthogonal(remember(gradients, states, settings, [(step - 1) % f == 0 for f in settings.periods]))
     decay = torch.tensor(0.0 if settings.beta_v is None else settings.beta_v**step, dtype=torch.float64)
-    _descend(parameters, fast, states, settings, decay)
+    descend(parameters, fast, states, settings, decay)
     for scale in settings.slow():
         if step % settings.periods[scale] == 0:
             slow = settings.orthogonal(torch.stack([state[f"m{scale + 1}"] for state in states]))
@@ -189,7 +189,7 @@ def _batched(
                 state[f"o{scale + 1}"].copy_(direction)
 
 
-def _remember(gradients: list[Tensor], states: list[State], settings: M3Settings, opens: list[bool]) -> Tensor:
+def remember(gradients: list[Tensor], states: list[State], settings: M3Settings, opens: list[bool]) -> Tensor:
     """Write the gradients into every memory; returns what is to be orthogonalised, stacked."""
     g = [gradient.to(state["m1"].dtype) for gradient, state in zip(gradients, states)]
     for scale in range(len(settings.periods)):
@@ -210,9 +210,7 @@ def _remember(gradients: list[Tensor], states: list[State], settings: M3Settings
     return fast
 
 
-def _descend(
-    parameters: list[Tensor], update: Tensor, states: list[State], settings: M3Settings, decay: Tensor
-) -> None:
+def descend(parameters: list[Tensor], update: Tensor, states: list[State], settings: M3Settings, decay: Tensor) -> None:
     """W <- W - lr (O1 + alpha O2) / (sqrt(V) + eps), O1 given as `update` (overwritten), decay = b2^t."""
     for scale in settings.slow():
         torch._foreach_add_(

@@ -1,7 +1,8 @@
 """Parameters sharded over ranks (DTensor, as FSDP2 makes them): how a step sees them whole.
 
-What is done element by element runs on each rank's shard. What needs a whole matrix is computed whole on every rank and
-each keeps its part, so a step is one process's whatever the shards; nothing of that work is divided yet.
+What is done element by element runs on each rank's shard. What needs whole matrices M3 divides among the ranks
+(`optim.division`); elsewhere it is computed whole on every rank and each keeps its part. So a step is one process's
+whatever the shards.
 """
 
 from __future__ import annotations
@@ -18,12 +19,9 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def is_uneven(tensor: Any) -> bool:
-    """Whether its shards are of different sizes, which torch cannot stack or reshape."""
-    return is_sharded(tensor) and any(
-        placement.is_shard() and tensor.shape[placement.dim] % tensor.device_mesh.size(i)
-        for i, placement in enumerate(tensor.placements)
-    )
+def is_cut_by_rows(tensor: Any) -> bool:
+    """Whether each rank of one line of ranks holds a stretch of its first dimension, as FSDP2 cuts."""
+    return is_sharded(tensor) and tensor.device_mesh.ndim == 1 and tensor.placements[0].is_shard(0)
 
 
 def local(tensor: Any) -> Tensor:

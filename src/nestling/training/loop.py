@@ -64,7 +64,8 @@ class Trainer:
         self._plain = copy.deepcopy(self.model).to("meta") if self.mode == "fsdp" else None
         self._parallel = parallelize(self.model, self.mode, config.parallel, self.device)
         self._called = torch.compile(self.model) if config.compile else self._parallel.called
-        self.optimizers = self.ranks.together(lambda: LevelOptimizers(self.model, config.optim, self.schedule))
+        shared = torch.distributed.group.WORLD if self.mode == "ddp" else None
+        self.optimizers = self.ranks.together(lambda: LevelOptimizers(self.model, config.optim, self.schedule, shared))
         self.step = self.tokens = self.skipped = 0
         self._speed = 0.0
         torch.manual_seed(config.seed + self.ranks.rank)

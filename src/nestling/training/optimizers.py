@@ -10,7 +10,7 @@ import importlib
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from nestling.optim.sharding import is_sharded, sharded_as, whole
 from nestling.schedule import Schedule
 from nestling.training.config import OptimConfig, unknown
 from nestling.training.levels import freeze
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BUILT_IN = ("adamw", "muon", "m3")
 
@@ -56,9 +59,16 @@ class LevelOptimizers:
         model: the model; with a schedule, its `level_parameters()` names each level's parameters.
         config: optimiser, options, clipping.
         schedule: which level is slow or frozen and when it is due; None: everything steps every time.
+        process_group: ranks that each hold the whole model, over which M3 and Muon divide their work.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        schedule: Schedule | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         self.config, self.schedule = config, schedule
         levels: dict[int, list[nn.Parameter]] = model.level_parameters() if schedule is not None else {}
         freeze(model, schedule)
@@ -71,14 +81,20 @@ class LevelOptimizers:
             taken.update(params)
             if params:
                 group = LevelGroup(
-                    index, [names[p] for p in params], params, make_optimizers(params, config, matrices, names)
+                    index,
+                    [names[p] for p in params],
+                    params,
+                    make_optimizers(params, config, matrices, names, process_group),
                 )
                 group.sums = [torch.zeros_like(p) for p in params]
                 self.groups.append(group)
         rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
         if rest:
             self.groups.insert(
-                0, LevelGroup(None, [names[p] for p in rest], rest, make_optimizers(rest, config, matrices, names))
+                0,
+                LevelGroup(
+                    None, [names[p] for p in rest], rest, make_optimizers(rest, config, matrices, names, process_group)
+                ),
             )
         if not self.groups:
             raise ValueError("the model has no trainable parameter")
@@ -174,6 +190,7 @@ def make_optimizers(
     config: OptimConfig,
     matrices: set[nn.Parameter],
     names: dict[nn.Parameter, str],
+    process_group: ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
     """The optimisers for some parameters: vectors are not decayed; `matrices` take the step of Muon or M3, the rest
     AdamW's."""
@@ -184,7 +201,9 @@ def make_optimizers(
             from nestling.training.muon import Muon
 
             options = {"adjust_lr_fn": "match_rms_adamw", **config.options}  # so that AdamW's learning rate fits
-            made.append(_construct(Muon, "muon", [{"params": hidden}], config, options))
+            muon = _construct(Muon, "muon", [{"params": hidden}], config, options)
+            muon.process_group = process_group
+            made.append(muon)
         rest = [p for p in params if p not in matrices]
         return made + ([_adamw(rest, config, {})] if rest else [])
     if config.name == "m3":
@@ -200,7 +219,8 @@ def make_optimizers(
         here, anywhere = " ".join(names[p] for p in params), " ".join(names.values())
         parts = config.options.get("split") or {}  # of other groups' matrices: not for this optimiser
         parts = {part: sizes for part, sizes in parts.items() if part in here or part not in anywhere}
-        return [_construct(M3, "m3", groups, config, config.options | {"split": parts})]
+        options = config.options | {"split": parts, "process_group": process_group}
+        return [_construct(M3, "m3", groups, config, options)]
     if config.name == "adamw":
         return [_adamw(params, config, config.options)]
     return [_construct(_find_class(config.name), config.name, _decay_groups(params, config), config, config.options)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,8 @@ def parallelize(model: nn.Module, mode: str, config: ParallelConfig, device: tor
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if config.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    # nothing writes into what a layer returns: `tests/training/test_parallel.py` holds the loss to one process's
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor, 0)

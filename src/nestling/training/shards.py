@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from nestling.optim.sharding import is_sharded, whole
@@ -39,6 +37,8 @@ def split(state: dict) -> tuple[dict, dict[str, Tensor]]:
 
 def write(shards: dict[str, Tensor], folder: Path) -> None:
     """Every rank writes its parts into one folder (collective); OSError on every rank if one cannot."""
+    import torch.distributed.checkpoint as dcp
+
     try:
         with _quiet():
             dcp.save(shards, checkpoint_id=folder)
@@ -54,7 +54,7 @@ def read(state: dict, folder: Path, sharded: bool) -> dict:
     if sharded:
         from torch.distributed.device_mesh import init_device_mesh
 
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
 
     def make(place: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_meta:
@@ -64,6 +64,8 @@ def read(state: dict, folder: Path, sharded: bool) -> dict:
 
     state = _mapped(state, make)
     if found:
+        import torch.distributed.checkpoint as dcp
+
         with _quiet():
             dcp.load(found, checkpoint_id=folder, no_dist=not sharded)
     return state

@@ -63,7 +63,7 @@ class Ranks:
         return values
 
     def together(self, work: Callable[[], T], only_first: bool = False) -> T:
-        """Do some work, without collectives of its own, on every rank or on the first; an error anywhere ends it on all.
+        """Do some work, without collectives of its own, on every rank or the first; an error anywhere ends it on all.
 
         Returns:
             This rank's result; with `only_first` the first rank's, which can be pickled.

@@ -1,0 +1,129 @@
+"""A run on several processes (gloo) is the run of one: losses, weights, checkpoints."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nestling.training import TrainConfig, Trainer, checkpoint
+from nestling.training.build import build_model, load_saved
+from nestling.training.metrics import read_metrics
+from nestling.training.tokenizers import byte_tokenizer
+from processes import Command, as_torchrun, on_ranks
+
+ASKED = "NESTLING_SLOW_TESTS" in os.environ
+FAST = [{"chunk_size": 4, "lr": 0.05}, {"chunk_size": 8, "lr": 0.05, "optimizer": "adamw"}, {"chunk_size": None}]
+SLOW = [{"chunk_size": None}, {"chunk_size": 3 * 128}]  # 3 steps of 2 x 4 x 16 tokens
+CASES = {
+    "slow level": {"cms_levels": SLOW},
+    "fast levels": {"cms_levels": FAST, "cms_meta_grad": "full"},
+    "fast levels, no gradient of some": {"cms_levels": FAST, "cms_meta_grad": "none"},
+}
+OPTIMIZERS = {"adamw": {}, "m3": {"periods": [1, 2]}, "nestling.optim.DeltaMomentum": {}}
+
+
+@pytest.fixture
+def base(config):
+    return config.changed(**{"steps": 6, "data.batch_size": 4, "optim.accumulate": 2, "optim.lr": 1e-2})
+
+
+def trainer(config: TrainConfig, resume: bool = False) -> Trainer:
+    """A run in float64, so that sums in another order are told from errors."""
+    return Trainer(config, model=build_model(config.model, byte_tokenizer()).double(), resume=resume)
+
+
+def losses(config: TrainConfig, steps: int) -> list[float]:
+    run = trainer(config)
+    found = [run.train_step().loss for _ in range(steps)]
+    return [*found, run.evaluate().loss]
+
+
+def compare(configs: dict[str, dict], steps: int, expected: dict[str, list[float]]) -> None:
+    """On every rank."""
+    for name, values in configs.items():
+        for mode in ("ddp", "fsdp"):
+            found = losses(TrainConfig.from_dict(values).changed(**{"parallel.mode": mode}), steps)
+            errors = [abs(a - b) for a, b in zip(found, expected[name], strict=True)]
+            assert max(errors) < 1e-10, (name, mode, errors)
+
+
+@pytest.mark.parametrize(
+    "world", [2, pytest.param(4, marks=pytest.mark.skipif(not ASKED, reason="NESTLING_SLOW_TESTS=1"))]
+)
+def test_losses_are_those_of_one_process(base, world):
+    configs = {}
+    for case, options in CASES.items():
+        for name, own in OPTIMIZERS.items() if case == "fast levels" or ASKED else [("adamw", {})]:
+            options = {**base.model.options, **options}
+            changed = base.changed(**{"model.options": options, "optim.name": name, "optim.options": own})
+            configs[f"{case}, {name}"] = changed
+    expected = {name: losses(config, 4) for name, config in configs.items()}
+    on_ranks(world, compare, {name: config.to_dict() for name, config in configs.items()}, 4, expected)
+
+
+def go_on(values: dict, steps: int, expected: list[float]) -> None:
+    """On every rank: some steps from the newest checkpoint, with the losses of the uninterrupted run, and a new one."""
+    run = trainer(TrainConfig.from_dict(values), resume=checkpoint.list_checkpoints(values["out"]) != [])
+    assert [run.train_step().loss for _ in range(steps)] == pytest.approx(expected, abs=1e-10, rel=0)
+    run.save()
+
+
+@pytest.mark.parametrize("optimizer", ["m3", "nestling.optim.DeltaMomentum"])
+def test_a_run_goes_on_at_another_number_of_processes(base, optimizer):
+    options = {**base.model.options, "cms_levels": SLOW, "num_hidden_layers": 2}
+    base = base.changed(**{"model.options": options, "optim.name": optimizer})
+    expected = losses(base, 7)
+    for (world, mode), first in zip(
+        [(2, "fsdp"), (4, "fsdp"), (1, "none"), (2, "ddp"), (2, "fsdp"), (1, "none")], range(6)
+    ):
+        values = base.changed(**{"parallel.mode": mode, "steps": 7}).to_dict()
+        if world > 1:
+            on_ranks(world, go_on, values, 1, expected[first : first + 1])
+        else:
+            go_on(values, 1, expected[first : first + 1])
+        saved = load_saved(checkpoint.resolve(base.out))  # always a Hugging Face folder
+        assert saved.dtype == torch.float64
+    assert trainer(base, resume=True).evaluate() is not None
+
+
+@pytest.fixture
+def commands(config, tmp_path):
+    """Starts `nestling train` on two processes, as torchrun does."""
+
+    def start(*arguments: str) -> list[Command]:
+        config.save(tmp_path / "config.json")
+        words = ["train", "--config", tmp_path / "config.json", *arguments]
+        return [Command(words, tmp_path / f"said{i}", environment=one) for i, one in enumerate(as_torchrun(2))]
+
+    return start
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_ends_all_with_a_whole_checkpoint(commands, config, mode):
+    processes = commands("--parallel", mode, "--steps", "100000", "--eval-every", "0", "--save-every", "0")
+    metrics = Path(config.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count('"train"') > 2):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    (out, _), (out_1, said_1) = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert b"stopped at step" in out
+    assert not out_1 + said_1
+    rows = read_metrics(metrics)
+    found = checkpoint.list_checkpoints(config.out)
+    assert checkpoint.verify(found[-1])["step"] == rows[-1]["step"] == len(rows)
+    assert not Path(f"{config.out}.lock").exists()
+
+
+def test_what_is_wrong_is_said_once(commands, config):
+    processes = commands("--batch-size", "3")
+    (_, said), (_, said_1) = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert b"make it a multiple of 2" in said
+    assert not said_1
+    assert not Path(config.out).exists()
