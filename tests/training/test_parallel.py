@@ -15,6 +15,7 @@ from nestling.training.tokenizers import byte_tokenizer
 from processes import Command, as_torchrun, on_ranks
 
 ASKED = "NESTLING_SLOW_TESTS" in os.environ
+SLOWLY = pytest.mark.skipif(not ASKED, reason="processes: NESTLING_SLOW_TESTS=1 runs it")
 FAST = [{"chunk_size": 4, "lr": 0.05}, {"chunk_size": 8, "lr": 0.05, "optimizer": "adamw"}, {"chunk_size": None}]
 SLOW = [{"chunk_size": None}, {"chunk_size": 3 * 128}]  # 3 steps of 2 x 4 x 16 tokens
 CASES = {
@@ -50,9 +51,7 @@ def compare(configs: dict[str, dict], steps: int, expected: dict[str, list[float
             assert max(errors) < 1e-10, (name, mode, errors)
 
 
-@pytest.mark.parametrize(
-    "world", [2, pytest.param(4, marks=pytest.mark.skipif(not ASKED, reason="NESTLING_SLOW_TESTS=1"))]
-)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=SLOWLY)])
 def test_losses_are_those_of_one_process(base, world):
     configs = {}
     for case, options in CASES.items():
@@ -71,22 +70,29 @@ def go_on(values: dict, steps: int, expected: list[float]) -> None:
     run.save()
 
 
-@pytest.mark.parametrize("optimizer", ["m3", "nestling.optim.DeltaMomentum"])
-def test_a_run_goes_on_at_another_number_of_processes(base, optimizer):
-    options = {**base.model.options, "cms_levels": SLOW, "num_hidden_layers": 2}
-    base = base.changed(**{"model.options": options, "optim.name": optimizer})
-    expected = losses(base, 7)
-    for (world, mode), first in zip(
-        [(2, "fsdp"), (4, "fsdp"), (1, "none"), (2, "ddp"), (2, "fsdp"), (1, "none")], range(6)
-    ):
-        values = base.changed(**{"parallel.mode": mode, "steps": 7}).to_dict()
+BRIEF = [(2, "fsdp"), (4, "fsdp"), (1, "none")]
+LONG = [*BRIEF, (2, "ddp"), (2, "fsdp"), (1, "none"), (4, "ddp")]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "path"),
+    [
+        ("m3", BRIEF),
+        *(pytest.param(name, LONG, marks=SLOWLY) for name in ("m3", "muon", "nestling.optim.DeltaMomentum")),
+    ],
+)
+def test_a_run_goes_on_at_another_number_of_processes(base, optimizer, path):
+    options = {**base.model.options, "cms_levels": SLOW}
+    base = base.changed(**{"model.options": options, "optim.name": optimizer, "steps": 8})
+    expected = losses(base, len(path))
+    for (world, mode), loss in zip(path, expected):
+        values = base.changed(**{"parallel.mode": mode}).to_dict()
         if world > 1:
-            on_ranks(world, go_on, values, 1, expected[first : first + 1])
+            on_ranks(world, go_on, values, 1, [loss])
         else:
-            go_on(values, 1, expected[first : first + 1])
+            go_on(values, 1, [loss])
         saved = load_saved(checkpoint.resolve(base.out))  # always a Hugging Face folder
         assert saved.dtype == torch.float64
-    assert trainer(base, resume=True).evaluate() is not None
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ def commands(config, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["fsdp", pytest.param("ddp", marks=SLOWLY)])
 def test_a_signal_to_one_rank_ends_all_with_a_whole_checkpoint(commands, config, mode):
     processes = commands("--parallel", mode, "--steps", "100000", "--eval-every", "0", "--save-every", "0")
     metrics = Path(config.out) / "metrics.jsonl"
