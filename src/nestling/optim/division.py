@@ -102,14 +102,14 @@ def _divide(requests: list[Request], results: list[Tensor], group: dist.ProcessG
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     key = tuple((len(r.local), r.shape, r.matrices, r.cost) for r in requests)
     plan = make_plan(key, rank, ranks, sharded)
-    mine = [r.local.reshape(len(r.local), -1) for r in requests]
+    mine = [r.local.flatten(1) for r in requests]
     stacks = [r.local.new_empty(n, r.matrices[1] * r.matrices[2]) for r, n in zip(requests, plan.owned)]
     _move(mine, plan.held, stacks, plan.gathered, group if sharded else None)
     for i, request in enumerate(requests):
         if plan.owned[i]:
             whole = stacks[i].view(-1, *request.matrices[1:])
             stacks[i] = request.orthogonal(whole).reshape(stacks[i].shape)
-    _move(stacks, plan.returned, [x.view(len(x), -1) for x in results], plan.received, group)
+    _move(stacks, plan.returned, [x.flatten(1) for x in results], plan.received, group)
 
 
 def _move(

@@ -71,7 +71,7 @@ class Part:
         settings = self.settings
         if not self.by_rows:
             return settings.pieces(stacked)
-        x = stacked.view(len(stacked), -1, settings.shape[2])
+        x = stacked.flatten(2)
         if not settings.sizes or settings.dim == -1:
             return x.split(settings.sizes, -1) if settings.sizes else (x,)
         edges = [min(max(edge, self.first), self.last) - self.first for edge in accumulate(settings.sizes, initial=0)]
