@@ -183,36 +183,35 @@ def on_paper() -> list[dict]:
 
 
 def tables(result: dict) -> str:
-    """Both tables in Markdown."""
-    heads = ("processes", "mode", "optimiser", "bytes sent per parameter", "work of a rank", "time / AdamW's")
-    lines = [f"| {' | '.join(heads)} |", "| ---: | --- | --- | ---: | ---: | ---: |"]
-    whole = {r["optimizer"].split(",")[0]: r["products"] for r in result["one"]}
-    whole |= {r["optimizer"]: r["products"] for r in result["one"]}
-    for row in result["rows"]:
-        start = f"| {row['ranks']} | {row['mode']} | {row['optimizer']} |"
-        if "failed" in row:
-            lines.append(f"{start} refused | - | - |")
-            continue
-        base = whole.get(row["optimizer"]) or whole[row["optimizer"].split(",")[0]]
-        share = f"{row['products'] / base:.2f}" if base else "-"
-        lines.append(f"{start} {row['bytes_per_parameter']:.2f} | {share} | {row['times_adamw']:.1f} |")
+    """Both tables in Markdown; the first only where something was measured."""
+    lines = []
+    if result["rows"]:
+        heads = ("processes", "mode", "optimiser", "bytes sent per parameter", "work of a rank", "time / AdamW's")
+        lines += [f"| {' | '.join(heads)} |", "| ---: | --- | --- | ---: | ---: | ---: |"]
+        whole = {(r["mode"], r["optimizer"]): r.get("products") for r in result["one"]}
+        for row in result["rows"]:
+            start = f"| {row['ranks']} | {row['mode']} | {row['optimizer']} |"
+            if "failed" in row:
+                lines.append(f"{start} refused | - | - |")
+                continue
+            base = whole[row["mode"], row["optimizer"]]
+            share = f"{row['products'] / base:.2f}" if base else "-"
+            lines.append(f"{start} {row['bytes_per_parameter']:.2f} | {share} | {row['times_adamw']:.1f} |")
+        lines.append("")
     heads = (
         "ranks",
         "work of the busiest",
-        "TFLOP of it",
+        "its TFLOP",
         "M3 under FSDP2, MB",
         "FSDP2, MB",
         "M3 under DDP, MB",
         "DDP, MB",
     )
-    lines += ["", f"| {' | '.join(heads)} |", "| " + "---: | " * len(heads)]
+    lines += [f"| {' | '.join(heads)} |", f"|{' ---: |' * len(heads)}"]
     for row in result["paper"]:
         figures = [row["m3_fsdp_mb"], row["fsdp_mb"], row["m3_ddp_mb"], row["ddp_mb"]]
-        lines.append(
-            f"| {row['ranks']:,} | {row['work']:.4f} | {row['teraflops']:.3f} | "
-            + " | ".join(f"{figure:,.0f}" for figure in figures)
-            + " |"
-        )
+        texts = [f"{row['ranks']:,}", f"{row['work']:.4f}", f"{row['teraflops']:.3f}", *(f"{x:,.0f}" for x in figures)]
+        lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
