@@ -144,7 +144,8 @@ def make_plan(requests: tuple, rank: int, ranks: int, sharded: bool) -> Plan:
         heapq.heappush(free, (load + unit[0], r))
     work = [load for load, _ in sorted(free, key=lambda entry: entry[1])]
     owned = [0] * len(requests)
-    plan = Plan(owned, *([[] for _ in range(ranks)] for _ in range(4)), work)
+    held, gathered, returned, received = ([[] for _ in range(ranks)] for _ in range(4))
+    plan = Plan(owned, held, gathered, returned, received, work)
     parts = [[stretch(shape, r, ranks) for r in range(ranks)] for _, shape, _, _ in requests]
     for unit in units:
         _, request, parameter, matrix = unit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,8 +67,9 @@ class Muon(torch.optim.Muon):
             orthogonal = functools.partial(orthogonalize, steps=steps, **options)
             cost = multiply_adds(steps, *shape, coefficients=group["ns_coefficients"], dtype=updates.dtype)
             requests.append(Request(updates, shape, (1, *shape), orthogonal, cost))
-        sharded = is_sharded(work[0][0][0]) if work else False
-        ranks = work[0][0][0].device_mesh.get_group() if sharded else self.process_group
+        one: Any = work[0][0][0] if work else None
+        sharded = is_sharded(one)
+        ranks = one.device_mesh.get_group() if sharded else self.process_group
         if ranks is None:
             return [request.orthogonal(request.local) for request in requests]
         return orthogonalized(requests, ranks, sharded)
