@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
+from nestling.utils.likeness import Like, activations, columns
+
 Layers = list[CacheLayerMixin]
 
 
@@ -45,6 +47,14 @@ class Backbone(ABC):
     @abstractmethod
     def mark(self, layer: CacheLayerMixin) -> Any:
         """The state of a block's sequence layer now."""
+
+    @abstractmethod
+    def state_like(self, index: int, state: Any, batch: int) -> Any:
+        """What block `index` holds of `batch` streams, as a Like for each tensor, as many columns as `state` has."""
+
+    def mark_like(self, index: int, mark: Any, batch: int) -> Any:
+        """The same of a mark."""
+        return 0
 
     @abstractmethod
     def restored(self, layer: CacheLayerMixin, mark: Any) -> CacheLayerMixin:
@@ -87,6 +97,9 @@ class LlamaBackbone(Backbone):
     def mark(self, layer: CacheLayerMixin) -> int:
         return layer.get_seq_length()
 
+    def state_like(self, index: int, state: Any, batch: int) -> tuple[Like, Like]:
+        return keys_like(self.model, index, state, batch)
+
     def restored(self, layer: CacheLayerMixin, mark: int | None) -> CacheLayerMixin:
         fresh = DynamicLayer()
         if mark:
@@ -96,3 +109,21 @@ class LlamaBackbone(Backbone):
     def detach(self, layer: CacheLayerMixin) -> None:
         if layer.is_initialized:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+
+def expected_layer(model: Any, index: int, state: Any, batch: int) -> Any:
+    """What block `index` of a model holds of `batch` streams, as many columns as `state` has."""
+    learner = getattr(model, "learner", None)
+    return (keys_like(model, index, state, batch) if learner is None
+            else learner.backbone.state_like(index, state, batch))  # fmt: skip
+
+
+def keys_like(model: Any, index: int, state: Any, batch: int) -> tuple[Like, Like]:
+    """Keys and values [B, heads, T, size] of a block; any heads where the model's attention is not like Llama's."""
+    keys = state[0] if isinstance(state, tuple) and state else None
+    blocks = getattr(getattr(model, "model", None), "layers", None)
+    attention = None if blocks is None else getattr(blocks[index], "self_attn", None)
+    size = getattr(attention, "head_dim", None) if hasattr(attention, "k_proj") else None
+    heads = None if size is None else model.config.num_key_value_heads
+    like = Like((batch, heads, columns(keys, 2), size), activations(next(model.parameters()).dtype))
+    return like, like

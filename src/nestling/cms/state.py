@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,12 +108,17 @@ def shapes(level: Level, modules: Sequence[FastLinear]) -> list[tuple[int, int]]
     return [(m.out_features, m.in_features if level.rank is None else level.rank) for m in modules]
 
 
+def blank_level(level: Level, sizes: Iterable[tuple[int, int, torch.dtype]], batch: int, chunk_size: int) -> LevelState:
+    """A level over layers of these outputs, inputs and types, with tensors of no content (on "meta")."""
+    with torch.device("meta"):
+        layers = [torch.nn.Linear(i, o, bias=False, dtype=dtype) for o, i, dtype in sizes]
+        return begin_level(level, layers, batch, chunk_size)
+
+
 def level_bytes(level: Level, modules: Sequence[FastLinear], batch: int, chunk_size: int) -> int:
     """Bytes of a level's state, known before anything is allocated."""
-    with torch.device("meta"):
-        shapes = [torch.nn.Linear(m.in_features, m.out_features, bias=False, dtype=m.weight.dtype) for m in modules]
-        state = begin_level(level, shapes, batch, chunk_size)
-    return StreamState((state,), torch.empty(0), None, None).nbytes
+    sizes = [(m.out_features, m.in_features, m.weight.dtype) for m in modules]
+    return StreamState((blank_level(level, sizes, batch, chunk_size),), torch.empty(0), None, None).nbytes
 
 
 def _zeros(weight: Tensor, batch: int, shape: tuple[int, int], device: Any) -> Tensor:

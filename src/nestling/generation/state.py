@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import itertools
 import json
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from nestling.generation.description import from_json, tensors_of, to_json
 from nestling.utils.files import write_bytes
+from nestling.utils.likeness import check_like, columns
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -20,13 +22,6 @@ if TYPE_CHECKING:
 FORMAT = "nestling-state-2"
 APART = "nestling-state-3"  # of streams that stand at different places
 CONTENT = ("layers", "learned", "parts", "columns")  # what a file says of its tensors
-# the types in older files: as module:name, what they are called now
-MOVED = {
-    "nestling.cms.surprise:Pace": "nestling.cms.surprise:Surprise",
-    "nestling.continuum.pace:Pace": "nestling.cms.surprise:Surprise",
-    "nestling.continuum.state:LevelState": "nestling.cms.state:LevelState",
-    "nestling.continuum.state:StreamState": "nestling.cms.state:StreamState",
-}
 
 
 def save_state(
@@ -100,14 +95,25 @@ def _read(model: PreTrainedModel, metadata: dict[str, str], tensors: dict[str, T
     """The cache that a file's metadata and tensors describe."""
     device = next(model.parameters()).device
     # clones: views of the file may be aligned otherwise, and products may round by alignment
-    ordered = [tensors[f"t{i}"].to(device).clone() for i in range(len(tensors))]
+    ordered = {name: tensor.to(device).clone() for name, tensor in tensors.items()}
     content = {name: json.loads(metadata.get(name, "null")) for name in CONTENT}
+    if unused := ordered.keys() - set(tensors_of(content)):
+        raise ValueError(f"tensor {sorted(unused)[0]} is no part of its description")
     if content["parts"] is None:
         return _make_cache(model, content, ordered, content["learned"] != {"value": None})
     cache = _empty_cache(model, True)
-    cache.place((tuple(part["rows"]), _make_cache(model, part, ordered, True)) for part in content["parts"])
-    cache.advance(content["columns"])
+    rows = [tuple(part["rows"]) for part in content["parts"]]
+    if sorted(itertools.chain(*rows)) != list(range(sum(map(len, rows)))):
+        raise ValueError(f"its parts are of rows {rows}, not of each row once")
+    cache.place((own, _make_cache(model, part, ordered, True, len(own))) for own, part in zip(rows, content["parts"]))
+    cache.advance(_count(content["columns"], "columns"))
     return cache
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{what} is {value!r:.40}, not a number of tokens")
+    return value
 
 
 def load_notes(path: str | Path) -> dict[str, Any] | None:
@@ -140,11 +146,11 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _layer_content(layer: Any, tensors: list[Tensor], begun: bool) -> dict[str, Any]:
     if hasattr(layer, "origin"):  # a layer that holds its state as one value
-        return {"kind": "value", "state": _plain(layer.state, tensors), "tokens": layer.tokens, "origin": layer.origin}
+        return {"kind": "value", "state": to_json(layer.state, tensors), "tokens": layer.tokens, "origin": layer.origin}
     empty = getattr(layer, "keys", None) is None
     if hasattr(layer, "keys") and (begun or not empty) and not getattr(layer, "is_sliding", False):
         # empty: forgotten (`forget_context`), or of rows that held padding alone
-        return {"kind": "keys", "state": _plain(None if empty else (layer.keys, layer.values), tensors)}
+        return {"kind": "keys", "state": to_json(None if empty else (layer.keys, layer.values), tensors)}
     raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be kept on disk")
 
 
@@ -152,24 +158,48 @@ def _content(cache: Any, tensors: list[Tensor], compact: bool) -> dict[str, Any]
     """Streams that stand at one place."""
     begun = getattr(cache, "columns", 0) > 0
     layers = [_layer_content(layer, tensors, begun) for layer in cache.layers]
-    return {"layers": layers, "learned": _plain(getattr(cache, "levels", None), tensors, compact)}  # of levels
+    return {"layers": layers, "learned": to_json(getattr(cache, "levels", None), tensors, compact)}  # of levels
 
 
-def _make_cache(model: PreTrainedModel, content: dict[str, Any], tensors: list[Tensor], learned: bool) -> Any:
-    from nestling.cms.state import StreamState
+def _make_cache(
+    model: PreTrainedModel, content: dict[str, Any], tensors: dict[str, Tensor], learned: bool, batch: int = -1
+) -> Any:
+    """A cache of a description, checked against what the model says of it; of `batch` streams, -1 for any number."""
+    from nestling.cms.checks import check_stream, check_values
 
+    states = [from_json(layer["state"], tensors) for layer in content["layers"]]
+    levels = from_json(content["learned"], tensors) if learned else None
+    found = [leaf for leaf in tree_leaves([getattr(levels, "tokens", None), states]) if isinstance(leaf, Tensor)]
+    batch = columns(found[0], 0) if found and batch < 0 else batch
+    _check_layers(model, [layer["kind"] for layer in content["layers"]], states, batch)
     cache = _empty_cache(model, learned)
-    for index, layer in enumerate(content["layers"]):
-        state = _rebuilt(layer["state"], tensors)
+    for index, (layer, state) in enumerate(zip(content["layers"], states)):
         if layer["kind"] == "value":
-            cache.layers[index].store(state, layer["tokens"], layer["origin"])
+            cache.layers[index].store(state, _count(layer["tokens"], f"layers[{index}].tokens"), layer["origin"])
         elif state is not None:
             cache.update(*state, index)
-    if learned and (levels := _rebuilt(content["learned"], tensors)) is not None:
-        if not isinstance(levels, StreamState):
-            raise TypeError(f"what the levels learned is a {type(levels).__name__}")
-        cache.levels, cache.columns = levels, content.get("columns") or levels.position
+    if levels is not None:
+        check_stream(model.learner, levels, batch)
+        check_values(model.learner, levels)
+        cache.levels = levels
+        cache.columns = _count(content.get("columns") or levels.position, "columns")
     return cache
+
+
+def _check_layers(model: PreTrainedModel, kinds: list[str], states: list[Any], batch: int) -> None:
+    """Raise ValueError unless the sequence layers' states are those of `batch` streams of the model."""
+    from nestling.cms.backbones import expected_layer
+
+    config = model.config
+    if states and len(states) != config.num_hidden_layers:
+        raise ValueError(f"layers are {len(states)}, but the model has {config.num_hidden_layers}")
+    for index, (kind, state) in enumerate(zip(kinds, states)):
+        if kind != ("value" if hasattr(config, "state_signature") else "keys"):
+            raise ValueError(f"layers[{index}] is of kind {kind!r:.40}, which {type(model).__name__} has not")
+        if state is not None:
+            check_like(state, expected_layer(model, index, state, batch), f"layers[{index}]")
+    if len(lengths := {columns(s[0], 2) for k, s in zip(kinds, states) if k == "keys" and s is not None}) > 1:
+        raise ValueError(f"layers hold keys of {sorted(lengths)} tokens: they should be of the same ones")
 
 
 def _empty_cache(model: PreTrainedModel, learned: bool) -> Any:
@@ -178,69 +208,6 @@ def _empty_cache(model: PreTrainedModel, learned: bool) -> Any:
     from nestling.cms.cache import LevelsCache
 
     return (LevelsCache if learned else DynamicCache)(config=model.config)
-
-
-def _plain(value: Any, tensors: list[Tensor], compact: bool = False) -> Any:
-    """A nest of tensors, numbers and named tuples as JSON; tensors go to the list."""
-    if isinstance(value, Tensor):
-        factors = low_rank(value) if compact else None
-        tensors += [value] if factors is None else factors
-        return {"tensor": len(tensors) - 1} if factors is None else {"factors": [len(tensors) - 2, len(tensors) - 1]}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        kind = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"named": kind, "items": [_plain(item, tensors, compact) for item in value]}
-    if is_dataclass(value) and not isinstance(value, type):
-        kind = f"{type(value).__module__}:{type(value).__qualname__}"
-        items = [getattr(value, field.name) for field in fields(value)]
-        return {"named": kind, "items": [_plain(item, tensors, compact) for item in items]}
-    if isinstance(value, list | tuple):
-        return {"list" if isinstance(value, list) else "tuple": [_plain(item, tensors, compact) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[key, _plain(item, tensors, compact)] for key, item in value.items()]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise ValueError(f"a state holds a {type(value).__name__}, which cannot be kept on disk")
-
-
-def _rebuilt(content: dict[str, Any], tensors: list[Tensor]) -> Any:
-    if "tensor" in content:
-        return tensors[content["tensor"]]
-    if "factors" in content:
-        left, right = (tensors[i] for i in content["factors"])
-        return (left.double() @ right.double()).to(left.dtype)
-    if "named" in content:
-        return _known(content["named"])(*(_rebuilt(item, tensors) for item in content["items"]))
-    for kind, make in (("list", list), ("tuple", tuple)):
-        if kind in content:
-            return make(_rebuilt(item, tensors) for item in content[kind])
-    if "dict" in content:
-        return {key: _rebuilt(item, tensors) for key, item in content["dict"]}
-    return content["value"]
-
-
-def _known(kind: str) -> type:
-    """A named tuple or dataclass of this package by its name; a file can name nothing else."""
-    module, _, name = MOVED.get(kind, kind).partition(":")
-    if module.split(".")[0] == "nestling":
-        found = getattr(importlib.import_module(module), name, None)
-        if isinstance(found, type) and (is_dataclass(found) or hasattr(found, "_fields")):
-            return found
-    raise ValueError(f"the state holds a {kind}, which this version does not know")
-
-
-def low_rank(value: Tensor) -> list[Tensor] | None:
-    """Factors [B, o, r], [B, r, i] of matrices [B, o, i] in float32, where they are smaller and rounding is all that is
-    lost; else None."""
-    if value.dim() != 3 or value.dtype != torch.float32 or min(value.shape[1:]) < 8 or not value.isfinite().all():
-        return None
-    left, size, right = torch.linalg.svd(value.double(), full_matrices=False)
-    rank = max(1, int((size > 1e-7 * size.amax(-1, keepdim=True)).sum(-1).max()))
-    if rank * sum(value.shape[1:]) >= value[0].numel():
-        return None
-    factors = [(left[..., :rank] * size[:, None, :rank]).float(), right[:, :rank].float()]
-    rebuilt = (factors[0].double() @ factors[1].double()).float()
-    close = (rebuilt - value).abs().max() <= 1e-6 * value.abs().max()
-    return factors if bool(close) else None
 
 
 def _content_digest(metadata: dict[str, str]) -> str:

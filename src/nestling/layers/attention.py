@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.rotary import rotate
+from nestling.utils.likeness import Like, activations, columns
 
 
 class AttentionState(NamedTuple):
@@ -147,6 +148,18 @@ class Attention(nn.Module):
             keys.transpose(1, 2), values.transpose(1, 2), valid, places, seen + real.sum(1), convolution
         )
         return self.out_proj(y), self._last(new)
+
+    def state_like(self, state: Any, batch_size: int) -> AttentionState:
+        """What the state of so many sequences is made of, a Like in place of every tensor; columns as in `state`."""
+        count = columns(getattr(state, "keys", None), 1)
+        if self.window is not None:
+            count = min(count, self.window - 1)
+        types = activations(self.k_proj.weight.dtype)
+        heads, whole = Like((batch_size, count, self.num_kv_heads, self.head_dim), types), (torch.int64,)
+        return AttentionState(
+            heads, heads, Like((batch_size, count), (torch.bool,)), Like((batch_size, count), whole),
+            Like((batch_size,), whole), Like((batch_size, max(self.conv_size - 1, 0), self.dim), types),
+        )  # fmt: skip
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
         """Softmax attention, each key-value head serving its group of query heads."""

@@ -7,11 +7,13 @@ with other settings is linear attention, RetNet, DeltaNet, Gated DeltaNet, TTT a
 from __future__ import annotations
 
 import math
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nestling.layers.titans_config import PATHS, TitansConfig
 from nestling.layers.titans_scan import Gates, MemoryScan, Observer
@@ -21,6 +23,7 @@ from nestling.memory.project import project
 from nestling.memory.rule import FastWeights, TokenFigures
 from nestling.ops.conv import short_convolution
 from nestling.ops.padding import pack, unpack
+from nestling.utils.likeness import Like, activations
 
 
 class SelfModifyingTitans(nn.Module):
@@ -127,6 +130,12 @@ class SelfModifyingTitans(nn.Module):
             for taps in self.path_convs.values()
         )
         return TitansState(torch.zeros(batch_size, dtype=torch.int64), conv, tuple(memories), paths)
+
+    @torch.no_grad()
+    def state_like(self, state: Any, batch_size: int) -> TitansState:
+        """What the state of so many streams is made of, a Like in place of every tensor (`state` is not needed)."""
+        first = tree_map_only(Tensor, lambda t: Like((batch_size, *t.shape[1:]), (t.dtype,)), self.initial_state(1))
+        return first._replace(conv=replace(first.conv, dtypes=activations(self.in_proj.weight.dtype)))
 
     def forward(
         self, x: Tensor, state: TitansState | None = None, mask: Tensor | None = None

@@ -29,6 +29,14 @@ class HopeBackbone(Backbone):
     def mark(self, layer: HopeCacheLayer) -> tuple[Any, int]:
         return layer.state, layer.tokens
 
+    def state_like(self, index: int, state: Any, batch: int) -> Any:
+        mixed = state[0] if isinstance(state, tuple) and state else None
+        return self.model.model.layers[index].mixer.state_like(mixed, batch), ()
+
+    def mark_like(self, index: int, mark: Any, batch: int) -> tuple[Any, int]:
+        state = mark[0] if isinstance(mark, tuple) and mark else None
+        return None if state is None else self.state_like(index, state, batch), 0
+
     def restored(self, layer: HopeCacheLayer, mark: tuple[Any, int] | None) -> HopeCacheLayer:
         fresh = copy.copy(layer)
         fresh.reset()
