@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -166,6 +167,52 @@ class Fuzz:
         if unplanned or "fault of nestling" in result.output or result.exit_code not in (0, 1, 2, 130):
             raise RuntimeError(f"{[name, *given]}: {result.output[-300:]}") from result.exception
 
+    def parse(self, draw: random.Random) -> None:
+        """Arguments of the commands that measure for minutes, as far as they are read."""
+        from typer.main import get_command
+
+        from nestling.cli.main import app
+
+        name = draw.choice(["bench", "demo", "eval"])
+        command = get_command(app).commands[name]
+        options = [p.opts[0] for p in command.params if p.opts[0].startswith("-")] or ["--help"]
+        words = [draw.choice(["quality", "continuum", "--", "-o", plain(draw)]) for _ in range(draw.randint(0, 3))]
+        for option in draw.choices(options, k=draw.randint(0, 4)):
+            words += [option, draw.choice(["1", "-1", "x", ".", plain(draw)])][: draw.choice([1, 2, 2])]
+        try:
+            command.make_context(name, words)
+        except Exception as error:
+            # typer carries a click of its own: its classes are known by their names
+            if not {"ClickException", "Exit", "Abort"} & {kind.__name__ for kind in type(error).__mro__}:
+                raise
+            raise ValueError(str(error)) from error
+
+    def process(self, draw: random.Random) -> None:
+        """The installed script in a process of its own, on damaged states, folders and texts."""
+        script = Path(sys.executable).with_name("nestling")
+        (self.work / "bad.state").write_bytes(mutated((self.originals / "stacked.state").read_bytes(), draw))
+        weights = self.work / "stacked" / "model.safetensors"
+        if draw.random() < 0.3:
+            weights.write_bytes(mutated(weights.read_bytes(), draw))
+        given = draw.choice([
+            ["generate", "stacked", "--state", "bad.state", "--prompt", "a", "--max-new-tokens", "1"],
+            ["generate", "stacked", "--prompt", plain(draw), "--max-new-tokens", "1"],
+            ["learn", "stacked", "a.txt", "--state", "bad.state"],
+            ["learn", "stacked", plain(draw), "--state", "new.state"],
+            ["inspect", draw.choice(["hope", "stacked", plain(draw)])],
+            ["convert", "hope", "out", "-l", f"8,lr={plain(draw)}"],
+        ])  # fmt: skip
+        given = [word.encode("utf-8", "surrogateescape" if word.isascii() else "replace").decode() for word in given]
+        try:
+            ended = subprocess.run([script, *given], capture_output=True, timeout=LIMIT * 8, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise Hung from None
+        said = ended.stdout + ended.stderr
+        if ended.returncode not in (0, 1, 2) or b"Traceback" in said or b"fault of nestling" in said:
+            raise RuntimeError(f"{given}: {ended.returncode} {said[-300:].decode(errors='replace')}")
+        if ended.returncode:
+            raise ValueError(said.decode(errors="replace"))
+
     def text(self, draw: random.Random) -> None:
         """Texts and prompts of any bytes."""
         from nestling.generation import Sampling, TextGenerator
@@ -199,7 +246,7 @@ class Fuzz:
         for name in self.models:
             shutil.copytree(self.originals / name, self.work / name)
         os.chdir(self.work)
-        signal.setitimer(signal.ITIMER_REAL, LIMIT)
+        signal.setitimer(signal.ITIMER_REAL, LIMIT * (10 if kind == "process" else 1))
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 getattr(self, kind)(random.Random(f"{seed}:{kind}:{number}"))
@@ -212,7 +259,8 @@ class Fuzz:
         return f"left behind: {left[0].name}" if left else verdict
 
 
-KINDS = {"state": 4000, "model": 1000, "levels": 2500, "arguments": 1000, "text": 1500}  # shares of 10,000
+# shares of 10,000
+KINDS = {"state": 3900, "model": 1000, "levels": 2480, "arguments": 1000, "text": 1500, "parse": 110, "process": 10}
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
@@ -297,16 +345,16 @@ def main(arguments: list[str] | None = None) -> int:
         fuzz = Fuzz(root)
         for name, share in KINDS.items() if not kind else [(kind, KINDS[kind])]:
             numbers = [int(number)] if number else range(round(given.count * share / 10_000))
-            counts = collections.Counter()
+            counts, since = collections.Counter(), time.monotonic()
             for n in numbers:
                 if time.monotonic() - began > 60 * given.minutes:
                     break
                 verdict = _judged(fuzz.run, name, n, given.seed, summary["faults"], bool(number))
                 counts[verdict] += 1
-            summary["kinds"][name] = dict(counts)
+            summary["kinds"][name] = {**dict(sorted(counts.items())), "seconds": round(time.monotonic() - since)}
             sys.stderr.write(f"{name}: {dict(counts)}\n")
         summary["originals_untouched"] = fuzz._digest() == fuzz.digest
-        summary["inputs"] = sum(sum(c.values()) for c in summary["kinds"].values())
+        summary["inputs"] = sum(n for c in summary["kinds"].values() for what, n in c.items() if what != "seconds")
         summary["seconds"] = round(time.monotonic() - began)
     finally:
         os.chdir(here)
