@@ -20,6 +20,7 @@ from nestling.cms.fast_linear import Delta, Factors, FastLinear, applied
 from nestling.cms.learner import Learner
 from nestling.cms.rows import rows_of
 from nestling.cms.state import level_bytes, shapes
+from nestling.cms.wide import widened
 
 # the models that this thread or task uses as they have become
 _ADAPTED: ContextVar[tuple[LearningMixin, ...]] = ContextVar("adapted", default=())
@@ -111,10 +112,11 @@ class LearningMixin:
         asked = any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
         keep = logits_to_keep if isinstance(logits_to_keep, int) and scored is None else 0
         how = (keep, next_tokens, asked and self.training)
+        learner = widened(self.learner)
         if rows is None and not cache.parts:
-            logits, cache.layers, cache.levels = self.learner.read(input_ids, cache.layers, cache.levels, *how)
+            logits, cache.layers, cache.levels = learner.read(input_ids, cache.layers, cache.levels, *how)
         else:
-            logits = read_apart(self.learner, cache, input_ids, rows, *how)
+            logits = read_apart(learner, cache, input_ids, rows, *how)
         cache.advance(tokens)
         if past_key_values is not None and cache is not past_key_values:
             # so that going on with it is refused, and not a new beginning
