@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from nestling import Level
 from nestling.cms import stack_levels
 from nestling.cms.files import save_stacked
+from nestling.generation import load_state
+from nestling.generation.load import load_model
 from nestling.training.tokenizers import byte_tokenizer
 
 
@@ -136,13 +138,18 @@ def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path
 def test_a_forgotten_context_leaves_what_levels_learned(call, folder, short, tmp_path):
     state = tmp_path / "my.state"
     assert call("learn", folder, short, "--state", state, "--quiet").exit_code == 0
-    kept = state.read_bytes()
-    options = ["-p", "the", "-n", 5, "--greedy", "--json"]
-    texts = []
+    kept, (model, _) = state.read_bytes(), load_model(folder, "cpu")
+    before = load_state(state, model)
+    options = ["-p", "t", "-n", 1, "--greedy", "--json"]
     for extra in ([], ["--forget-context"]):
         state.write_bytes(kept)
         result = call("generate", folder, *options, "--state", state, *extra)
-        assert result.exit_code == 0, result.stderr
-        texts.append(json.loads(result.stdout)["results"][0]["text"])
-    assert all(texts)
+        assert result.exit_code == 0 and json.loads(result.stdout)["results"][0]["text"], result.stderr
+        after = load_state(state, model)
+        # attention over the text read before is there or gone; no boundary is passed: the levels know what they knew
+        seen = after.layers[0].get_seq_length() - (0 if extra else before.layers[0].get_seq_length())
+        assert 1 <= seen <= 2
+        for mine, theirs in zip(after.levels.levels, before.levels.levels, strict=True):
+            assert mine.updates == theirs.updates > 0
+            assert all(torch.equal(a, b) and a.any() for a, b in zip(mine.deltas, theirs.deltas, strict=True))
     assert "--state" in call("generate", folder, *options, "--forget-context").stderr
