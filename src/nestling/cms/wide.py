@@ -1,4 +1,4 @@
-"""A learner whose model computes in float32 from weights that are held in a smaller type (decision D20)."""
+"""A learner whose model computes in float32 from weights that are held in a smaller type (decision D22)."""
 
 from __future__ import annotations
 
