@@ -201,7 +201,7 @@ def make_optimizers(
             from nestling.training.muon import Muon
 
             options = {"adjust_lr_fn": "match_rms_adamw", **config.options}  # so that AdamW's learning rate fits
-            muon = _construct(Muon, "muon", [{"params": hidden}], config, options)
+            muon: Any = _construct(Muon, "muon", [{"params": hidden}], config, options)
             muon.process_group = process_group
             made.append(muon)
         rest = [p for p in params if p not in matrices]
