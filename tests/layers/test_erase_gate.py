@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.layers.titans import SelfModifyingTitans, _gate, _gate_logit
+from nestling.layers.titans import SelfModifyingTitans
+from nestling.layers.titans_groups import gate, gate_logit
 from nestling.layers.titans_reference import self_modifying_titans_reference
 from nestling.memory import FastWeights, LinearMemory, MLPMemory, UpdateRule
 from nestling.memory.rule import Context, advance
@@ -75,10 +76,10 @@ def test_any_settings_equal_the_definition(data, seed):
 
 
 def test_the_gate_has_exact_ends():
-    values = _gate(torch.tensor([-9.0, -3.2, 0.0, 3.2, 9.0]))
+    values = gate(torch.tensor([-9.0, -3.2, 0.0, 3.2, 9.0]))
     assert values.tolist() == [0, 0, 0.5, 1, 1]
     for share in (0.02, 0.5, 0.9):
-        torch.testing.assert_close(_gate(torch.tensor(_gate_logit(share))).item(), share)
+        torch.testing.assert_close(gate(torch.tensor(gate_logit(share))).item(), share)
 
 
 def written(gate, *, erase_range=2.0, memory=None, alpha=1.0, **rule):

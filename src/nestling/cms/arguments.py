@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.cms.rows import PACKING
+from nestling.utils.transforms import is_transformed
 
 SCORING = ("num_items_in_batch", "shift_labels", "ignore_index")  # of the loss
 NAMES = (
@@ -51,7 +52,7 @@ def check_ids(ids: Tensor, vocab_size: int, name: str = "input_ids", ignore: int
     if ids.dim() != 2 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise ValueError(f"{name} must be whole numbers [B, T]; got {ids.dtype} {tuple(ids.shape)}")
     ids = ids.long()
-    if not ids.numel() or ids.device.type == "meta" or torch.compiler.is_compiling():
+    if not ids.numel() or ids.device.type == "meta" or is_transformed():
         return ids
     wrong = (ids < 0) | (ids >= vocab_size)
     if ignore is not None:

@@ -108,7 +108,8 @@ def real_tokens(mask: Tensor | None, shape: Sequence[int], seen: int) -> Tensor 
             f"attention_mask says which columns are padding, [B, T] = {(batch, tokens)}; got {tuple(mask.shape)}. "
             "Which token sees which is no choice here: each sees its own text so far"
         )
-    if mask.shape[0] != batch or mask.shape[1] not in (tokens, seen + tokens):
+    columns = mask.shape[1]
+    if mask.shape[0] != batch or (columns != tokens and columns != seen + tokens):  # `in` is no guard of a compiler
         raise ValueError(
             f"attention_mask must be [B, T] = {(batch, tokens)}, or cover the cache too, {(batch, seen + tokens)}; "
             f"got {tuple(mask.shape)}"

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nestling.layers.titans_config import PATHS, TitansConfig
-from nestling.layers.titans_scan import Gates, MemoryScan, Observer
-from nestling.layers.titans_state import MemoryGroup, TitansState, check_call, state_dtype
-from nestling.memory.architectures import LinearMemory, MLPMemory
-from nestling.memory.project import project
+from nestling.layers.titans_groups import Gates, Numbers, gate_logit, groups_of, unit
+from nestling.layers.titans_operator import key_of, scan
+from nestling.layers.titans_scan import MemoryScan, Observer, swap
+from nestling.layers.titans_state import TitansState, check_call, state_dtype
 from nestling.memory.rule import FastWeights, TokenFigures
 from nestling.ops.conv import short_convolution
 from nestling.ops.padding import pack, unpack
 from nestling.utils.likeness import Like, activations
+from nestling.utils.transforms import is_transformed
 
 
 class SelfModifyingTitans(nn.Module):
@@ -43,8 +44,8 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.config = config = TitansConfig(dim, num_heads, **options)
         self.num_heads, self.head_dim = config.num_heads, config.head_width
-        self.rule, self.widths, self.groups = config.rule, config.widths(), _plan(config)
-        self.projection_rule = self.rule.without_gate()
+        self.key = key_of(config)
+        self.rule, self.widths, self.groups = config.rule, config.widths(), groups_of(config)
         self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
         self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim))
@@ -79,7 +80,7 @@ class SelfModifyingTitans(nn.Module):
                 taps.mul_(0.5)[:, -1] += 1
         if self.eta_bias is not None:
             rate = self.config.initial_rate
-            gate = _gate_logit(rate / (1 + rate)) if self.config.rate == "gate" else math.log(math.expm1(rate))
+            gate = gate_logit(rate / (1 + rate)) if self.config.rate == "gate" else math.log(math.expm1(rate))
             nn.init.constant_(self.eta_bias, gate)
         if self.alpha_bias is not None:
             span = torch.logspace(
@@ -146,25 +147,30 @@ class SelfModifyingTitans(nn.Module):
         check_call(self, x, state, mask)
         batch, tokens, _ = x.shape
         state = self.initial_state(batch) if state is None else state
-        lengths, order = [tokens] * batch, None
-        if mask is not None and not bool(mask.all()):
+        as_operator = is_transformed()
+        count, order = None, None
+        if mask is not None and (as_operator or not bool(mask.all())):
             x, order, count = pack(x, mask)
-            lengths = count.tolist()
-        features, conv, paths = self._features(x, state.conv, state.paths, None if order is None else lengths)
-        if max(lengths) == 0:  # nothing but padding
-            return torch.zeros_like(x), state
-        with torch.autocast(x.device.type, enabled=False):
-            y, memories = MemoryScan(self, self._anchors(batch), observe).run(features, state, lengths)
+        features, conv, paths = self._features(x, state.conv, state.paths, count)
+        gate = features.pop("gate", None)
+        numbers, anchors, memories = self.numbers(), self._anchors(batch), swap(state.memories)
+        if as_operator:
+            y, memories = scan(self.config, self.key, numbers, anchors, features, memories, state.position, count)
+        else:
+            lengths = [tokens] * batch if count is None else count.tolist()
+            whole = MemoryScan(self.config, numbers, anchors, observe)
+            with torch.autocast(x.device.type, enabled=False):
+                y, memories = whole.run(features, memories, state.position.tolist(), lengths)
         y = y.transpose(1, 2)  # [B, T, H, p]
         y = F.rms_norm(y, (self.head_dim,), self.norm_weight.to(y.dtype), 1e-6).flatten(2).to(x.dtype)
-        if "gate" in features:
-            y = y * F.silu(features["gate"])
+        if gate is not None:
+            y = y * F.silu(gate)
         y = self.out_proj(y)
-        position = state.position + torch.tensor(lengths, device=state.position.device)
-        return (y if order is None else unpack(y, order)), TitansState(position, conv, memories, paths)
+        position = state.position + (tokens if count is None else count.to(state.position.device))
+        return (y if order is None else unpack(y, order)), TitansState(position, conv, swap(memories), paths)
 
     def _features(
-        self, x: Tensor, conv: Tensor, paths: tuple[Tensor, ...], lengths: list[int] | None
+        self, x: Tensor, conv: Tensor, paths: tuple[Tensor, ...], lengths: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
         """Static projections of the input and what the convolutions carry over.
 
@@ -173,7 +179,7 @@ class SelfModifyingTitans(nn.Module):
         """
         mask = None
         if lengths is not None and (self.conv_weight is not None or self.path_convs):
-            mask = torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+            mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         mixed = x
         if self.conv_weight is not None:
             mixed, conv = short_convolution(x, self.conv_weight, None, conv, mask)
@@ -186,7 +192,7 @@ class SelfModifyingTitans(nn.Module):
             if name[0] in "xqkv":
                 heads = state_dtype(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
                 raw = name == "v" and not self.config.normalize_values
-                parts[name] = heads if raw else _unit(heads)
+                parts[name] = heads if raw else unit(heads)
             elif name != "gate":
                 parts[name] = state_dtype(part.transpose(1, 2))
         return parts, conv, tuple(paths)
@@ -202,49 +208,11 @@ class SelfModifyingTitans(nn.Module):
             for name, row in zip(self.widths, rows, strict=True)
         }
 
-    def project(self, part: dict[str, Tensor], memories) -> dict[str, Tensor]:
-        """Outputs of the projection memories for x, from the weights at the chunk's start (NL Eqs. 83-85, 90)."""
-        part = dict(part)
-        for group, fast in zip(self.groups, memories, strict=True):
-            names = [name for name in group.names if name != "memory"]
-            if not names:
-                continue
-            x = part["x"]
-            if self.path_convs:
-                x = torch.stack([part.get(f"x_{name}", x) for name in names])
-            for name, out in zip(names, project(group.architecture, fast.start, x, len(names)), strict=True):
-                if name in ("eta", "alpha"):
-                    part[name] = out.squeeze(-1)
-                else:
-                    raw = name == "v" and not self.config.normalize_values
-                    part[name] = out if raw else _unit(out)
-        return part
-
-    def gates(self, part: dict[str, Tensor]) -> Gates:
-        """Learning rate eta > 0, decay alpha in (0, 1], momentum mu in (0, 1), erase gate: [B, H, C] (D5, D7, D16)."""
-        k = part["k"]
-        eta, alpha, mu, erase = k.new_ones(k.shape[:-1]), k.new_ones(k.shape[:-1]), None, None
-        if self.config.rate != "one":
-            logits = part["eta"] + self.eta_bias.to(k.dtype)[:, None]
-            eta = _gate(logits) if self.config.rate == "gate" else F.softplus(logits)
-        if self.config.decay == "learned":
-            alpha = torch.sigmoid(part["alpha"] + self.alpha_bias.to(k.dtype)[:, None])
-        elif self.config.decay == "fixed":
-            heads = torch.arange(self.num_heads, device=k.device, dtype=k.dtype)
-            alpha = (1 - 2 ** (-5 - heads))[:, None] * alpha
-        if self.config.momentum:
-            mu = torch.sigmoid(part["mu"] + self.mu_bias.to(k.dtype)[:, None])
-        if self.config.erase_gate:
-            erase = _gate(part["erase"] + self.erase_bias.to(k.dtype)[:, None])
-        return Gates(eta, alpha, mu, erase)
-
-    def first_rate(self) -> Tensor | None:
-        """A factor on the step of the main memory's first layer, [H, 1]; None is 1."""
-        return None if self.log_first_rate is None else state_dtype(self.log_first_rate).exp()[:, None]
-
-    def projection_rate(self) -> Tensor | float:
-        """A factor on the eta of all memories but the main one, [H, 1]."""
-        return 1.0 if self.log_projection_rate is None else state_dtype(self.log_projection_rate).exp()[:, None]
+    def numbers(self) -> Numbers:
+        """What the layer has learned beside its matrices and initial states."""
+        return Numbers(
+            self.eta_bias, self.alpha_bias, self.mu_bias, self.erase_bias, self.log_first_rate, self.log_projection_rate
+        )
 
     @torch.no_grad()
     def inspect(self, x: Tensor, state: TitansState | None = None) -> dict[str, Tensor]:
@@ -261,39 +229,3 @@ class SelfModifyingTitans(nn.Module):
 
         self._run(x, state, None, observe)
         return {name: torch.cat([part[name] for part in seen], -1) for name in seen[0]}
-
-
-def _plan(config: TitansConfig) -> tuple[MemoryGroup, ...]:
-    """The memories, those of one shape and chunk size together; the main memory last of its group: it is read."""
-    p, hidden = config.head_width, config.expansion * config.head_width
-    full = MLPMemory(p, p, hidden) if config.architecture == "mlp" else LinearMemory(p, p)
-    main = MLPMemory(p, p, hidden, residual=False, inner=True) if config.skip == "inner" else full
-    gate = MLPMemory(p, 1, hidden, residual=False) if config.gates == "mlp" else LinearMemory(p, 1)
-    projections = tuple(name for name in ("k", "v", "q") if name in config.adaptive)
-    gates = tuple(name for name in ("eta", "alpha") if name in config.adaptive)
-    groups = []
-    alone = config.main_chunk_size != config.chunk_size or main != full
-    apart = config.erase_gate or config.first_rate is not None or config.projection_rate is not None
-    if projections and (alone or apart):
-        groups.append(MemoryGroup(projections, full, config.chunk_size))
-        projections = ()
-    groups.append(MemoryGroup((*projections, "memory"), main, config.main_chunk_size))
-    if gates:
-        groups.append(MemoryGroup(gates, gate, config.chunk_size))
-    return tuple(groups)
-
-
-def _gate(logits: Tensor) -> Tensor:
-    """A sigmoid stretched over its ends and clamped, so that exactly 0 and exactly 1 are reached (decision D16)."""
-    return (1.1 * torch.sigmoid(logits) - 0.05).clamp(0, 1)
-
-
-def _gate_logit(value: float) -> float:
-    """Where `_gate` is `value`, between 0 and 1."""
-    share = (value + 0.05) / 1.1
-    return math.log(share / (1 - share))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x / |x|, smooth at zero."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
 
 from nestling.memory.rule import UpdateRule
 
@@ -130,11 +131,16 @@ class TitansConfig:
         """Tokens of a chunk of the main memory."""
         return self.memory_chunk_size or self.chunk_size
 
-    @property
+    @cached_property
     def rule(self) -> UpdateRule:
-        """By which the memories learn."""
+        """By which the main memory learns."""
         names = (field.name for field in fields(UpdateRule) if field.name != "relative")
         return UpdateRule(**{name: getattr(self, name) for name in names}, relative=self.rate == "gate")
+
+    @cached_property
+    def projection_rule(self) -> UpdateRule:
+        """By which the other memories learn."""
+        return self.rule.without_gate()
 
     @property
     def convolved(self) -> frozenset[str]:

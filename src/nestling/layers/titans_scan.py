@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +12,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nestling.layers.segments import Segment, segments
-from nestling.layers.titans_state import MemoryGroup, TitansState
+from nestling.layers.titans_config import TitansConfig
+from nestling.layers.titans_groups import Gates, MemoryGroup, Numbers, gates_of, groups_of, projected
+from nestling.layers.titans_state import state_dtype
 from nestling.memory.fused import fused_advance, is_fused
 from nestling.memory.rule import Anchor, Context, FastWeights, TokenFigures, advance, close_chunk, forward
 from nestling.ops.chunk import decay_table
 
-if TYPE_CHECKING:
-    from nestling.layers.titans import SelfModifyingTitans
-
-
-class Gates(NamedTuple):
-    """Learning rate, decay, momentum and the main memory's erase of every token, [B, H, C]."""
-
-    eta: Tensor
-    alpha: Tensor
-    mu: Tensor | None
-    erase: Tensor | None = None
-
-
 Observer = Callable[[TokenFigures, FastWeights, Gates], None]  # told of every segment of the main memory
-Memories = tuple[FastWeights, ...]  # one for each group
+Memories = tuple[FastWeights, ...]  # one for each group, [n, B, H, o, i]
 
 
 @dataclass(frozen=True)
@@ -40,40 +28,51 @@ class MemoryScan:
     """One call of a layer.
 
     Attributes:
+        numbers: of the layer.
         anchors: what the weights of every group decay towards.
         observe: called with the main memory's figures and weights after each segment, and the gates.
     """
 
-    layer: SelfModifyingTitans
-    anchors: list[Anchor]
+    config: TitansConfig
+    numbers: Numbers
+    anchors: Sequence[Anchor]
     observe: Observer | None = None
 
-    def run(self, features: dict[str, Tensor], state: TitansState, lengths: list[int]) -> tuple[Tensor, Memories]:
-        """Reads [B, H, T, p] and the memories after the call, from the static projections of its tokens."""
-        plan = segments(state.position.tolist(), lengths, [g.chunk_size for g in self.layer.groups])
-        tensors = {name: f for name, f in features.items() if name != "gate"}
-        longest, size = max(lengths), self.layer.config.segment_size
+    def run(
+        self, features: dict[str, Tensor], memories: Memories, positions: list[int], lengths: list[int]
+    ) -> tuple[Tensor, Memories]:
+        """Reads [B, H, T, p] and the memories after the call.
+
+        Args:
+            features: static projections of the tokens, those of `feature_names`: [B, H, T, p] or [B, H, T].
+            positions, lengths: tokens that each sequence has seen, and has here, from the front.
+        """
+        if max(lengths) == 0:  # nothing but padding
+            read = features["q" if "q" in features else "x"]
+            return torch.zeros_like(read), memories
+        plan = segments(positions, lengths, [g.chunk_size for g in groups_of(self.config)])
+        longest, size = max(lengths), self.config.segment_size
         recompute = size and torch.is_grad_enabled() and longest > size and self.observe is None
         pieces = _pieces(plan, size) if recompute else [plan]
-        memories, outputs = _swap(state.memories), []
+        outputs = []
         for piece in pieces:
             if len(pieces) > 1:
                 y, memories = checkpoint(
-                    self.piece, piece, memories, tensors, use_reentrant=False, preserve_rng_state=False
+                    self.piece, piece, memories, features, use_reentrant=False, preserve_rng_state=False
                 )  # fmt: skip
             else:
-                y, memories = self.piece(piece, memories, tensors)
+                y, memories = self.piece(piece, memories, features)
             outputs.append(y)
-        missing = next(iter(tensors.values())).shape[2] - longest
+        missing = next(iter(features.values())).shape[2] - longest
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-        return (F.pad(y, (0, 0, 0, missing)) if missing else y), _swap(memories)
+        return (F.pad(y, (0, 0, 0, missing)) if missing else y), memories
 
-    def piece(self, plan: list[Segment], memories: Memories, tensors: dict[str, Tensor]) -> tuple[Tensor, Memories]:
+    def piece(self, plan: list[Segment], memories: Memories, features: dict[str, Tensor]) -> tuple[Tensor, Memories]:
         """Some segments in a row."""
         reads = []
         # split at once: a slice's gradient would fill the whole length for every segment
         sizes, begin, end = [s.stop - s.start for s in plan], plan[0].start, plan[-1].stop
-        parts = {name: f[:, :, begin:end].split(sizes, 2) for name, f in tensors.items()}
+        parts = {name: f[:, :, begin:end].split(sizes, 2) for name, f in features.items()}
         for i, segment in enumerate(plan):
             part = {name: pieces[i] for name, pieces in parts.items()}
             y, memories = self.segment(segment, memories, part)
@@ -82,20 +81,21 @@ class MemoryScan:
 
     def segment(self, segment: Segment, memories: Memories, part: dict[str, Tensor]) -> tuple[Tensor, Memories]:
         """Project with the chunk's first weights, write to every memory, read the main one."""
-        part = self.layer.project(part, memories)
-        gates = self.layer.gates(part)
+        part = projected(self.config, part, memories)
+        gates = gates_of(self.config, part, self.numbers)
         decays = decay_table(gates.alpha, gates.mu)
         context = Context(part["k"], part["v"], gates.eta, gates.alpha, gates.mu, decays)
         q, updated, y = part["q"], [], None
-        for i, (group, fast) in enumerate(zip(self.layer.groups, memories, strict=True)):
+        for i, (group, fast) in enumerate(zip(groups_of(self.config), memories, strict=True)):
             main = group.names[-1] == "memory"
-            running = main and self.layer.config.read != "chunk"
+            running = main and self.config.read != "chunk"
             if main and not running:
                 y = forward(group.architecture, tuple(w[-1] for w in fast.start), q)
             if main:
-                own = context._replace(erase=gates.erase, first_rate=self.layer.first_rate())
+                own = context._replace(erase=gates.erase, first_rate=_factor(self.numbers.log_first_rate))
             else:
-                own = context._replace(rate=gates.eta * self.layer.projection_rate())
+                factor = _factor(self.numbers.log_projection_rate)
+                own = context if factor is None else context._replace(rate=gates.eta * factor)
             new, reads, figures = self.advance(
                 group, fast, own, segment.fresh[i], q if running else None, self.anchors[i]
             )
@@ -110,8 +110,8 @@ class MemoryScan:
     ) -> tuple[FastWeights, Tensor | None, TokenFigures | None]:
         """Write one segment, by the hand-differentiated step where it applies."""
         own = context.erase is not None or context.first_rate is not None  # what the hand-written steps do not know
-        rule = self.layer.rule if own else self.layer.projection_rule
-        reading = dict(queries=q, after=self.layer.config.read == "after", anchor=anchor)
+        rule = self.config.rule if own else self.config.projection_rule
+        reading = dict(queries=q, after=self.config.read == "after", anchor=anchor)
         if fresh and not own and self.observe is None and is_fused(group.architecture, rule):
             return fused_advance(group.architecture, rule, fast, context, **reading)
         return advance(group.architecture, rule, fast, context, fresh=fresh, **reading)
@@ -127,9 +127,9 @@ class MemoryScan:
         closes = segment.closes[i]
         if closes is False:
             return new
-        most = self.layer.config.norm_limit
+        most = self.config.norm_limit
         limits = tuple(most * math.sqrt(w.shape[-2] * w.shape[-1]) for w in new.now)
-        return close_chunk(new, None if closes is True else closes.to(device), limits, self.layer.rule.meta_grad)
+        return close_chunk(new, None if closes is True else closes.to(device), limits, self.config.rule.meta_grad)
 
 
 def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:
@@ -143,6 +143,11 @@ def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:
     return pieces
 
 
-def _swap(memories: tuple[FastWeights, ...]) -> tuple[FastWeights, ...]:
+def _factor(logarithm: Tensor | None) -> Tensor | None:
+    """A factor on the rates of every head, [H, 1]; None is 1."""
+    return None if logarithm is None else state_dtype(logarithm).exp()[:, None]
+
+
+def swap(memories: tuple[FastWeights, ...]) -> tuple[FastWeights, ...]:
     """Between the state's layout [B, n, H, ...] and the scan's [n, B, H, ...], by views."""
     return tuple(FastWeights(*(tuple(w.transpose(0, 1) for w in part) for part in fast)) for fast in memories)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nestling.memory.architectures import LinearMemory, MLPMemory
 from nestling.memory.rule import FastWeights
 
 
@@ -19,14 +18,6 @@ class TitansState(NamedTuple):
     memories: tuple[FastWeights, ...]  # one for each group of memories of one shape and chunk size
     # last inputs of the convolutions of q, k and v, [B, qkv_conv - 1, H p]; a state from before they were has none
     paths: tuple[Tensor, ...] = ()
-
-
-class MemoryGroup(NamedTuple):
-    """Memories of one shape and one chunk size, updated as one stack."""
-
-    names: tuple[str, ...]
-    architecture: LinearMemory | MLPMemory
-    chunk_size: int
 
 
 def state_dtype(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from nestling.layers.attention import Attention
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.titans import SelfModifyingTitans
-from nestling.layers.titans_state import MemoryGroup
+from nestling.layers.titans_groups import MemoryGroup
 from nestling.nested_system.describe import Place, describes, transparent
 from nestling.nested_system.descriptions.torch_modules import Parts, attention
 from nestling.nested_system.formalism import AssociativeMemory, Cost, Solver, Transfer
