@@ -12,11 +12,12 @@ the forward again: the memory of activation checkpointing, for one more forward.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,9 @@ def _grouped(config: TitansConfig, tensors: Sequence[Tensor]) -> Memories:
     return tuple(found)
 
 
-def _run(position, lengths, features, numbers, memories, anchors, key) -> tuple[Tensor, list[Tensor]]:
+def _run(position: Tensor, lengths: Tensor | None, lists: Sequence, key: str) -> tuple[Tensor, list[Tensor]]:
     """The operator's definition: reads [B, H, T, p] and the memories."""
+    features, numbers, memories, anchors = lists
     config = _configuration(key)
     named = dict(zip(feature_names(config), features, strict=True))
     own = dict.fromkeys(Numbers._fields) | dict(zip(number_names(config), numbers, strict=True))
@@ -100,8 +102,9 @@ def _run(position, lengths, features, numbers, memories, anchors, key) -> tuple[
 
 @torch.library.custom_op("nestling::titans_scan", mutates_args=(), schema=f"({_GIVEN}) -> (Tensor, Tensor[])")
 def _scan(position, lengths, *args):
-    y, new = _run(position, lengths, *args)
-    y, *new = _apart([y, *new], chain(*args[:-1]))
+    lists, key = args[:-1], args[-1]
+    y, new = _run(position, lengths, lists, key)
+    y, *new = _apart([y, *new], chain(*lists))
     return y, new
 
 
@@ -122,7 +125,7 @@ def _backward(position, lengths, *args):
     given = list(chain(*lists))
     with _recorded():
         leaves = [t.detach().requires_grad_(n) for t, n in zip(given, needed, strict=True)]
-        y, new = _run(position, lengths, *_split(leaves, [len(part) for part in lists]), key)
+        y, new = _run(position, lengths, _split(leaves, [len(part) for part in lists]), key)
         pairs = [(o, g) for o, g in zip((y, *new), grads, strict=True) if g is not None and o.requires_grad]
         wanted, found = [t for t in leaves if t.requires_grad], [None] * sum(needed)
         if pairs:  # else all are of states that meta_grad="none" has cut off
@@ -151,7 +154,7 @@ def _autograd(ctx, g_y, g_memories):
     if torch.is_grad_enabled():  # a second derivative is wanted
 
         def definition(*leaves):
-            y, new = _run(position, lengths, *_split(leaves, ctx.counts), ctx.key)
+            y, new = _run(position, lengths, _split(leaves, ctx.counts), ctx.key)
             return [o if o.requires_grad else None for o in (y, *new)]
 
         found = differentiate(definition, given, grads, needed)
@@ -219,7 +222,7 @@ class _Gradients(torch.autograd.Function):
     jvp = _Transformed.jvp
 
 
-def _one_by_one(operator: Callable) -> None:
+def _one_by_one(operator: Any) -> None:
     """vmap of an operator: one call for each sample, for what is mapped may be weights as well as inputs."""
 
     def rule(info, in_dims, *args):
