@@ -21,4 +21,11 @@ def default_levels(config: Any) -> list[Level]:
     """
     sides = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size")]
     rank = min([RANK, *(side for side in sides if side)])
-    return [Level(CHUNK, lr=RATE, optimizer="spectral", rank=rank, decay=FADE)]
+    limit = getattr(config, "context_length", None)  # of a Hope: levels as slow as it do not learn in a context
+    chunk = min(CHUNK, max(1, limit // 2)) if limit else CHUNK
+    return [Level(chunk, lr=RATE, optimizer="spectral", rank=rank, decay=FADE)]
+
+
+def default_blocks(config: Any) -> list[int] | None:
+    """The decoder blocks that learn: None for all."""
+    return None

@@ -1,0 +1,227 @@
+"""Reading with the default levels: what they gain on a text that was read, what they harm, and what they cost.
+
+A model reads a text once. Then, in a fresh context, it is scored on that text, on the text's own continuation, and on
+ordinary text that nobody read. Settings were chosen on other texts than these.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from experiments.defaults import report, texts
+from experiments.defaults.small_models import BOOKS, FAMILIES, trained
+from experiments.defaults.texts import ROOM, Source
+from experiments.shared.continual.pretrained import pretrained
+from experiments.shared.continual.streams import adapted, learner, read
+from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob
+from experiments.shared.corpus import find_files
+from experiments.shared.data import find_data
+from experiments.shared.work import Progress, Row
+from nestling.cms.defaults import default_blocks, default_levels
+from nestling.models.hope.levels import give_levels
+from nestling.models.hope.modeling import HopeForCausalLM
+
+GROUP = "Continual learning"
+QUESTION = "A text is read once with no option chosen: what is gained, what is harmed, what does it cost?"
+ENTRIES = "found"
+
+BASE, DEFAULT = report.BASE, report.DEFAULT
+SMOLLM2 = "smollm2-135m"
+DATA = "a folder with `books`, `bible`, `clinc150` and `banking77`; the experiment's README says where they come from"
+
+
+@dataclass
+class Defaults(ContinualStudy):
+    """Which texts and models, and how much of a text is scored."""
+
+    name: str = "defaults"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    dtype: str = "float32"  # in which levels learn
+    models: list[str] = field(default_factory=lambda: [SMOLLM2, *FAMILIES])
+    steps: int = 600  # of training of the small ones
+    texts: str = "judged"  # or development, on which settings are chosen
+    context: int = 1024  # tokens after which attention begins anew
+    ends: int = 256  # tokens at either end of a text that are scored; a text of twice as many is scored whole
+    after: int = 128  # tokens of the text's own continuation
+
+    def methods(self) -> tuple[str, ...]:
+        return ("none", "levels")
+
+    def smoke(self) -> Defaults:
+        chosen = [c for c in self.contenders if c.name in (BASE, DEFAULT)]
+        return replace(self, contenders=chosen, models=["byte llama", "byte hope"], steps=3, texts="smoke",
+                       ends=64, after=32)  # fmt: skip
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return texts.SETS[self.texts]
+
+    def decisive(self, job: Any) -> dict[str, Any]:
+        return {k: v for k, v in super().decisive(job).items() if k not in ("models", "model", "texts")}
+
+
+@dataclass(frozen=True)
+class TextJob(StreamJob):
+    """One contender reads one text, as one model."""
+
+    model: str = SMOLLM2
+    text: str = ""
+    tokens: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}, {self.text}: {self.contender}"
+
+
+def defaults() -> Defaults:
+    """The experiment's settings. Levels of {} are those that `nestling convert` writes."""
+
+    def one(name: str, stack: dict[str, Any] | None = None, longest: int = 20_000, **level: Any) -> LearnerContender:
+        levels = [{"chunk_size": 64} | level]
+        return LearnerContender(name, "levels", levels, stack or {}, {"longest": longest})
+
+    return Defaults(contenders=[
+        LearnerContender(BASE, "none"),
+        LearnerContender(DEFAULT, "levels"),
+        one("AdamW, rank 16", lr=3e-3, optimizer="adamw", rank=16),
+        one("gradient descent, last blocks", {"blocks": [-4, -3, -2, -1]}, 2500, lr=0.1),
+        one("AdamW, dense, last blocks", {"blocks": [-6, -5, -4, -3, -2, -1]}, 1000, lr=2e-4, optimizer="adamw"),
+    ])  # fmt: skip
+
+
+def built(plain: nn.Module, contender: LearnerContender, context: int) -> nn.Module:
+    """The model that reads."""
+    if contender.method == "none":
+        return plain
+    if isinstance(plain, HopeForCausalLM):
+        return give_levels(plain, contender.levels or None)
+    if contender.levels:
+        count = plain.config.num_hidden_layers
+        blocks = [b for b in contender.stack["blocks"] if b >= -count] if "blocks" in contender.stack else None
+        return learner(plain, replace(contender, stack=contender.stack | {"context": context, "blocks": blocks}))
+    levels = [level.to_dict() for level in default_levels(plain.config)]
+    stack = {"context": context, "blocks": default_blocks(plain.config)}
+    return learner(plain, replace(contender, levels=levels, stack=stack))
+
+
+def bits_per_byte(model: nn.Module, tokenizer: Any, ids: list[int], context: int) -> float:
+    """Of a text after an end-of-text token, attention beginning anew after `context` tokens."""
+    row, nats = [tokenizer.eos_token_id, *ids], 0.0
+    for at in range(0, len(ids), context):
+        part = torch.tensor([row[at : at + context + 1]])
+        logits = model(part[:, :-1], use_cache=False).logits[0].float()
+        nats += F.cross_entropy(logits, part[0, 1:], reduction="sum").item()
+    return nats / math.log(2) / max(1, len(tokenizer.decode(ids).encode()))
+
+
+def speed(model: nn.Module, ids: torch.Tensor) -> float:
+    """Seconds of this thread for a forward of one row of tokens."""
+    began = time.thread_time()
+    model(ids, use_cache=True)
+    return time.thread_time() - began
+
+
+class DefaultsWork(ContinualWork):
+    """Reads texts; `folder` holds the data, None for a smoke run, whose texts every machine has."""
+
+    def __init__(self, settings: Defaults, folder: Path | None) -> None:
+        super().__init__(settings)
+        self.folder = folder or Path()
+        self.files = tuple([folder / "books" / name for name in BOOKS] if folder else find_files(None, smoke=True))
+
+    def check(self, contenders: list[LearnerContender]) -> None:
+        if SMOLLM2 in self.settings.models:
+            pretrained(SMOLLM2, self.settings.dtype)
+
+    def reads(self, job: TextJob) -> str:
+        """What of the text decides the result; the default's levels too, which the contender does not name."""
+        source = next(s for s in self.settings.sources if s.name == job.text)
+        rule = str(default_levels(None)) + str(default_blocks(None)) if job.contender == DEFAULT else ""
+        read = source.text(self.folder, ROOM * (source.tokens + self.settings.after))
+        return f"{asdict(source)} {hashlib.sha256(read.encode()).hexdigest()} {rule}"
+
+    def run(self, job: TextJob, progress: Progress | None) -> dict[str, Any]:
+        settings, contender = self.settings, self.settings.contender(job.contender)
+        plain, tokenizer = self._model(job.model)
+        source = next(s for s in settings.sources if s.name == job.text)
+        ids = self._ids(tokenizer, source, source.tokens + settings.after)
+        ids, after = ids[: source.tokens], ids[source.tokens :]
+        ends = settings.ends
+        probes = [ids] if len(ids) <= 2 * ends else [ids[:ends], ids[-ends:]]
+        other = [(s.name, self._ids(tokenizer, s, s.tokens)) for s in texts.ELSEWHERE[settings.texts]]
+        score = functools.partial(bits_per_byte, tokenizer=tokenizer, context=settings.context)
+        with torch.no_grad():
+            model, cache, seconds = built(plain, contender, settings.context), None, None
+            row = torch.tensor([[tokenizer.eos_token_id, *ids]])
+            if contender.method == "levels":
+                began = time.thread_time()
+                _, cache = read(model, row)
+                seconds = time.thread_time() - began
+                part = row[:, : settings.context]
+                plain_seconds = speed(plain, part) / part.shape[1] * row.shape[1]  # beside it, under the same load
+            with adapted(model, cache):
+                return {
+                    "read": len(ids),
+                    "text_kind": source.kind,
+                    "text_bits": sum(score(model, ids=p) * len(p) for p in probes) / sum(map(len, probes)),
+                    "after_bits": score(model, ids=after) if len(after) == settings.after else None,
+                    "other_bits": {name: score(model, ids=found) for name, found in other},
+                    "state_bytes": 0 if cache is None else cache.nbytes,
+                    "reading_seconds": seconds,
+                    "plain_seconds": None if cache is None else plain_seconds,
+                }
+
+    def _model(self, name: str) -> tuple[nn.Module, Any]:
+        if name in FAMILIES:
+            return trained(name, self.settings.steps, self.files)
+        return pretrained(name, self.settings.dtype)
+
+    def _ids(self, tokenizer: Any, source: Source, count: int) -> list[int]:
+        text = source.text(self.folder, ROOM * count)
+        return tokenizer(text, add_special_tokens=False)["input_ids"][:count]
+
+    def result(self, row: dict[str, Any]) -> str:
+        return f"{row['text_bits']:.3f} bits per byte of {row['read']:,} tokens"
+
+
+def work(settings: Defaults, data: str | Path | None, smoke: bool) -> DefaultsWork:
+    """What does the jobs."""
+    folder = None if smoke and data is None else find_data(data, ".", [f"books/{name}" for name in BOOKS], DATA)
+    return DefaultsWork(settings, folder)
+
+
+def plan(settings: Defaults, contenders: list[LearnerContender], row: Row) -> list[TextJob]:
+    """Text by text, from short to long; the pre-trained model first."""
+    return [
+        TextJob(c.name, 0, "run", model, source.name, source.tokens)
+        for source in settings.sources
+        for model in settings.models
+        for c in contenders
+        if source.tokens <= c.options.get("longest", math.inf)
+    ]
+
+
+def summarize(settings: Defaults, contenders: list[LearnerContender], row: Row) -> dict[str, Any]:
+    """Changes against the model without levels, text by text."""
+    names, found = [c.name for c in contenders if c.name != BASE], []
+    for model in settings.models:
+        rows = {}
+        for source in settings.sources:
+            jobs = {c.name: row(TextJob(c.name, 0, "run", model, source.name, source.tokens)) for c in contenders}
+            rows[source.name] = {name: r for name, r in jobs.items() if r}
+        if any(BASE in cells for cells in rows.values()):
+            found.append(report.of_model(model, names, rows))
+    return {"experiment": "defaults", "texts": len(settings.sources), "ends": settings.ends, "found": found}
+
+
+table, plot = report.table, report.plot

@@ -1,0 +1,107 @@
+"""What came out of reading with the default levels, as figures, a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from experiments.shared.report import COLOURS, figure, markdown
+
+BASE, DEFAULT = "no levels", "default"
+
+
+def of_model(model: str, names: list[str], rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one model: every contender's over its texts, and every text's.
+
+    Args:
+        rows: {text: {contender: row}}, with the model without levels.
+    """
+    cells, base = [], {text: mine[BASE] for text, mine in rows.items() if BASE in mine}
+    for text, plain in base.items():
+        for name in names:
+            if found := rows[text].get(name):
+                cells.append(_cell(text, name, plain, found))
+    reference = {c["text"]: c for c in cells if c["contender"] == DEFAULT}
+    contenders = [_contender(name, [c for c in cells if c["contender"] == name], reference) for name in names]
+    return {"model": model, "contenders": [c for c in contenders if c], "cells": cells}
+
+
+def _cell(text: str, name: str, plain: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    harms = {key: bits - plain["other_bits"][key] for key, bits in found["other_bits"].items()}
+    carried = None if found["after_bits"] is None else plain["after_bits"] - found["after_bits"]
+    return {
+        "text": text, "kind": found["text_kind"], "contender": name, "tokens": found["read"],
+        "before": plain["text_bits"], "gain": plain["text_bits"] - found["text_bits"], "carried": carried,
+        "harm": statistics.fmean(harms.values()), "worst_harm": max(harms.values()), "state_bytes": found["state_bytes"],
+        "of_plain": found["plain_seconds"] / found["reading_seconds"],
+    }  # fmt: skip
+
+
+def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Means over texts; the default on the same texts stands beside it, for a contender that read fewer."""
+    if not cells:
+        return None
+    carried = [c["carried"] for c in cells if c["carried"] is not None]
+    same = [reference[c["text"]]["gain"] for c in cells if c["text"] in reference]
+    return {
+        "contender": name,
+        "texts": len(cells),
+        "worse": sum(c["gain"] < 0 for c in cells),
+        "gain": statistics.fmean(c["gain"] for c in cells),
+        "default_gain": statistics.fmean(same) if same else None,
+        "carried": statistics.fmean(carried) if carried else None,
+        "harm": statistics.fmean(c["harm"] for c in cells),
+        "worst_harm": max(c["worst_harm"] for c in cells),
+        "longest": max(c["tokens"] for c in cells),
+        "state_bytes": max(c["state_bytes"] for c in cells),
+        "of_plain": statistics.median(c["of_plain"] for c in cells),
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Every contender of every model, then the default text by text."""
+    rows, texts = [], []
+    for model in summary["found"]:
+        for c in model["contenders"]:
+            rows.append([model["model"], c["contender"], f"{c['texts']}", f"{c['longest']:,}", f"{c['worse']}",
+                         f"{c['gain']:.3f}", _number(c["default_gain"]), _number(c["carried"]), f"{c['harm']:.4f}",
+                         f"{c['worst_harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}",
+                         f"{c['of_plain']:.2f}"])  # fmt: skip
+        for c in model["cells"]:
+            if c["contender"] == DEFAULT:
+                texts.append([model["model"], c["text"], c["kind"], f"{c['tokens']:,}", f"{c['before']:.3f}",
+                              f"{c['before'] - c['gain']:.3f}", _number(c["carried"]), f"{c['harm']:+.4f}",
+                              f"{c['worst_harm']:+.3f}"])  # fmt: skip
+    text = markdown(["model", "levels", "texts", "longest", "worse after", "gain", "default's gain there",
+                     "gain on what follows", "harm", "largest harm", "state, MB", "speed, of plain"], rows, left=2)
+    text += "\nThe default, text by text:\n\n"
+    text += markdown(["model", "text", "kind", "tokens", "before", "after", "gain on what follows", "harm",
+                      "largest harm"], texts, left=3)  # fmt: skip
+    text += f"\nBits per byte, in a fresh context. Before, after: the text that was read (its first and last "
+    text += f"{summary['ends']} tokens, if it is longer). Gain: before minus after, the mean over texts; beside it the "
+    text += "default's on the same texts, for contenders that read fewer. What follows: the text's own continuation, "
+    text += "unread, where there is one. Harm: the rise on three ordinary texts that were not read, their mean, and "
+    text += "the largest of a single one. Speed: seconds of this thread for a plain forward over those for reading, "
+    text += "the median over texts, on a loaded machine: see the benchmarks for a quiet one.\n"
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Gain and harm of every text by its length, a panel pair for each model."""
+    models = summary["found"]
+    with figure(path, 2 * len(models), (5 * 2 * len(models), 3.8)) as axes:
+        for n, model in enumerate(models):
+            names = [c["contender"] for c in model["contenders"]]
+            for axis, key in zip(axes[2 * n : 2 * n + 2], ("gain", "harm")):
+                for colour, name in zip(COLOURS, names):
+                    mine = [c for c in model["cells"] if c["contender"] == name]
+                    axis.plot([c["tokens"] for c in mine], [c[key] for c in mine], "o", color=colour, label=name,
+                              alpha=0.8, markersize=5)  # fmt: skip
+                axis.axhline(0, color="0.3", linewidth=1)
+                axis.set(xscale="log", title=f"{model['model']}: {key}", xlabel="tokens read", ylabel="bits per byte")
+        axes[0].legend(fontsize=8)

@@ -1,0 +1,57 @@
+"""Small byte models of other families, trained here in minutes: a Llama and a Hope."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+from nestling.models import HopeConfig, HopeForCausalLM
+from nestling.training.tokenizers import byte_tokenizer
+from nestling.utils.files import new_folder
+from nestling.utils.places import cache_folder
+
+BOOKS = ("charles-dickens--bleak-house.txt", "samuel-pepys--the-diary.txt")  # no judged text is from them
+FAMILIES = ("byte llama", "byte hope")
+WIDTH, LAYERS, HEADS, WINDOW, BATCH, RATE = 128, 3, 4, 256, 8, 3e-3
+
+
+def build(family: str) -> nn.Module:
+    """Random weights."""
+    set_seed(0)
+    sizes = dict(vocab_size=len(byte_tokenizer()), hidden_size=WIDTH, num_hidden_layers=LAYERS,
+                 num_attention_heads=HEADS, tie_word_embeddings=True)  # fmt: skip
+    if family == "byte hope":
+        return HopeForCausalLM(HopeConfig(**sizes, context_length=WINDOW))
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=3 * WIDTH, max_position_embeddings=4096))
+
+
+@functools.lru_cache(maxsize=2)
+def trained(family: str, steps: int, files: tuple[Path, ...]) -> tuple[nn.Module, Any]:
+    """A family's model after `steps` of AdamW on some files, and its tokenizer; made once and kept in the cache."""
+    tokenizer = byte_tokenizer()
+    texts = [file.read_bytes() for file in files]
+    settings = repr([family, steps, WIDTH, LAYERS, HEADS, WINDOW, BATCH, RATE, [len(t) for t in texts]])
+    folder = cache_folder() / "defaults" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    if not folder.exists():
+        model = build(family)
+        text = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).long()
+        optimizer = torch.optim.AdamW(model.parameters(), RATE)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
+        with torch.enable_grad():
+            for _ in range(steps):
+                at = torch.randint(len(text) - WINDOW, (BATCH,))
+                rows = torch.stack([text[a : a + WINDOW] for a in at])
+                optimizer.zero_grad()
+                model(rows, labels=rows).loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                rate.step()
+        with new_folder(folder) as aside:
+            model.save_pretrained(aside)
+    return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False), tokenizer
