@@ -9,7 +9,7 @@ from nestling import Level, stack_levels
 from nestling.cms import merge
 from nestling.cms.defaults import default_levels
 from nestling.cms.fast_linear import Factors, FastLinear, applied, features
-from nestling.cms.inner_optimizers import OPTIMIZERS, begin, mean_singular_value, update
+from nestling.cms.inner_optimizers import OPTIMIZERS, begin, known_size, mean_singular_value, update
 from nestling.generation.state import load_state, save_state
 from nestling.ops.orthogonalize import orthogonalize_reference
 
@@ -88,6 +88,25 @@ def test_a_spectral_step_is_relative_to_the_weights():
     torch.testing.assert_close(moved, -0.05 * size * orthogonalize_reference(g), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(written, moved.square().sum((-1, -2)).sqrt())
     assert slots == {} and mean_singular_value(torch.zeros(2, 2)) == 1
+
+
+def test_a_step_of_many_matrices_is_that_of_each():
+    torch.manual_seed(0)
+    grads = [torch.randn(2, rows, 3, dtype=torch.float64) for rows in (6, 5, 6, 6)]
+    level = low("spectral")
+    for one, g in zip(OPTIMIZERS["spectral"][0](level, grads, {})[0], grads, strict=True):
+        torch.testing.assert_close(one, orthogonalize_reference(g), rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_a_weights_size_is_known_anew_when_it_changes():
+    weight = torch.nn.Parameter(torch.randn(6, 16))
+    first = known_size(weight)
+    assert known_size(weight) is first
+    weight.mul_(2)
+    torch.testing.assert_close(known_size(weight), 2 * first)
+    weight.data = weight.data.double()
+    assert known_size(weight).dtype == torch.float64
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "spectral", "dgd"])

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nestling.ops import orthogonalize
 from nestling.optim.m3 import M3
@@ -64,7 +65,30 @@ def m3(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor], S
 
 def spectral(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor], Slots]:
     """The gradient with its singular values made 1: steepest descent under the spectral norm."""
-    return [orthogonalize(g) for g in grads], slots
+    places: dict[torch.Size, list[int]] = {}  # those of one shape go through the iteration together
+    for i, g in enumerate(grads):
+        places.setdefault(g.shape, []).append(i)
+    along = list(grads)
+    for same in places.values():
+        for i, made in zip(same, orthogonalize(torch.stack([grads[i] for i in same])), strict=True):
+            along[i] = made
+    return along, slots
+
+
+# of weights that do not change while streams are read: a pass over every one of them for each chunk is much
+_SIZES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def known_size(weight: Tensor) -> Tensor:
+    """`mean_singular_value`, computed once for a weight that is as it was."""
+    if weight.is_inference() or (torch.is_grad_enabled() and weight.requires_grad):
+        return mean_singular_value(weight)
+    now = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+    found = _SIZES.get(weight)
+    if found is None or found[0] != now:
+        with torch.inference_mode(False), torch.no_grad():
+            found = _SIZES[weight] = (now, mean_singular_value(weight))
+    return found[1]
 
 
 def mean_singular_value(weight: Tensor) -> Tensor:

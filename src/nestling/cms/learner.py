@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling.cms.backbones import Backbone, Layers
 from nestling.cms.fast_linear import Delta, Factors, FastLinear, Seen, applied, features
-from nestling.cms.inner_optimizers import begin, mean_singular_value, per_stream, squares, update
+from nestling.cms.inner_optimizers import begin, known_size, per_stream, squares, update
 from nestling.cms.recompute import filled, recomputed
 from nestling.cms.state import LevelState, StreamState, begin_level, waits
 from nestling.cms.surprise import is_due
@@ -317,7 +317,7 @@ class Learner:
     def _sizes(self, index: int) -> list[Tensor]:
         """Of the weights of a level's layers, for rules whose step is relative to them."""
         relative = self.levels[index].optimizer == "spectral"
-        return [mean_singular_value(m.weight) for m in self.modules[index]] if relative else []
+        return [known_size(m.weight) for m in self.modules[index]] if relative else []
 
     def _nest(self, states: list[LevelState], position: int) -> list[LevelState]:
         """With the nested variant, levels faster than one that was just updated go back to their initial state."""
