@@ -73,12 +73,12 @@ def table(summary: dict[str, Any]) -> str:
                 texts.append([model["model"], c["text"], c["kind"], f"{c['tokens']:,}", f"{c['before']:.3f}",
                               f"{c['before'] - c['gain']:.3f}", _number(c["carried"]), f"{c['harm']:+.4f}",
                               f"{c['worst_harm']:+.3f}"])  # fmt: skip
-    text = markdown(["model", "levels", "texts", "longest", "worse after", "gain", "default's gain there",
-                     "gain on what follows", "harm", "largest harm", "state, MB", "speed, of plain"], rows, left=2)
+    text = markdown(["model", "levels", "texts", "longest", "worse after", "gain", "default's gain there", "gain on "
+                     "what follows", "harm", "largest harm", "state, MB", "speed, of plain"], rows, left=2)  # fmt: skip
     text += "\nThe default, text by text:\n\n"
     text += markdown(["model", "text", "kind", "tokens", "before", "after", "gain on what follows", "harm",
                       "largest harm"], texts, left=3)  # fmt: skip
-    text += f"\nBits per byte, in a fresh context. Before, after: the text that was read (its first and last "
+    text += "\nBits per byte, in a fresh context. Before, after: the text that was read (its first and last "
     text += f"{summary['ends']} tokens, if it is longer). Gain: before minus after, the mean over texts; beside it the "
     text += "default's on the same texts, for contenders that read fewer. What follows: the text's own continuation, "
     text += "unread, where there is one. Harm: the rise on three ordinary texts that were not read, their mean, and "

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from nestling import Level
 from nestling.cms import stack_levels
@@ -113,10 +113,14 @@ def test_stacked_weights_stay_as_they_were(call, folder, short, tmp_path):
     assert torch.is_grad_enabled()
 
 
-def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path):
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, eos_token_id=257, bos_token_id=256,
+FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "mistral": {"sliding_window": None}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path, family):
+    config = AutoConfig.for_model(
+        family, vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=257, bos_token_id=256, **FAMILIES[family],
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
@@ -133,6 +137,19 @@ def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path
     assert (tmp_path / "out.state").read_bytes() == before
     assert "question is empty" in call("ask", tmp_path / "out", " ").stderr
     assert "no levels" in call("ask", tmp_path / "plain", "who?", "--state", tmp_path / "out.state").stderr
+
+
+def test_a_trained_hope_converts_and_learns(call, trained, short, tmp_path):
+    made = json.loads(call("convert", trained, tmp_path / "out", "--json").stdout)
+    assert made["levels"][0]["chunk_size"] == 8  # below the context of 16 that it was trained with
+    read = json.loads(call("learn", tmp_path / "out", short, "--held-out", short, "--json", "--quiet").stdout)
+    assert read["state_bytes"] == made["state_bytes"] > 0
+    document = read["documents"][0]
+    assert document["after"]["bits_per_byte"] < document["before"]["bits_per_byte"]
+    assert "learn already" in call("convert", tmp_path / "out", tmp_path / "again").stderr
+    assert "are for Llama-family models" in call("convert", trained, tmp_path / "again", "--blocks=0").stderr
+    assert "not below the model's context_length" in call("convert", trained, tmp_path / "again", "-l", "64").stderr
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_forgotten_context_leaves_what_levels_learned(call, folder, short, tmp_path):

@@ -128,6 +128,18 @@ def test_a_full_meta_gradient_goes_through_the_factors(made, optimizer):
     torch.testing.assert_close((grad * way).sum(), (ends[0] - ends[1]) / 2, rtol=1e-4, atol=0.0)
 
 
+@torch.no_grad()
+def test_added_blocks_take_a_rank_too(made):
+    model, ids = made
+    stacked = stack_levels(copy.deepcopy(model), [low("spectral", rank=2)], "width", width=4)
+    cache = stacked(ids, use_cache=True).past_key_values
+    assert cache.nbytes == stacked.state_bytes(2)
+    assert all(d.shape[-1] == 2 and d.isfinite().all() for d in cache.levels.levels[0].deltas)
+    assert any(d.any() for d in cache.levels.levels[0].deltas)
+    with pytest.raises(ValueError, match="rank 5 of level 0"):
+        stack_levels(copy.deepcopy(model), [low(rank=5)], "width", width=4)
+
+
 def test_ranks_that_cannot_be_are_refused(made):
     model, _ = made
     for rank in (0, 2.5, True):

@@ -12,7 +12,11 @@ from nestling.cli.common import a_folder, a_path, assignments, parse_value, prin
 
 def main(
     model: Annotated[
-        Path, typer.Argument(parser=a_path, help="A saved Llama-family model: a folder, or one with a .gguf file.")
+        Path,
+        typer.Argument(
+            parser=a_path,
+            help="A saved Llama-family model: a folder, or one with a .gguf file; or a Hope's run or folder.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(parser=a_folder, help="A new folder for the converted model.")],
     level: Annotated[
@@ -53,14 +57,18 @@ def main(
     A small added block per layer, updated by AdamW every 128 tokens:
       nestling convert SmolLM2-135M runs/smol -l 128,lr=1e-3,optimizer=adamw --placement width
 
+    A Hope that was trained here, whose own MLPs then learn while it reads:
+      nestling convert runs/notes runs/reader
+
     Then write with it, and let it remember:
       nestling generate runs/smol --prompt "..." --state smol.state
     """
     from nestling.cms import stack_levels
-    from nestling.cms.defaults import default_levels
-    from nestling.cms.files import save_stacked
+    from nestling.cms.defaults import default_blocks, default_levels
+    from nestling.cms.files import save_new
     from nestling.cms.pretrained import load_pretrained
     from nestling.cms.state import shapes
+    from nestling.models.hope.levels import give_levels, is_hope
     from nestling.utils.locks import sole_writer
 
     levels = [_level(text) for text in level or ()]
@@ -69,12 +77,23 @@ def main(
     with sole_writer(out):
         if out.exists():
             raise ValueError(f"{out} exists already: choose another folder, or remove it first")
-    loaded, tokenizer = load_pretrained(model)
-    chosen = None if blocks is None else _blocks(blocks, loaded.config.num_hidden_layers)
-    stacked = stack_levels(
-        loaded, levels or default_levels(loaded.config), placement, blocks=chosen, width=width, variant=variant
-    )
-    save_stacked(stacked, out, tokenizer)
+    if is_hope(model):
+        from nestling.generation.load import load_model
+
+        if blocks is not None or width is not None or (placement, variant) != ("depth", "sequential"):
+            raise ValueError(
+                "--placement, --blocks, --width and --variant are for Llama-family models: the levels of a Hope are "
+                "its own MLPs, in all layers"
+            )
+        loaded, tokenizer = load_model(model, "cpu")
+        stacked = give_levels(loaded, levels or None)
+    else:
+        loaded, tokenizer = load_pretrained(model)
+        chosen = None if blocks is None else _blocks(blocks, loaded.config.num_hidden_layers)
+        if not levels:
+            levels, chosen = default_levels(loaded.config), default_blocks(loaded.config) if chosen is None else chosen
+        stacked = stack_levels(loaded, levels, placement, blocks=chosen, width=width, variant=variant)
+    save_new(stacked, out, tokenizer)
     made = {
         "folder": str(out),
         "parameters": sum(p.numel() for p in stacked.parameters()),

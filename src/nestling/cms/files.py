@@ -26,6 +26,11 @@ def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     """
     if not isinstance(model, StackedForCausalLM):
         raise ValueError(f"{type(model).__name__} has no levels: stack_levels first, or use its save_pretrained")
+    save_new(model, folder, tokenizer)
+
+
+def save_new(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write any model into a new folder, whole or not at all; ValueError if it exists."""
     folder = Path(folder)
     with sole_writer(folder):
         if folder.exists():

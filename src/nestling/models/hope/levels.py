@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nestling.cms.defaults import default_levels
+from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.modeling import HopeForCausalLM
 from nestling.schedule import Level, check_order
+
+
+def is_hope(path: str | Path) -> bool:
+    """Whether a path is a run, a checkpoint or a saved model of a Hope."""
+    path = Path(path)
+    folders = [path, *sorted(path.glob("checkpoints/*"))]
+    try:
+        found = [json.loads((f / "config.json").read_text("utf-8")) for f in folders if (f / "config.json").is_file()]
+    except ValueError:
+        return False  # who loads it says what is wrong with it
+    return any(config.get("model_type") == HopeConfig.model_type for config in found if isinstance(config, dict))
 
 
 def give_levels(model: HopeForCausalLM, levels: Sequence[Level | dict[str, Any]] | None = None) -> HopeForCausalLM:
