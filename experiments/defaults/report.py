@@ -33,8 +33,8 @@ def _cell(text: str, name: str, plain: dict[str, Any], found: dict[str, Any]) ->
     return {
         "text": text, "kind": found["text_kind"], "contender": name, "tokens": found["read"],
         "before": plain["text_bits"], "gain": plain["text_bits"] - found["text_bits"], "carried": carried,
-        "harm": statistics.fmean(harms.values()), "worst_harm": max(harms.values()), "state_bytes": found["state_bytes"],
-        "of_plain": found["plain_seconds"] / found["reading_seconds"],
+        "harm": statistics.fmean(harms.values()), "worst_harm": max(harms.values()),
+        "state_bytes": found["state_bytes"], "of_plain": found["plain_seconds"] / found["reading_seconds"],
     }  # fmt: skip
 
 
