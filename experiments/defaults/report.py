@@ -64,7 +64,7 @@ def table(summary: dict[str, Any]) -> str:
     rows, texts = [], []
     for model in summary["found"]:
         for c in model["contenders"]:
-            rows.append([model["model"], c["contender"], f"{c['texts']}", f"{c['longest']:,}", f"{c['worse']}",
+            rows.append([c["contender"], model["model"], f"{c['texts']}", f"{c['longest']:,}", f"{c['worse']}",
                          f"{c['gain']:.3f}", _number(c["default_gain"]), _number(c["carried"]), f"{c['harm']:.4f}",
                          f"{c['worst_harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}",
                          f"{c['of_plain']:.2f}"])  # fmt: skip
@@ -73,7 +73,7 @@ def table(summary: dict[str, Any]) -> str:
                 texts.append([model["model"], c["text"], c["kind"], f"{c['tokens']:,}", f"{c['before']:.3f}",
                               f"{c['before'] - c['gain']:.3f}", _number(c["carried"]), f"{c['harm']:+.4f}",
                               f"{c['worst_harm']:+.3f}"])  # fmt: skip
-    text = markdown(["model", "levels", "texts", "longest", "worse after", "gain", "default's gain there", "gain on "
+    text = markdown(["levels", "model", "texts", "longest", "worse after", "gain", "default's gain there", "gain on "
                      "what follows", "harm", "largest harm", "state, MB", "speed, of plain"], rows, left=2)  # fmt: skip
     text += "\nThe default, text by text:\n\n"
     text += markdown(["model", "text", "kind", "tokens", "before", "after", "gain on what follows", "harm",

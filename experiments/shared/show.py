@@ -13,7 +13,7 @@ from nestling.utils.files import write_text
 MARKER = re.compile(r"(<!-- experiment (\S+) -->\n).*?<!-- end -->", re.DOTALL)
 CELL = re.compile(r"(<!-- cell ([^>]*?) -->).*?(<!-- end -->)")
 INDEX = re.compile(r"(<!-- experiments -->\n).*?<!-- end -->", re.DOTALL)
-PAGES = ("experiments.md", "evidence.md")
+PAGES = ("experiments.md", "evidence.md", "continual.md")
 VERDICTS = ("holds", "holds in part", "does not hold", "cannot tell")
 
 

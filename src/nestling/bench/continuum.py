@@ -44,6 +44,16 @@ def _stacked(model: PreTrainedModel, placement: str, **options) -> PreTrainedMod
     return stack_levels(copy.deepcopy(model), levels, placement, blocks=BLOCKS, **options)
 
 
+def _with_default(model: PreTrainedModel, share: float = 1.0) -> PreTrainedModel:
+    """The levels that `nestling convert` writes, over the last blocks."""
+    from nestling import stack_levels
+    from nestling.cms.defaults import default_levels
+
+    count = model.config.num_hidden_layers
+    blocks = range(round(count * (1 - share)), count)
+    return stack_levels(copy.deepcopy(model), default_levels(model.config), blocks=blocks)
+
+
 def reading(settings: BenchSettings) -> Table:
     """Tokens a second of one stream: a model that learns while it reads, beside the same model plain and fine-tuned."""
     s, model = settings, _model(settings)
@@ -74,6 +84,8 @@ def reading(settings: BenchSettings) -> Table:
         "levels, depth": read(_stacked(model, "depth")),
         "levels, depth, down_proj only": read(_stacked(model, "depth", target_modules=["down_proj"])),
         "levels, width": read(_stacked(model, "width")),
+        "the default level, all blocks": read(_with_default(model)),
+        "the default level, last third": read(_with_default(model, 1 / 3)),
         "fine-tuning step of all": tune,
     }
     timing = measure.interleave(calls, s)
@@ -90,6 +102,7 @@ def reading(settings: BenchSettings) -> Table:
         for name in calls
     ]
     note = f"Levels of {CHUNKS[0]} and {CHUNKS[1]} tokens over the last {len(BLOCKS)} blocks, first order, one stream."
+    note += " The default: rank 16, the spectral rule, every 64 tokens."
     return Table(f"Reading {tokens} tokens, a model of SmolLM2-135M's shape", rows, [note])
 
 

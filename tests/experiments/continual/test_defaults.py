@@ -52,7 +52,7 @@ def test_figures_are_differences_to_the_model_without_levels(tmp_path):
     assert first[0]["of_plain"] == 0.5 and first[1]["default_gain"] == pytest.approx(0.5)
     assert first[2]["texts"] < 20  # which reads short texts only
     text = report.table(summary)
-    assert "| smollm2-135m | default | 20 | 20,000 | 0 | 0.500 |" in text
+    assert "| default | smollm2-135m | 20 | 20,000 | 0 | 0.500 |" in text
     report.plot(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
