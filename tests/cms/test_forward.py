@@ -167,9 +167,35 @@ def logits_to_keep(model, ids):
 
 
 def output_hidden_states(model, ids):
+    whole, mask = model(ids, output_hidden_states=True), torch.ones_like(ids)
+    assert len(whole.hidden_states) == len(model.model.layers) + 1
+    same(whole.logits, model(ids).logits)
+    same(whole.hidden_states[0], model.model.embed_tokens(ids))
+    same(model.lm_head(whole.hidden_states[-1]), whole.logits)
+    some = model(ids, output_hidden_states=[0, -1]).hidden_states
+    for n, (got, want) in enumerate(zip(some, whole.hidden_states, strict=True)):
+        same(got, want) if n in (0, len(some) - 1) else None
+        assert (got is None) == (n not in (0, len(some) - 1))
+    mask[1, :6] = 0
+    padded = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for got, want in zip(padded, model(ids[1:, 6:], output_hidden_states=True).hidden_states, strict=True):
+        same(got[1, 6:], want[0])
+    half = model(ids[:, :10], output_hidden_states=True)
+    rest = model(ids[:, 10:], past_key_values=half.past_key_values, output_hidden_states=True)
+    for got in zip(half.hidden_states, rest.hidden_states, whole.hidden_states, strict=True):
+        same(torch.cat(got[:2], 1), got[2])
     if model.reads:
-        return refused(model, ids, "output_hidden_states", output_hidden_states=True)
-    assert len(model(ids, output_hidden_states=True).hidden_states) == len(model.model.layers) + 1
+        refused(model, ids, "output_hidden_states names 9", output_hidden_states=[9])
+        model.learning = False
+        before = model(ids[:, :4], output_hidden_states=True).hidden_states
+        model.learning = True
+        for got, want in zip(whole.hidden_states, before):  # the first chunk is read with the weights as they are
+            same(got[:, :4], want)
+        embedded = model.requires_grad_(True)(ids, labels=ids, output_hidden_states=True)
+        first = embedded.hidden_states[0]
+        first.retain_grad()
+        embedded.loss.backward()
+        assert first.grad.abs().sum() > 0
 
 
 def output_attentions(model, ids):

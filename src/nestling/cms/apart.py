@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nestling.cms.backbones import HiddenStates
 from nestling.cms.cache import LevelsCache, Place
 from nestling.cms.learner import Learner
 from nestling.cms.rows import Rows
@@ -45,6 +46,7 @@ def read_apart(
     keep: int = 0,
     next_tokens: Tensor | None = None,
     recompute: bool = False,
+    kept: HiddenStates | None = None,
 ) -> Tensor:
     """Read the next tokens of streams wherever each stands, and let the cache hold them as they are afterwards.
 
@@ -54,11 +56,12 @@ def read_apart(
         ids: [B, T].  rows: what is in them, None: real tokens only.  Others as in `Learner.read`.
 
     Returns:
-        Logits [B, T or keep, V], zeros at padding.
+        Logits [B, T or keep, V], zeros at padding; hidden states go into `kept`, zeros there too.
     """
     batch, tokens = ids.shape
     rows = Rows(torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids)) if rows is None else rows
     first, found, finished = tokens - keep if keep else 0, [], []
+    hidden: list[list[tuple[Tensor, Tensor]]] = [[] for _ in kept or ()]
     groups = _groups(cache, rows, batch)
     while groups:
         group = groups.pop()
@@ -83,15 +86,21 @@ def read_apart(
             else:
                 target = next_tokens[where[:, 0]] if known[0] else None
             wanted = int((columns >= first).sum(1).max())
+            parts: HiddenStates | None = None if kept is None else [[] for _ in kept]
             logits, group.cache.layers, group.cache.levels = learner.read(
-                ids[where, columns], group.cache.layers, state, keep and max(wanted, 1), target, recompute
+                ids[where, columns], group.cache.layers, state, keep and max(wanted, 1), target, recompute, parts
             )
+            for own, part in zip(hidden, parts or ()):
+                own.append((where * tokens + columns, torch.cat(part, 1)))
             if wanted:
                 found.append(((where * tokens + columns)[:, -wanted:], logits[:, -wanted:]))
         (groups if end < max(counts) + at else finished).append(Group(group.texts, group.cache, end))
     ends = [group.of([i for i, text in enumerate(group.texts) if text.last]) for group in finished]
     cache.place(sorted(Place(tuple(t.row for t in end.texts), end.cache) for end in ends if end.texts))
-    return _together(found, learner, ids, first)
+    model = learner.backbone.model
+    for whole, own in zip(kept or (), hidden):
+        whole.append(_together(own, model.lm_head.weight.new_zeros(1, model.config.hidden_size), ids, 0))
+    return _together(found, model.lm_head.weight.new_zeros(1, model.config.vocab_size), ids, first)
 
 
 def _groups(cache: LevelsCache, rows: Rows, batch: int) -> list[Group]:
@@ -105,15 +114,13 @@ def _groups(cache: LevelsCache, rows: Rows, batch: int) -> list[Group]:
     return groups + ([Group(new, cache.fresh(), 0)] if new else [])
 
 
-def _together(found: list[tuple[Tensor, Tensor]], learner: Learner, ids: Tensor, first: int) -> Tensor:
-    """Logits [B, T - first, V] of those found at their places, zeros elsewhere."""
-    head = learner.backbone.model.lm_head.weight
-    like = found[0][1] if found else head.new_zeros(1, 0, learner.backbone.model.config.vocab_size)
+def _together(found: list[tuple[Tensor, Tensor]], nothing: Tensor, ids: Tensor, first: int) -> Tensor:
+    """What was found at its places, `nothing` [1, N] elsewhere: [B, T - first, N] in the type of what was found."""
     index = torch.zeros(ids.numel(), dtype=torch.long, device=ids.device)
-    parts, at = [like.new_zeros(1, like.shape[-1])], 1
-    for places, logits in found:
+    parts, at = [nothing.to(found[0][1].dtype) if found else nothing], 1
+    for places, values in found:
         index[places.flatten()] = torch.arange(at, at + places.numel(), device=ids.device)
-        parts.append(logits.flatten(0, 1))
+        parts.append(values.flatten(0, 1))
         at += places.numel()
     index = index.view_as(ids)[:, first:]
     return torch.cat(parts).index_select(0, index.flatten()).view(*index.shape, -1)

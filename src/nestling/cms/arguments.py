@@ -37,11 +37,10 @@ def check_names(kwargs: Mapping[str, Any]) -> None:
 def check_options(config: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise for what a call asks and reading with levels does not give."""
     check_names(kwargs)
-    for name in ("output_hidden_states", "output_attentions"):
-        if kwargs.get(name, getattr(config, name, False)):
-            raise ValueError(
-                f"{name} is not kept while levels learn: set model.learning = False for it, or leave it out"
-            )
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise ValueError(
+            "output_attentions is not kept while levels learn: set model.learning = False for it, or leave it out"
+        )
 
 
 def check_ids(ids: Tensor, vocab_size: int, name: str = "input_ids", ignore: int | None = None) -> Tensor:

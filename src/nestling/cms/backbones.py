@@ -19,6 +19,8 @@ from transformers.masking_utils import create_causal_mask
 from nestling.utils.likeness import Like, activations, columns
 
 Layers = list[CacheLayerMixin]
+# of each decoder block's input and of the last one's normed output, the parts [B, n, D] of a text, in order
+HiddenStates = list[list[Tensor]]
 
 
 class Backbone(ABC):
@@ -36,13 +38,19 @@ class Backbone(ABC):
         """ids [B, T] -> hidden [B, T, D]."""
         return self.model.model.embed_tokens(ids)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [B, T, D] -> logits [B, T, V]."""
-        return self.model.lm_head(self.model.model.norm(hidden))
+    def head(self, hidden: Tensor, kept: HiddenStates | None = None) -> Tensor:
+        """hidden [B, T, D] -> logits [B, T, V]; `kept` gets the normed hidden state."""
+        hidden = self.model.model.norm(hidden)
+        if kept is not None:
+            kept[-1].append(hidden)
+        return self.model.lm_head(hidden)
 
     @abstractmethod
-    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
-        """Through the blocks start..stop; `layers`, the cache's of all blocks, go on in place."""
+    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int, kept: HiddenStates | None = None) -> Tensor:
+        """Through the blocks start..stop; `layers`, the cache's of all blocks, go on in place.
+
+        `kept` gets what goes into each block but the first of these.
+        """
 
     @abstractmethod
     def mark(self, layer: CacheLayerMixin) -> Any:
@@ -76,7 +84,7 @@ def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class LlamaBackbone(Backbone):
     """A Llama-family model: `model.model.layers` with a rotary embedding outside, and `lm_head`."""
 
-    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
+    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int, kept: HiddenStates | None = None) -> Tensor:
         if start == stop:
             return hidden
         inner, seen = self.model.model, layers[start].get_seq_length()
@@ -87,10 +95,12 @@ class LlamaBackbone(Backbone):
             config=inner.config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=places
         )
         rotary = inner.rotary_emb(hidden, position_ids=places)
-        for block in inner.layers[start:stop]:
+        for index in range(start, stop):
+            if kept is not None and index > start:
+                kept[index].append(hidden)
             hidden = run_block(
-                block, hidden, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
-                position_embeddings=rotary,
+                inner.layers[index], hidden, attention_mask=mask, position_ids=places, past_key_values=cache,
+                use_cache=True, position_embeddings=rotary,
             )  # fmt: skip
         return hidden
 

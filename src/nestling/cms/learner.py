@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nestling.cms.backbones import Backbone, Layers
+from nestling.cms.backbones import Backbone, HiddenStates, Layers
 from nestling.cms.fast_linear import Delta, Factors, FastLinear, Seen, applied, features
 from nestling.cms.inner_optimizers import begin, known_size, per_stream, squares, update
 from nestling.cms.recompute import filled, recomputed
@@ -95,6 +95,7 @@ class Learner:
         keep: int = 0,
         next_tokens: Tensor | None = None,
         recompute: bool = False,
+        kept: HiddenStates | None = None,
     ) -> tuple[Tensor, Layers, StreamState]:
         """Read the next T tokens.
 
@@ -103,13 +104,15 @@ class Learner:
             next_tokens: [B, 1], the token after `ids` if it is known: a whole chunk that ends here is learned at once.
             recompute: for an outer loss keep only the states between pieces of PIECE tokens, and compute each piece
                 again in the backward pass (decision D9).
+            kept: gets the hidden states of each token as it was read, a list for each block and one for the last norm;
+                nothing is recomputed then.
 
         Returns:
             Logits [B, T or keep, V], the cache layers and the state after the tokens.
         """
         state = self.start(ids) if state is None else state
-        if not (recompute and torch.is_grad_enabled()):
-            return self._read(ids, layers, state, keep, next_tokens)
+        if kept is not None or not (recompute and torch.is_grad_enabled()):
+            return self._read(ids, layers, state, keep, next_tokens, kept)
         logits, at = [], 0
         parameters = [p for p in self.backbone.model.parameters() if p.requires_grad]
         while at < ids.shape[1]:
@@ -130,8 +133,9 @@ class Learner:
         return logits, [vars(layer) for layer in layers], state
 
     def _read(
-        self, ids: Tensor, layers: Layers, state: StreamState, keep: int, next_tokens: Tensor | None
-    ) -> tuple[Tensor, Layers, StreamState]:
+        self, ids: Tensor, layers: Layers, state: StreamState, keep: int, next_tokens: Tensor | None,
+        kept: HiddenStates | None = None,
+    ) -> tuple[Tensor, Layers, StreamState]:  # fmt: skip
         layers = [copy.copy(layer) for layer in layers]
         size, outer, at, logits = self.chunk_size, torch.is_grad_enabled(), 0, []
         ahead = None  # what the lower blocks made of the tokens that come next
@@ -143,18 +147,18 @@ class Learner:
             if ahead is None:
                 if self.context and state.position and state.position % self.context == 0:
                     layers = [self.backbone.restored(layer, None) for layer in layers]
-                ahead = self._below(ids[:, at : at + self._piece(state.position)], layers)
+                ahead = self._below(ids[:, at : at + self._piece(state.position)], layers, kept)
             count = min(size - state.tokens.shape[1], ahead.shape[1])
             piece, hidden = ids[:, at : at + count], ahead[:, :count]
             ahead, at = (ahead[:, count:] if ahead.shape[1] > count else None), at + count
             target = ids[:, at : at + 1] if at < ids.shape[1] else next_tokens
             if count == size and target is not None:
                 moved = replace(state, position=state.position + count)
-                out, layers, state = self._learn(hidden, piece, target, layers, moved, outer)
+                out, layers, state = self._learn(hidden, piece, target, layers, moved, outer, kept)
             else:
                 start = self._marks(layers) if state.start is None else state.start
                 with applied(*self.adapted(state), fixed=outer and self.meta_grad == "none"):
-                    out = self._above(hidden, layers)
+                    out = self._above(hidden, layers, kept)
                 whole = hidden if state.hidden is None else torch.cat([state.hidden, hidden], 1)
                 tokens = torch.cat([state.tokens, piece], 1)
                 state = replace(state, tokens=tokens, hidden=whole, start=start, position=state.position + count)
@@ -188,12 +192,19 @@ class Learner:
         piece = max(1, PIECE // self.chunk_size) * self.chunk_size - position % self.chunk_size
         return min(piece, self.context - position % self.context) if self.context else piece
 
-    def _below(self, ids: Tensor, layers: Layers) -> Tensor:
-        return self._run(self.backbone.embed(ids), layers, 0, self.first)
+    def _below(self, ids: Tensor, layers: Layers, kept: HiddenStates | None) -> Tensor:
+        hidden = first = self.backbone.embed(ids)
+        hidden = self.backbone.run(hidden, layers, 0, self.first, kept)
+        if kept is not None:
+            kept[0].append(first)
+            if self.first:
+                kept[self.first].append(hidden)
+        return hidden
 
-    def _above(self, hidden: Tensor, layers: Layers) -> Tensor:
+    def _above(self, hidden: Tensor, layers: Layers, kept: HiddenStates | None = None) -> Tensor:
         with self._unrounded(hidden.device.type):
-            return self.backbone.head(self._run(hidden, layers, self.first, self.backbone.blocks))
+            hidden = self.backbone.run(hidden, layers, self.first, self.backbone.blocks, kept)
+            return self.backbone.head(hidden, kept)
 
     def _unrounded(self, device: str) -> AbstractContextManager:
         """No autocast where levels learn: updates, and their derivative even more, enlarge what it rounds away.
@@ -206,9 +217,6 @@ class Learner:
         wide = all(p.dtype.itemsize >= 4 for p in weights)
         return torch.autocast(device, enabled=False) if wide else nullcontext()
 
-    def _run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
-        return self.backbone.run(hidden, layers, start, stop)
-
     def _marks(self, layers: Layers) -> tuple:
         return tuple(self.backbone.mark(layer) for layer in layers[self.first :])
 
@@ -217,8 +225,9 @@ class Learner:
         return layers[: self.first] + [self.backbone.restored(x, m) for x, m in zip(above, marks, strict=True)]
 
     def _learn(
-        self, hidden: Tensor, tokens: Tensor, target: Tensor, layers: Layers, state: StreamState, outer: bool
-    ) -> tuple[Tensor, Layers, StreamState]:
+        self, hidden: Tensor, tokens: Tensor, target: Tensor, layers: Layers, state: StreamState, outer: bool,
+        kept: HiddenStates | None = None,
+    ) -> tuple[Tensor, Layers, StreamState]:  # fmt: skip
         """Run a whole chunk whose last target is there, and update the levels whose chunk ends with it.
 
         `state.position` is already after the chunk.
@@ -238,7 +247,7 @@ class Learner:
             fixed, parts = outer and self.meta_grad == "none", iter(used)
             deltas = [d for i in self.fast for d in self.differences(i, [*islice(parts, len(self.modules[i]))])]
             with applied(modules, deltas, fixed=fixed, watched=watched) as call, _attention(graph):
-                logits = self._above(hidden, layers)
+                logits = self._above(hidden, layers, kept)
                 seen = [call.seen.get(m) for m in modules]
             targets = torch.cat([tokens[:, 1:], target], 1)
             exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
@@ -255,6 +264,8 @@ class Learner:
             new = self._nest(new, state.position)
         if not outer:
             logits = logits.detach()
+            for parts in kept or ():
+                parts[-1] = parts[-1].detach()
             for layer in layers[self.first :]:
                 self.backbone.detach(layer)
         if not graph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestling.cms.apart import read_apart
 from nestling.cms.arguments import check_ids, check_options, scoring
+from nestling.cms.backbones import HiddenStates
 from nestling.cms.cache import LevelsCache, fill
 from nestling.cms.fast_linear import Delta, Factors, FastLinear, applied
 from nestling.cms.learner import Learner
@@ -111,8 +112,11 @@ class LearningMixin:
         fill(cache, self.learner.backbone.blocks)
         asked = any(getattr(block, "gradient_checkpointing", False) for block in self.model.layers)
         keep = logits_to_keep if isinstance(logits_to_keep, int) and scored is None else 0
-        how = (keep, next_tokens, asked and self.training)
         learner = widened(self.learner)
+        count = learner.backbone.blocks + 1
+        chosen = _chosen(kwargs.get("output_hidden_states", self.config.output_hidden_states), count)
+        kept: HiddenStates | None = [[] for _ in range(count)] if chosen else None
+        how = (keep, next_tokens, asked and self.training, kept)
         if rows is None and not cache.parts:
             logits, cache.layers, cache.levels = learner.read(input_ids, cache.layers, cache.levels, *how)
         else:
@@ -124,8 +128,11 @@ class LearningMixin:
         wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None if scored is None else self.loss_function(logits=logits, **scored)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        kept = cache if use_cache or past_key_values is not None else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits[:, wanted], past_key_values=kept)
+        carried = cache if use_cache or past_key_values is not None else None
+        hidden = tuple(_whole(parts) if n in chosen else None for n, parts in enumerate(kept or ())) or None
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits[:, wanted], past_key_values=carried, hidden_states=hidden
+        )
 
     def _cache_for(self, cache: Any) -> LevelsCache:
         """The cache of this call: a fresh one in place of none, or of an empty one that cannot carry levels."""
@@ -212,6 +219,23 @@ class LearningMixin:
         """Bytes of the levels' state of `batch` streams, known before anything is read."""
         learner = self.learner
         return sum(level_bytes(learner.levels[i], learner.modules[i], batch, learner.chunk_size) for i in learner.fast)
+
+
+def _chosen(asked: bool | Sequence[int] | None, count: int) -> set[int]:
+    """Which of a model's hidden states are asked for: all, none, or those of a list, counted from either end.
+
+    Raises:
+        ValueError: one that the model does not have.
+    """
+    if asked is None or isinstance(asked, bool):
+        return set(range(count)) if asked else set()
+    if wrong := [n for n in asked if not -count <= n < count]:
+        raise ValueError(f"output_hidden_states names {wrong[0]}, but the model has {count} hidden states")
+    return {n % count for n in asked}
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # a single one stays the one in the graph
 
 
 def _owned(value: Any) -> Any:

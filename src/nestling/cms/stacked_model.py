@@ -92,20 +92,24 @@ class StackedForCausalLM(LearningMixin, NeverCopied, PreTrainedModel, Generation
         return f"Stacked{self.original.__name__}"
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, *args: Any, **options: Any) -> StackedForCausalLM:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **options: Any
+    ) -> StackedForCausalLM:
         """The model in a folder that `save_pretrained` wrote, with its levels; options are Hugging Face's.
 
         Raises:
-            ValueError: weights that do not belong to the levels.
+            ValueError: weights that do not belong to the levels, where nobody asks for output_loading_info to see it.
         """
-        wanted = options.pop("output_loading_info", False)
+        wanted, where = options.pop("output_loading_info", False), pretrained_model_name_or_path
         try:
-            loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **options)
-        except RuntimeError as error:  # sizes
-            raise ValueError(f"the weights in {folder} do not fit its levels: {error}") from error
+            loaded: Any = super().from_pretrained(where, *args, output_loading_info=True, **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise  # not of the weights' sizes
+            raise ValueError(f"the weights in {where} do not fit its levels: {error}") from error
         model, info = loaded
-        if wrong := sorted(info["missing_keys"] | info["unexpected_keys"]):
-            raise ValueError(f"the weights in {folder} do not fit its levels: {len(wrong)} differ, such as {wrong[0]}")
+        if not wanted and (wrong := sorted(info["missing_keys"] | info["unexpected_keys"])):
+            raise ValueError(f"the weights in {where} do not fit its levels: {len(wrong)} differ, such as {wrong[0]}")
         model.freeze_levels()
         return (model, info) if wanted else model
 

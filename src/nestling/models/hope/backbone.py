@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nestling.cms.backbones import Backbone, Layers, run_block
+from nestling.cms.backbones import Backbone, HiddenStates, Layers, run_block
 from nestling.cms.learner import Learner
 from nestling.models.hope.cache import HopeCacheLayer
 
@@ -18,10 +18,13 @@ LONG_CONTEXT = 8192  # tokens of a context where the configuration sets no limit
 class HopeBackbone(Backbone):
     """Decoder layers whose state is a value in their cache layer; that value is its own mark."""
 
-    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int) -> Tensor:
+    def run(self, hidden: Tensor, layers: Layers, start: int, stop: int, kept: HiddenStates | None = None) -> Tensor:
         tokens, signature = hidden.shape[1], self.model.model.signature
         cached: HopeCacheLayer
-        for block, cached in zip(self.model.model.layers[start:stop], layers[start:stop]):
+        for index, cached in enumerate(layers[start:stop], start):
+            if kept is not None and index > start:
+                kept[index].append(hidden)
+            block = self.model.model.layers[index]
             hidden, state = run_block(block, hidden, cached.state, None)
             cached.store(state, tokens, signature)
         return hidden

@@ -1,0 +1,89 @@
+"""transformers' model tests on a Llama with levels: while they learn, and with learning off."""
+
+from __future__ import annotations
+
+import json
+import unittest
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from nestling import Level
+from nestling.cms.stacked_model import StackedConfig
+from nestling.cms.stacked_model import StackedForCausalLM as Stacked
+from suites.listed import Listed, expect
+from suites.others import common
+from suites.testers import ModelTester
+
+theirs = common()
+RECIPE = {"levels": [Level(4, lr=0.1).to_dict(), Level(8, lr=0.1).to_dict()]}
+
+
+def stacked(config: LlamaConfig) -> StackedConfig:
+    """What the folder of such a Llama with levels would say."""
+    made = StackedConfig(original=config.to_diff_dict(), levels=RECIPE)
+    made._attn_implementation_internal = config._attn_implementation_internal
+    return made
+
+
+class StackedForCausalLM(Stacked):
+    """Made of a Llama's configuration, as the tests make a model: the levels stand here."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(stacked(config))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+        if config is None and pretrained_model_name_or_path:
+            folder = Path(pretrained_model_name_or_path)
+            if json.loads((folder / "config.json").read_text())["model_type"] == "llama":
+                config = LlamaConfig.from_pretrained(folder)
+        if isinstance(config, LlamaConfig):
+            config = stacked(config)
+        loaded = Stacked.from_pretrained(pretrained_model_name_or_path, *args, config=config, **options)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).learning = cls.learning
+        return loaded
+
+
+class Still(StackedForCausalLM):
+    learning = False
+
+
+Still.__name__ = "StackedForCausalLM"
+
+
+class LlamaSuite(theirs.ModelTesterMixin, theirs.GenerationTesterMixin):
+    def setUp(self) -> None:
+        self.model_tester = ModelTester(self, LlamaConfig)
+
+
+class TestLearning(LlamaSuite, unittest.TestCase):
+    all_model_classes = (StackedForCausalLM,)
+    has_attentions = False  # maps of attention are refused while levels learn
+
+
+class TestStill(LlamaSuite, unittest.TestCase):
+    all_model_classes = (Still,)
+
+
+TOKENS = Listed("reads input_ids, not inputs_embeds", "a level learns by predicting tokens: it needs their ids")
+MAPS = Listed("output_attentions is not kept while levels learn", "a chunk at a time sees other weights and lengths")
+NO_MAPS = Listed("attn_implementation='eager'", "maps that SDPA does not keep are refused, not left out with a warning")
+RECOMPUTED = Listed(
+    "0 not greater than 1", "while levels learn whole pieces are computed again, not single blocks, which drops a cache"
+)
+
+expect(
+    TestLearning,
+    {
+        "test_inputs_embeds": TOKENS,
+        "test_capture_outputs_decorator": MAPS,
+        "test_training_gradient_checkpointing": RECOMPUTED,
+        "test_training_gradient_checkpointing_use_reentrant_false": RECOMPUTED,
+        "test_training_gradient_checkpointing_use_reentrant_true": RECOMPUTED,
+    },
+)
+expect(TestStill, {"test_capture_outputs_decorator": NO_MAPS, "test_model_outputs_equivalence": NO_MAPS})
