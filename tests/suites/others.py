@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 FETCHED = ROOT / ".venv" / "suites"  # `make suites` puts the source distribution's tests there
 CHECKOUT = "NESTLING_TRANSFORMERS_TESTS"  # the tests/ folder of a checkout, which has the generation tests as well
 PACKAGE = "transformers_tests"
+EVERY = "NESTLING_SLOW_TESTS" in os.environ  # `make suites`; else a part that takes seconds
 OURS = {
     "MODEL_MAPPING_NAMES": {"hope": "HopeModel"},
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": {"hope": "HopeForCausalLM", "nestling_stacked": "StackedForCausalLM"},

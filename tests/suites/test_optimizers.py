@@ -257,7 +257,7 @@ def test_step_is_noop_for_zero_grads(info, kwargs):
     if info.optim_cls is DGD and kwargs.get("erase", 1.0):
         with pytest.raises(AssertionError):
             same(model, before)
-        pytest.xfail("DGD also erases what a layer answers to its inputs: W (I - eta x x^T), NL Eq. 57")
+        pytest.xfail("DGD also erases what a layer answers to its inputs: W (I - eta x x^T), NL Eq. 56")
     same(model, before)
 
 

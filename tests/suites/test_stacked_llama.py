@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 from nestling import Level
 from nestling.cms.stacked_model import StackedConfig
 from nestling.cms.stacked_model import StackedForCausalLM as Stacked
-from suites.listed import Listed, expect
-from suites.others import common
+from suites.listed import CHECKPOINTING, MAPS, NO_MAPS, TOKENS, expect
+from suites.others import EVERY, common
 from suites.testers import ModelTester
 
 theirs = common()
@@ -65,25 +65,14 @@ class TestLearning(LlamaSuite, unittest.TestCase):
     has_attentions = False  # maps of attention are refused while levels learn
 
 
-class TestStill(LlamaSuite, unittest.TestCase):
-    all_model_classes = (Still,)
-
-
-TOKENS = Listed("reads input_ids, not inputs_embeds", "a level learns by predicting tokens: it needs their ids")
-MAPS = Listed("output_attentions is not kept while levels learn", "a chunk at a time sees other weights and lengths")
-NO_MAPS = Listed("attn_implementation='eager'", "maps that SDPA does not keep are refused, not left out with a warning")
-RECOMPUTED = Listed(
-    "0 not greater than 1", "while levels learn whole pieces are computed again, not single blocks, which drops a cache"
-)
-
 expect(
     TestLearning,
-    {
-        "test_inputs_embeds": TOKENS,
-        "test_capture_outputs_decorator": MAPS,
-        "test_training_gradient_checkpointing": RECOMPUTED,
-        "test_training_gradient_checkpointing_use_reentrant_false": RECOMPUTED,
-        "test_training_gradient_checkpointing_use_reentrant_true": RECOMPUTED,
-    },
+    {"test_inputs_embeds": TOKENS, "test_capture_outputs_decorator": MAPS, **CHECKPOINTING},
 )
-expect(TestStill, {"test_capture_outputs_decorator": NO_MAPS, "test_model_outputs_equivalence": NO_MAPS})
+
+if EVERY:
+
+    class TestStill(LlamaSuite, unittest.TestCase):
+        all_model_classes = (Still,)
+
+    expect(TestStill, {"test_capture_outputs_decorator": NO_MAPS, "test_model_outputs_equivalence": NO_MAPS})
