@@ -21,7 +21,7 @@ MAPS = Listed("output_attentions is not kept while levels learn", "a chunk at a 
 NO_MAPS = Listed("attn_implementation='eager'", "maps that SDPA does not keep are refused, not left out with a warning")
 RECOMPUTED = Listed(
     "0 not greater than 1",
-    "while levels learn whole pieces are computed again: the library's own drops a block's cache",
+    "while levels learn whole pieces are computed again: the library's own drops caches",
 )
 CHECKPOINTING = {
     f"test_training_gradient_checkpointing{kind}": RECOMPUTED
