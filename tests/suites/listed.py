@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from suites.others import has_generation
+
 
 class Listed(NamedTuple):
     """A test that fails by a convention of ours: with an error whose text matches `error`, for `reason`."""
@@ -19,6 +21,15 @@ class Listed(NamedTuple):
 TOKENS = Listed("reads input_ids, not inputs_embeds", "a level learns by predicting tokens: it needs their ids")
 MAPS = Listed("output_attentions is not kept while levels learn", "a chunk at a time sees other weights and lengths")
 NO_MAPS = Listed("attn_implementation='eager'", "maps that SDPA does not keep are refused, not left out with a warning")
+EMBEDDINGS = {"test_inputs_embeds": TOKENS}
+if has_generation():
+    EMBEDDINGS |= {
+        f"test_generate_{name}": TOKENS
+        for name in (
+            "continue_from_inputs_embeds", "from_inputs_embeds_0_greedy", "from_inputs_embeds_1_beam_search",
+            "from_random_inputs_embeds",
+        )
+    }  # fmt: skip
 RECOMPUTED = Listed(
     "0 not greater than 1",
     "while levels learn whole pieces are computed again: the library's own drops caches",

@@ -93,7 +93,7 @@ def steps(model: Model, optimizer: torch.optim.Optimizer, count: int = 3) -> Ite
         loss = model.loss()
         loss.backward()
         optimizer.step()
-        yield float(loss)
+        yield loss.item()
 
 
 def same(ours: nn.Module, other: nn.Module, **tolerance: float) -> None:
@@ -404,7 +404,7 @@ def test_closure(info, kwargs):
         loss.backward()
         return loss
 
-    got = [float(optimizer.step(closure)) for _ in range(3)]
+    got = [optimizer.step(closure).item() for _ in range(3)]
     assert got == list(steps(other, plain, 3))
     same(model, other)
 

@@ -7,12 +7,12 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import GenerationMixin, LlamaConfig
 
 from nestling import Level
 from nestling.cms.stacked_model import StackedConfig
 from nestling.cms.stacked_model import StackedForCausalLM as Stacked
-from suites.listed import CHECKPOINTING, MAPS, NO_MAPS, TOKENS, expect
+from suites.listed import CHECKPOINTING, EMBEDDINGS, MAPS, NO_MAPS, expect
 from suites.others import EVERY, common
 from suites.testers import ModelTester
 
@@ -27,7 +27,7 @@ def stacked(config: LlamaConfig) -> StackedConfig:
     return made
 
 
-class StackedForCausalLM(Stacked):
+class StackedForCausalLM(Stacked, GenerationMixin):
     """Made of a Llama's configuration, as the tests make a model: the levels stand here."""
 
     config_class = LlamaConfig
@@ -48,7 +48,7 @@ class StackedForCausalLM(Stacked):
         return loaded
 
 
-class Still(StackedForCausalLM):
+class Still(StackedForCausalLM, GenerationMixin):
     learning = False
 
 
@@ -56,6 +56,9 @@ Still.__name__ = "StackedForCausalLM"
 
 
 class LlamaSuite(theirs.ModelTesterMixin, theirs.GenerationTesterMixin):
+    if not EVERY:
+        test_bc_torch_dtype = None  # loads each class 28 times
+
     def setUp(self) -> None:
         self.model_tester = ModelTester(self, LlamaConfig)
 
@@ -67,7 +70,7 @@ class TestLearning(LlamaSuite, unittest.TestCase):
 
 expect(
     TestLearning,
-    {"test_inputs_embeds": TOKENS, "test_capture_outputs_decorator": MAPS, **CHECKPOINTING},
+    {**EMBEDDINGS, "test_capture_outputs_decorator": MAPS, **CHECKPOINTING},
 )
 
 if EVERY:
