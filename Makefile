@@ -50,7 +50,7 @@ demo: $(VENV)/.base  ## train a small Hope and a Transformer side by side, write
 # fetched once and checked by its hash; where no index has it, what needs it is skipped and the next run tries again
 $(VENV)/.suites: tests/suites/requirements.txt | $(VENV)/.test
 	@rm -rf $(VENV)/suites && mkdir -p $(VENV)/suites
-	@$(PIP) download -q --retries 1 --no-deps --no-binary :all: -d $(VENV)/suites -r $< && \
+	@$(PIP) download -q --retries 1 --no-deps --no-binary :all: --no-build-isolation -d $(VENV)/suites -r $< && \
 	  tar -xzf $(VENV)/suites/$(THEIRS).tar.gz -C $(VENV)/suites --strip-components=2 $(THEIRS)/tests && \
 	  rm $(VENV)/suites/$(THEIRS).tar.gz && touch $@ || echo "transformers' own tests could not be fetched: skipped" >&2
 

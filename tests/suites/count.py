@@ -13,14 +13,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 KINDS = ("passed", "listed", "skipped", "failed")
 
 
-def counts(report: Path) -> dict[str, dict[str, int]]:
+def counts(*reports: str | Path) -> dict[str, dict[str, int]]:
     """Of each class (or file without classes) how many tests passed, failed as listed, were skipped, failed."""
     found: dict[str, dict[str, str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in (case for report in reports for case in ElementTree.parse(report).iter("testcase")):
         parts = case.get("classname").removeprefix("tests.").removeprefix("suites.").split(".")
         name = "/".join(part.removeprefix("test_").removeprefix("Test") for part in parts)
         # a test stands there once more for each of its subtests that does not pass
-        test = re.sub(r" .*", "", case.get("name"))
+        test = re.sub(r" [\[(<].*", "", case.get("name"))
         skipped = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             kind = "failed"
@@ -48,5 +48,5 @@ def write(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    write(found := counts(Path(sys.argv[1])))
+    write(found := counts(*sys.argv[1:]))
     print(table(found))
