@@ -27,3 +27,9 @@ def test_a_report_is_counted(tmp_path):
     found = counts(tmp_path / "report.xml")
     assert found["hope/Levels"] == dict(passed=1, listed=1, skipped=1, failed=1)
     assert found["peft"] == dict(passed=1, listed=0, skipped=0, failed=0)
+
+
+def test_the_suites_are_those_of_the_version_in_use():
+    root = PAGE.parents[1]
+    wanted = (root / "tests/suites/requirements.txt").read_text().splitlines()[1].split()[0]
+    assert wanted in (root / "constraints.txt").read_text().splitlines()
