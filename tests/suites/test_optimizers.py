@@ -26,6 +26,7 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase as TorchCase
 
 from nestling.optim import DGD, M3, DeepMomentum, DeltaMomentum, PreconditionedMomentum
+from suites.others import EVERY
 
 pytestmark = pytest.mark.filterwarnings("ignore:M3 got parameters without names")
 LR = torch.tensor(0.01)
@@ -62,6 +63,7 @@ CASES = [
     pytest.param(info, case.kwargs, id=f"{info.name}-{case.desc}")
     for info in INFOS
     for case in info.optim_inputs_func("cpu")
+    if EVERY or case.desc in ("default", "Tensor lr")
 ]
 optims = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 cases = pytest.mark.parametrize("info, kwargs", CASES)
