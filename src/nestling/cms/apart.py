@@ -98,8 +98,8 @@ def read_apart(
     ends = [group.of([i for i, text in enumerate(group.texts) if text.last]) for group in finished]
     cache.place(sorted(Place(tuple(t.row for t in end.texts), end.cache) for end in ends if end.texts))
     model = learner.backbone.model
-    for whole, own in zip(kept or (), hidden):
-        whole.append(_together(own, model.lm_head.weight.new_zeros(1, model.config.hidden_size), ids, 0))
+    for block, own in zip(kept or (), hidden):
+        block.append(_together(own, model.lm_head.weight.new_zeros(1, model.config.hidden_size), ids, 0))
     return _together(found, model.lm_head.weight.new_zeros(1, model.config.vocab_size), ids, first)
 
 
