@@ -28,7 +28,9 @@ def widened(learner: Learner) -> Learner:
     found = {name: _copy(part, tensors, modules) for name, part in parts.items()}
     backbone = copy.copy(learner.backbone)
     backbone.model = SimpleNamespace(
-        **found, config=model.config, parameters=lambda: (p for part in found.values() for p in part.parameters())
+        **found,
+        config=model.config,
+        parameters=nn.ModuleDict(found).parameters,  # tied weights once
     )
     members = tuple(tuple(modules[id(m)] for m in level) for level in learner.modules)
     return replace(learner, modules=members, backbone=backbone)
