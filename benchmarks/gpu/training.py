@@ -97,11 +97,11 @@ def _stream(vocabulary: int, megabytes: float, kept: list[Tensor]) -> dict[str, 
 def _model(size: str, vocabulary: int, mixer: str, mixer_options: dict) -> HopeForCausalLM:
     """Of a named size; baselines with MLPs that make up for their smaller layers."""
     torch.manual_seed(0)
-    config = sizes.config(size, vocab_size=vocabulary)
+    config = sizes.config(size, vocab_size=vocabulary, mixer="selfmod")
     if mixer != "selfmod":
         config = sizes.matched_config(config, mixer)
     elif mixer_options:
-        config = sizes.config(size, vocab_size=vocabulary, mixer_options=mixer_options)
+        config = sizes.config(size, vocab_size=vocabulary, mixer="selfmod", mixer_options=mixer_options)
     return HopeForCausalLM(config).to(device()).train()
 
 

@@ -41,14 +41,28 @@ BY_TOKEN = PLAIN_KEYS | LONG | TIED
 SHORT, UNIFORM = dict(horizon=[128.0, 2048.0]), dict(conv_init="uniform")
 # k and v are memories whose rate begins near zero: the layer begins as the static one
 ADAPTIVE = dict(adaptive=["k", "v"], projection_rate=0.02, retain="initial")
+# the default Hope, every option written out: its convolutions begin near the identity after q, k and v and are drawn at
+# random in front of the gates; its erase sees single tokens
+HOPE = (
+    TRACKING
+    | SHORT
+    | dict(tied_write=True, conv_init="uniform", qkv_conv_init="last", conv_for=["gate", "eta", "alpha"])
+)
 
 
 def defaults() -> Choice:
     """The experiment's settings."""
+    hope = [_selfmod(HOPE), {"mixer": "window_attention", "window": 256}]
     contenders = [
-        ChoiceContender("attention", "attention", head_size=32),
+        # the two at the best of their rates on text; what else is compared had 0.007
+        ChoiceContender("attention", "attention", head_size=32, text_lr=5e-3),
+        ChoiceContender("hope", mixers=hope, text_lr=5e-3),
+        ChoiceContender("attention, lr 0.007", "attention", head_size=32, runs={"text 1000": [0, 1]}),
+        ChoiceContender("hope, lr 0.007", mixers=hope, runs={"text 1000": [0]}),
         ChoiceContender("gated deltanet, conv", options=DELTA),
-        ChoiceContender("first default", options=FIRST, head_size=32),
+        ChoiceContender(
+            "first default", options=FIRST, head_size=32, runs={"parity": [0], "recall": [0], "text 1000": [0, 1, 2]}
+        ),
         ChoiceContender("tracking", options=TRACKING),
         ChoiceContender("tracking, erase by token", options=TRACKING | dict(conv_for=["gate", "eta", "alpha"])),
         ChoiceContender(

@@ -36,13 +36,14 @@ Draw = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]  # sequences
 class ChoiceContender(Contender):
     """A sequence layer with its options, or a pattern of them; `runs`: the seeds of each task, {} is all of them.
 
-    The width of the MLPs is set on text only, for equal parameters.
+    The width of the MLPs is set on text only, for equal parameters; `text_lr` replaces the experiment's.
     """
 
     mixer: str = "selfmod"
     options: dict[str, Any] = field(default_factory=dict)
     mixers: list[dict[str, Any]] = field(default_factory=list)
     head_size: int = 64
+    text_lr: float | None = None
     runs: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -120,6 +121,8 @@ class ChoiceWork(StudyWork):
     def fingerprint(self, job: ChoiceJob) -> str:
         contender = asdict(self.settings.contender(job.contender))
         contender.pop("runs")
+        if contender["text_lr"] is None or not job.task.startswith("text"):
+            contender.pop("text_lr")
         text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -233,7 +236,7 @@ def run_text(
         config = TrainConfig.from_dict({
             "out": folder, "steps": steps, "seed": seed, "device": "cpu",
             "data": {"seq_len": settings.seq_len, "batch_size": settings.text_batch},
-            "optim": {"name": "muon", "lr": settings.text_lr},
+            "optim": {"name": "muon", "lr": contender.text_lr or settings.text_lr},
             "schedule": {"name": "wsd", "decay": settings.text_decay},
         })  # fmt: skip
         trainer = Trainer(config, model=model, corpus=text())

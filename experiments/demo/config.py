@@ -26,13 +26,13 @@ class DemoConfig:
     size: str = "tiny"
     hidden_size: int = 128
     num_hidden_layers: int = 2
-    num_attention_heads: int = 4
+    num_attention_heads: int = 4  # of the Transformer: 32 channels each; Hope's have 64
 
     # the training
     seq_len: int = 256
     batch_size: int = 4
     optimizer: str = "muon"
-    lr: float = 7e-3
+    lr: float = 5e-3
     decay: float = 0.4  # the last part of the steps, over which the learning rate falls
     min_steps: int = 60  # however slow the machine
     max_steps: int = 4000
@@ -74,14 +74,11 @@ class DemoConfig:
         options = {
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
         }
         hope = sizes.config(self.size, **options, vocab_size=NUM_BYTES + 3)
-        matched = sizes.matched_config(hope, "attention")
-        return {
-            HOPE: options,
-            TRANSFORMER: {**options, "mixer": "attention", "intermediate_size": matched.intermediate_size},
-        }
+        other = {"mixer": "attention", "num_attention_heads": self.num_attention_heads}
+        matched = sizes.matched_config(hope, **other)
+        return {HOPE: options, TRANSFORMER: options | other | {"intermediate_size": matched.intermediate_size}}
 
     def train_config(self, name: str, text: Text, options: dict[str, Any], out: str, steps: int = 1) -> dict[str, Any]:
         """The run of one model, for `TrainConfig.from_dict`; the two differ in model and folder only."""

@@ -216,10 +216,11 @@ def _foot(result: dict[str, Any]) -> str:
     )
     threads = f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}"
     return (
-        f"<footer>\n<p>Hope: {hope['layers']} layers of self-modifying Titans, width {hope['width']}, "
-        f"{hope['heads']} heads, MLPs of {hope['mlp_width']}, memory chunks of {hope['chunk']} bytes. Transformer: the "
-        "same with softmax attention and rotary positions in place of the memories, and MLPs of "
-        f"{transformer['mlp_width']} to have as many parameters; it has the same short convolution and output gate. "
+        f"<footer>\n<p>Hope: width {hope['width']}, sequence layers {', '.join(hope['mixers'])}, "
+        f"{hope['heads']} heads, MLPs of {hope['mlp_width']}, memory chunks of {hope['chunk']} bytes. "
+        "Transformer: the same with softmax attention over all of the past in every layer, "
+        f"{transformer['heads']} heads, and MLPs of {transformer['mlp_width']} to have as many parameters; it has a "
+        "short convolution and an output gate too. "
         f"Both: bytes as tokens, {config['batch_size']} windows of {config['seq_len']} per step, "
         f"{config['optimizer']}, learning rate {config['lr']:g}, seed {config['seed']}, {threads} each.</p>\n"
         f"<p>Text: {text['train_bytes'] / 1e6:.2f} MB to train on; held out are {where} "

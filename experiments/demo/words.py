@@ -166,8 +166,8 @@ def about_memory(result: dict[str, Any]) -> str:
         said.append(sentence)
     end = "no memory" if not fitting else "every memory" if fitting == len(layers) else f"{fitting} of {len(layers)}"
     return (
-        "Inner loss: how badly a memory's weights map a byte's key to the target it set itself. First to last eighth "
-        f"of the text: {', '.join(said)}. So {end} clearly comes to fit its own targets better."
+        "Inner loss: how badly a memory's weights map a byte's key to its target. First to last eighth "
+        f"of the text: {', '.join(said)}. So {end} clearly comes to fit its targets better."
     )
 
 
@@ -179,7 +179,7 @@ def about_settings(result: dict[str, Any]) -> str:
         low, high = np.percentile(eta, [1, 99])
         span, change = _count(float(np.median(horizon(alpha)))), signed(norm[-1] / norm[0] - 1)
         said.append(f"layer {i} learns at {low:.2g} to {high:.2g}, forgets over {span} bytes, norm {change}")
-    return f"The memory sets its own rate and decay, byte by byte: {'; '.join(said)} over the text."
+    return f"Every memory is told its rate and decay, byte by byte: {'; '.join(said)} over the text."
 
 
 def signed(part: float) -> str:

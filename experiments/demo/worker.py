@@ -30,7 +30,7 @@ class ModelWorker:
         groups = getattr(model.model.layers[0].mixer, "groups", ())
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "mixer": model.config.mixer,
+            "mixers": model.config.mixer_names,
             "layers": model.config.num_hidden_layers,
             "width": model.config.hidden_size,
             "heads": model.config.num_attention_heads,

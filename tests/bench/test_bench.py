@@ -90,12 +90,12 @@ def test_memory_is_measured_in_a_process_of_its_own():
 def test_a_model_is_measured(monkeypatch):
     from nestling.models import sizes
 
-    monkeypatch.setitem(sizes._SIZES, "tiny", (16, 8, 1, 2, None))
+    monkeypatch.setitem(sizes._SIZES, "tiny", (16, 8, 1, None))
     settings = bench.BenchSettings(**(bench.QUICK | dict(model="tiny", model_tokens=16, repeats=1)))
     result = bench.run(settings)
     assert list(result["parts"]) == ["model"]
     rows = result["parts"]["model"]["rows"]
-    assert [row["mixer"] for row in rows] == ["selfmod", "attention"]
+    assert [row["mixer"] for row in rows] == ["hope", "selfmod", "attention"]
     assert abs(rows[0]["parameters"] - rows[1]["parameters"]) <= 0.02 * rows[0]["parameters"]
 
 

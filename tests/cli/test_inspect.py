@@ -36,7 +36,8 @@ def system(result):
 def test_a_size_as_a_table(call):
     result = call("inspect", "tiny")
     assert result.exit_code == 0, result.stderr
-    assert "Level 1   1 / token" in result.stdout and "0 (never updated)" in result.stdout
+    assert "Level 1   ∞" in result.stdout and "Level 2   1 / token" in result.stdout
+    assert "0 (never updated)" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
@@ -75,6 +76,7 @@ def test_slow_levels_with_the_tokens_of_a_step(call):
 
 def test_measured(call):
     small = ["--set", "hidden_size=16", "--set", "num_hidden_layers=1", "--set", "mixer_options.chunk_size=4"]
+    small += ["--set", "mixer=selfmod"]
     found = system(
         call("inspect", "tiny", *small, "--optimizer", "sgd", "--measure", "--tokens", "8", "--steps", "2", "--json")
     )

@@ -22,7 +22,8 @@ TWO = [Level(4, lr=0.5), Level(8, lr=0.25, optimizer="dgd")]
 def hope():
     torch.manual_seed(0)
     levels = [*(level.to_dict() for level in TWO), {"chunk_size": None}]
-    config = HopeConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, cms_levels=levels)
+    config = HopeConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, cms_levels=levels,
+                        mixer="selfmod")  # fmt: skip
     return HopeForCausalLM(config).eval()
 
 

@@ -14,7 +14,8 @@ def build(kind, make):
         return stack_levels(make(num_hidden_layers=2), [Level(4, lr=0.5), Level(8, lr=0.25)])
     torch.manual_seed(0)
     levels = [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": None}] if "levels" in kind else None
-    config = HopeConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, cms_levels=levels)
+    config = HopeConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, cms_levels=levels,
+                        mixer="selfmod")  # fmt: skip
     return HopeForCausalLM(config).double()
 
 

@@ -7,6 +7,7 @@ from nestling.models import HopeConfig, HopeForCausalLM
 
 # chunks of 4 tokens, so that a short text has several and stops inside one
 MIXERS = {
+    "hope": ("hope", {"chunk_size": 4, "window": 5}),
     "selfmod": ("selfmod", {"chunk_size": 4}),
     "deltanet": ("deltanet", {"chunk_size": 4}),
     "attention": ("attention", {"num_kv_heads": 1}),

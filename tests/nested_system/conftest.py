@@ -34,10 +34,11 @@ def vit():
 
 
 def tiny_hope(**changes):
-    """A Hope of two layers with chunks of 4 tokens."""
+    """A Hope of two self-modifying layers with chunks of 4 tokens."""
     from nestling.models import HopeConfig, HopeForCausalLM
 
     options = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40)
+    options["mixer"] = "selfmod"
     return HopeForCausalLM(HopeConfig(**{**options, "mixer_options": {"chunk_size": 4}, **changes}))
 
 

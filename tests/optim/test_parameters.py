@@ -43,7 +43,7 @@ MODELS = {
     "bert": lambda: BertForMaskedLM(BertConfig(**LLAMA)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=9, num_key_value_heads=2)),
     "vit": lambda: ViTForImageClassification(ViTConfig(**SMALL, intermediate_size=24, image_size=8, patch_size=4)),
-    "hope": lambda: HopeForCausalLM(HopeConfig(**SMALL, vocab_size=32, tie_word_embeddings=False)),
+    "hope": lambda: HopeForCausalLM(HopeConfig(**SMALL, vocab_size=32, mixer="selfmod", tie_word_embeddings=False)),
     "hope attention": lambda: HopeForCausalLM(HopeConfig(**SMALL, vocab_size=32, mixer="attention")),
 }
 OUTSIDE = {  # embeddings, heads

@@ -22,7 +22,8 @@ from nestling.training.loop import Trainer
 
 def model_config(experiment: TrainingStudy, contender_name: str, vocab_size: int) -> HopeConfig:
     """The configuration of a contender with the parameters of the experiment's own model, within 2%."""
-    reference = sizes.config(experiment.model.name, vocab_size=vocab_size, **experiment.model.options)
+    options = {"mixer": "selfmod"} | experiment.model.options  # the layer all of these experiments are about
+    reference = sizes.config(experiment.model.name, vocab_size=vocab_size, **options)
     contender = experiment.contender(contender_name)
     return sizes.matched_config(reference, contender.mixer, contender.options, **contender.model)
 

@@ -16,7 +16,7 @@ def model(settings: BenchSettings) -> Table:
 
     s, steps, peaks, counts = settings, {}, {}, {}
     base = sizes.config(s.model or "tiny")
-    for mixer in ("selfmod", "attention"):
+    for mixer in ("hope", "selfmod", "attention"):
         torch.manual_seed(0)
         config = base if mixer == base.mixer else sizes.matched_config(base, mixer)
         network = HopeForCausalLM(config).to(s.device)

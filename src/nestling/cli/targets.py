@@ -32,7 +32,9 @@ def load(target: str, settings: dict[str, Any] | None = None, *, weights: bool =
     from nestling.models import sizes
 
     if target in sizes.NAMES:
-        return {"model": _built(_changed(sizes.config(target), settings), weights)}
+        known = _fields(sizes.config(target))
+        _check_names(known, settings)  # what follows from the size, as the number of heads, follows the settings
+        return {"model": _built(sizes.config(target, **nested(settings or {}, {})), weights)}
     path = expand(target, "what to inspect")
     if path.is_dir():
         if weights and not settings:
@@ -76,15 +78,21 @@ def _config(path: Path) -> Any:
 def _changed(config: Any, settings: dict[str, Any] | None) -> Any:
     if not settings:
         return config
+    values = _fields(config)
+    _check_names(values, settings)
+    return type(config)(**nested(settings, values))
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version", "layer_types")}
+
+
+def _check_names(known: dict[str, Any], settings: dict[str, Any] | None) -> None:
     from nestling.training.config import unknown
 
-    values = {
-        k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version", "layer_types")
-    }
-    for name in settings:
-        if name.split(".")[0] not in values:
-            raise ValueError(unknown("model option", name, values))
-    return type(config)(**nested(settings, values))
+    for name in settings or ():
+        if name.split(".")[0] not in known:
+            raise ValueError(unknown("model option", name, known))
 
 
 def _built(config: Any, weights: bool) -> nn.Module:

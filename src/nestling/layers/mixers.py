@@ -56,6 +56,21 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
             horizon=(1024.0, 16384.0),
         ),
     ),
+    # the memory of the default Hope (decision D25): one gate for erase and write, which sees single tokens, as q, k and
+    # v do at first; the convolution in front of the other gates is drawn as usual
+    "hope_memory": (
+        SelfModifyingTitans,
+        dict(
+            _DELTA,
+            qkv_conv=4,
+            qkv_conv_init="last",
+            conv_for=("gate", "eta", "alpha"),
+            initial_scale=0.1,
+            erase_gate=True,
+            erase_range=2.0,
+            rate="gate",
+        ),
+    ),
     # gradient descent on the reconstruction of v by an MLP, no momentum, no decay
     "ttt": (SelfModifyingTitans, dict(_DESCENT, decay="none")),
     # the same with momentum and decay, deep and linear
@@ -66,8 +81,28 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     "window_attention": (Attention, dict(window=128)),
 }
 
+# names that stand for one sequence layer after another, by decoder layer, again and again (decision D25)
+PATTERNS: dict[str, tuple[dict, ...]] = {
+    "hope": ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256}),
+}
+
 _SETTINGS = {SelfModifyingTitans: TitansConfig}  # where a layer's options are listed, if not in its own signature
 _SIZES = ("dim", "num_heads")
+
+
+def mixer_options(name: str) -> list[str]:
+    """The options a sequence layer takes, besides its width and number of heads.
+
+    Raises:
+        ValueError: an unknown name, or that of a pattern.
+    """
+    if name in PATTERNS:
+        layers = ", ".join(entry["mixer"] for entry in PATTERNS[name])
+        raise ValueError(f"mixer {name!r} is a pattern of layers for a HopeConfig: {layers}; name one of them")
+    if name not in MIXERS:
+        raise ValueError(f"mixer {name!r} is unknown; known are {', '.join([*PATTERNS, *MIXERS])}")
+    layer = MIXERS[name][0]
+    return [option for option in inspect.signature(_SETTINGS.get(layer, layer)).parameters if option not in _SIZES]
 
 
 def build_mixer(name: str, dim: int, num_heads: int, **options) -> nn.Module:
@@ -76,10 +111,8 @@ def build_mixer(name: str, dim: int, num_heads: int, **options) -> nn.Module:
     Raises:
         ValueError: an unknown name or option; the message lists the known ones.
     """
-    if name not in MIXERS:
-        raise ValueError(f"mixer {name!r} is unknown; known are {', '.join(MIXERS)}")
+    known = mixer_options(name)
     layer, settings = MIXERS[name]
-    known = [option for option in inspect.signature(_SETTINGS.get(layer, layer)).parameters if option not in _SIZES]
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ValueError(f"mixer {name!r} has no option {', '.join(unknown)}; it takes {', '.join(known)}")

@@ -74,9 +74,11 @@ class SelfModifyingTitans(nn.Module):
         nn.init.normal_(self.in_proj.weight, std=self.config.dim**-0.5)
         nn.init.normal_(self.out_proj.weight, std=(self.num_heads * self.head_dim) ** -0.5)
         nn.init.ones_(self.norm_weight)
-        for taps in (*([] if self.conv_weight is None else [self.conv_weight]), *self.path_convs.values()):
+        begin = self.config.conv_init
+        convs = [(taps, self.config.qkv_conv_init or begin) for taps in self.path_convs.values()]
+        for taps, begins in [*([] if self.conv_weight is None else [(self.conv_weight, begin)]), *convs]:
             nn.init.uniform_(taps, -0.5, 0.5)
-            if self.config.conv_init == "last":
+            if begins == "last":
                 taps.mul_(0.5)[:, -1] += 1
         if self.eta_bias is not None:
             rate = self.config.initial_rate

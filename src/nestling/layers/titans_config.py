@@ -15,7 +15,7 @@ _LEAST_OR_NONE = dict(head_dim=1, memory_chunk_size=1)
 _CHOICES = dict(
     architecture=("mlp", "linear"), gates=("mlp", "linear"), decay=("learned", "fixed", "none"),
     rate=("learned", "one", "gate"), retain=("initial", "zero"), read=("before", "after", "chunk"),
-    skip=("outer", "inner"), conv_init=("uniform", "last"),
+    skip=("outer", "inner"), conv_init=("uniform", "last"), qkv_conv_init=(None, "uniform", "last"),
 )  # fmt: skip
 
 
@@ -105,6 +105,8 @@ class TitansConfig:
     conv_init: str = "uniform"
     """Taps of all convolutions before training: "uniform" in (-1/2, 1/2), or "last", half of that and 1 on the token
     itself."""
+    qkv_conv_init: str | None = None
+    """The same for those after q, k and v alone; None is as `conv_init`."""
     output_gate: bool = True
     """Gate the output by silu of a projection of the input."""
     meta_grad: str = "full"

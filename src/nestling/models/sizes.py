@@ -8,16 +8,16 @@ import torch
 
 from nestling.models.hope import HopeConfig, HopeForCausalLM
 
-# vocabulary, width, layers, heads, width of the MLP (None: 8/3 of the width); bytes up to 10m
-_SIZES: dict[str, tuple[int, int, int, int, int | None]] = {
-    "tiny": (256, 192, 3, 4, None),
-    "mini": (256, 256, 4, 4, None),
-    "10m": (256, 384, 5, 6, None),
-    "35m": (32_000, 448, 7, 7, 1536),
-    "125m": (32_000, 768, 12, 12, 2304),
-    "350m": (32_000, 1024, 24, 16, None),
-    "760m": (32_000, 1536, 24, 24, None),
-    "1.3b": (32_000, 2048, 24, 32, None),
+# vocabulary, width, layers, width of the MLP (None: 8/3 of the width); bytes up to 10m; heads have 64 channels
+_SIZES: dict[str, tuple[int, int, int, int | None]] = {
+    "tiny": (256, 192, 3, None),
+    "mini": (256, 256, 4, None),
+    "10m": (256, 384, 5, None),
+    "35m": (32_000, 448, 7, 1536),
+    "125m": (32_000, 768, 12, 2304),
+    "350m": (32_000, 1024, 24, None),
+    "760m": (32_000, 1536, 24, None),
+    "1.3b": (32_000, 2048, 24, 4864),
 }
 
 NAMES = tuple(_SIZES)
@@ -34,12 +34,11 @@ def config(name: str, **overrides: Any) -> HopeConfig:
     """
     if name not in _SIZES:
         raise ValueError(f"size {name!r} is unknown; known are {', '.join(NAMES)}")
-    vocabulary, width, layers, heads, inner = _SIZES[name]
+    vocabulary, width, layers, inner = _SIZES[name]
     fields = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
         "intermediate_size": inner,
     }
     return HopeConfig(**(fields | overrides))
@@ -74,7 +73,7 @@ def matched_config(
     if mixer is not None:  # for all layers, with its own options
         kept |= {"mixer": mixer, "mixer_options": {}, "mixers": None}
     if overrides.get("mixers") is not None:
-        kept |= {"mixer": "selfmod", "mixer_options": {}}
+        kept |= {"mixer": None, "mixer_options": {}}
     kept |= overrides
     kept |= {} if mixer is None else {"mixer": mixer}
     kept |= {} if mixer_options is None else {"mixer_options": mixer_options}

@@ -113,7 +113,8 @@ def _hope(mixer: str = "selfmod", **options) -> nn.Module:
     from nestling.models.hope import HopeConfig, HopeForCausalLM
 
     fixed = {"chunk_size": 64, "expansion": 1, "conv_size": 4}  # so that a new default draws no new picture
-    config = HopeConfig(hidden_size=64, num_hidden_layers=2, mixer=mixer, mixer_options=fixed, **options)
+    size = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = HopeConfig(**size, mixer=mixer, mixer_options=fixed, **options)
     with torch.device("meta"):
         return HopeForCausalLM(config)
 

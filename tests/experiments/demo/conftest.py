@@ -31,8 +31,8 @@ def small():
             "long_windows": 3,
             "long_context": 64,
             "first_bin": 16,
-            "state_context": 128,
-            "state_every": 64,
+            "state_context": 768,
+            "state_every": 384,
             "excerpt": 128,
             "sample_bytes": 12,
             "margin": -20.0,  # a few steps of a tiny model learn nothing: the bar lies where all pass
@@ -58,7 +58,7 @@ def made_up() -> dict:
         rows = [(0, 8.0), (5_000, 3.5), (10_000, bits)]
         models[name] = {
             "parameters": 1000,
-            "mixer": "selfmod",
+            "mixers": ["selfmod", "selfmod"],
             "layers": 2,
             "width": 16,
             "heads": 2,

@@ -12,11 +12,14 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nestling.cms.blocks import ACTIVATIONS, VARIANTS
-from nestling.layers.mixers import build_mixer
+from nestling.layers.mixers import PATTERNS, build_mixer, mixer_options
 from nestling.memory.rule import META_GRADS
 from nestling.models.hope.cache import LAYER_TYPE
 from nestling.schedule import Level, check_order
 from nestling.utils.auto_classes import KnownByFile, NeverCopied
+
+# the sequence layer of a configuration that names none, by the version of the defaults (decision D25)
+DEFAULT_MIXERS = {1: "selfmod", 2: "hope"}
 
 # what Hugging Face itself hands to a configuration besides its fields
 _PASSED_ON = {
@@ -47,10 +50,12 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
         vocab_size: tokens of the vocabulary (256: bytes).
         hidden_size: model width D.
         num_hidden_layers: decoder layers.
-        num_attention_heads: heads of the sequence layer.
+        num_attention_heads: heads of the sequence layer. None: heads of 64 channels, or 4 with `defaults` 1.
         intermediate_size: hidden width of each level's MLP; None is 8/3 of the width, up to a multiple of 32.
-        mixer: the sequence layer: "selfmod" is Hope, "attention" Hope-Attention; the baselines by their names.
-        mixer_options: keyword arguments of the sequence layer.
+        mixer: the sequence layer: "hope" alternates memories and attention over a window, "selfmod" is the paper's
+            layer, "attention" Hope-Attention; the baselines by their names. None: what `defaults` says.
+        mixer_options: keyword arguments of the sequence layer; of a pattern such as "hope", each goes to the layers
+            that take it.
         mixers: instead of the two, a sequence layer for each decoder layer, or a shorter list that repeats (decision
             D18). An entry is a name, or a dict of it and its options, `{"mixer": "attention", "window": 64}`;
             `num_heads` among them replaces num_attention_heads.
@@ -72,6 +77,8 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
             weights by their own widths.
         tie_word_embeddings: one matrix for embedding and output.
         max_position_embeddings: longest text the model may see; None sets no limit.
+        defaults: version of the defaults, 2 since "hope" is the mixer, 1 when it was "selfmod". None: 2, and 1 for a
+            saved configuration that does not say, so that it loads as what it was.
 
     Raises:
         ValueError, TypeError: a value out of range, an unknown option, a field of another type.
@@ -83,9 +90,9 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
     vocab_size: int = 256
     hidden_size: int = 256
     num_hidden_layers: int = 4
-    num_attention_heads: int = 4
+    num_attention_heads: int | None = None
     intermediate_size: int | None = None
-    mixer: str = "selfmod"
+    mixer: str | None = None
     mixer_options: dict | None = None
     mixers: list | tuple | None = None
     cms_levels: list | tuple | None = None
@@ -99,6 +106,7 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
     initializer_range: float | None = None
     tie_word_embeddings: bool = True
     max_position_embeddings: int | None = None
+    defaults: int | None = None
     use_cache: bool = True
     layer_types: list[str] | None = None
     pad_token_id: int | None = None
@@ -107,6 +115,14 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
+        if self.defaults is None:  # only what transformers has saved names its version
+            self.defaults = 2 if self.transformers_version is None else 1
+        if self.defaults not in DEFAULT_MIXERS:
+            raise ValueError(f"defaults must be {' or '.join(map(str, DEFAULT_MIXERS))}; got {self.defaults}")
+        if self.mixer is None:
+            self.mixer = DEFAULT_MIXERS[self.defaults]
+        if self.num_attention_heads is None:
+            self.num_attention_heads = 4 if self.defaults == 1 else _heads(self.hidden_size)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -139,7 +155,7 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
         if self.mixers is not None:
             self.mixers = self._pattern()
         with torch.device("meta"):  # the layer checks its own options; nothing is allocated
-            for index in range(1 if self.mixers is None else len(self.mixers)):
+            for index in range(min(self.num_hidden_layers, len(self._entries()))):
                 self._checked(index)
         self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -156,17 +172,30 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
 
     def layer_mixer(self, index: int) -> tuple[str, dict[str, Any]]:
         """The sequence layer of a decoder layer: its name, and its options with `num_heads`."""
-        entry = self.mixer_options | {"mixer": self.mixer}
-        if self.mixers is not None:
-            entry = self.mixers[index % len(self.mixers)]
-            entry = {"mixer": entry} if isinstance(entry, str) else entry
-        options = {"num_heads": self.num_attention_heads} | entry
+        entries = self._entries()
+        options = {"num_heads": self.num_attention_heads} | entries[index % len(entries)]
         return options.pop("mixer"), options
 
     def build_layer_mixer(self, index: int) -> nn.Module:
         """The sequence layer of a decoder layer."""
         name, options = self.layer_mixer(index)
         return build_mixer(name, self.hidden_size, **options)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """The sequence layers of the first decoder layers, with their options; they repeat."""
+        if self.mixers is not None:
+            return [{"mixer": entry} if isinstance(entry, str) else entry for entry in self.mixers]
+        if self.mixer not in PATTERNS:
+            return [self.mixer_options | {"mixer": self.mixer}]
+        entries = PATTERNS[self.mixer]
+        taken = [{"num_heads", *mixer_options(entry["mixer"])} for entry in entries]
+        if unknown := set(self.mixer_options) - set().union(*taken):
+            known = "; ".join(f"{e['mixer']} takes {', '.join(sorted(own))}" for e, own in zip(entries, taken))
+            raise ValueError(f"no layer of mixer {self.mixer!r} has an option {', '.join(sorted(unknown))}: {known}")
+        return [
+            entry | {option: value for option, value in self.mixer_options.items() if option in own}
+            for entry, own in zip(entries, taken)
+        ]
 
     def _pattern(self) -> list[str | dict[str, Any]]:
         """`mixers` as JSON keeps it, each entry of a form that can be a sequence layer."""
@@ -181,7 +210,7 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
                 raise ValueError(f'mixers[{index}] must be a name or {{"mixer": name, option: value}}; got {entry!r}')
             pattern.append(entry if isinstance(entry, str) else json_options(entry, f"mixers[{index}]"))
         names = {entry if isinstance(entry, str) else entry["mixer"] for entry in pattern}
-        if self.mixer not in {"selfmod", *names}:
+        if self.mixer not in {*DEFAULT_MIXERS.values(), *names}:
             raise ValueError(f"mixer={self.mixer!r} has no effect beside mixers={pattern}: leave one of them out")
         return pattern
 
@@ -219,6 +248,11 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads"]
         names += ["mixer", "mixer_options"] if self.mixers is None else ["mixers"]
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
+
+
+def _heads(width: int, size: int = 64) -> int:
+    """Heads of `size` channels, or of the next more that divide the width."""
+    return next(n for n in range(max(1, width // size), 0, -1) if width % n == 0)
 
 
 def json_options(options: dict[str, Any], field: str = "mixer_options") -> dict[str, Any]:

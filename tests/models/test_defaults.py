@@ -1,0 +1,106 @@
+"""The default Hope, and what was saved before it was the default."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from nestling.layers.mixers import PATTERNS, build_mixer
+from nestling.models import HopeConfig, HopeForCausalLM
+
+# config.json as it was written when the default was "selfmod", and that code's last logits for `filled` weights
+OLD = {
+    "architectures": ["HopeForCausalLM"], "bos_token_id": None, "cms_layers": None,
+    "cms_levels": [{"chunk_size": None, "clip": None, "decay": 0.0, "erase": 1.0, "lr": 0.01, "momentum": 0.9,
+                    "optimizer": "gd", "rank": None, "signal": "gradient", "surprise": None}],
+    "cms_meta_grad": "full", "cms_variant": "sequential", "context_length": None, "dtype": "float32",
+    "eos_token_id": None, "gated_mlp": True, "hidden_act": "silu", "hidden_size": 8,
+    "initializer_range": 0.3535533905932738, "intermediate_size": 8, "max_position_embeddings": None,
+    "mixer": "selfmod", "mixer_options": {}, "mixers": None, "model_type": "hope", "num_attention_heads": 4,
+    "num_hidden_layers": 2, "pad_token_id": None, "rms_norm_eps": 1e-06, "tie_word_embeddings": True,
+    "transformers_version": "5.23.0", "use_cache": True, "vocab_size": 16,
+}  # fmt: skip
+LOGITS = [
+    0.062541,
+    0.015632,
+    -0.038294,
+    -0.075031,
+    -0.078089,
+    -0.046095,
+    0.006589,
+    0.056316,
+    0.080765,
+    0.06896,
+    0.026202,
+    -0.028318,
+    -0.070126,
+    -0.080458,
+    -0.054674,
+    -0.004349,
+]
+
+
+def filled(model):
+    """A model whose weights follow from their places alone."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.arange(weight.numel()).reshape(weight.shape).double().mul(0.7).cos() / 2)
+    return model.eval()
+
+
+def logits(model):
+    return model(torch.arange(12)[None] % 16).logits[0, -1]
+
+
+@pytest.mark.parametrize("left_out", [(), ("mixer", "mixer_options", "mixers", "num_attention_heads")])
+def test_a_model_saved_with_the_first_defaults_is_what_it_was(tmp_path, left_out):
+    told = {name: value for name, value in OLD.items() if name not in left_out}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    weights = filled(HopeForCausalLM(HopeConfig.from_dict(told))).state_dict()
+    save_file({name: w.contiguous() for name, w in weights.items() if name != "lm_head.weight"},
+              tmp_path / "model.safetensors", {"format": "pt"})  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.mixer_names == ["selfmod", "selfmod"]
+    assert logits(model).tolist() == pytest.approx(LOGITS, abs=1e-6)
+    # and it is saved with its version
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (again["defaults"], again["mixer"], again["num_attention_heads"]) == (1, "selfmod", 4)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+
+
+def test_the_first_defaults_stay_available():
+    first = HopeConfig(defaults=1, hidden_size=8)
+    assert (first.mixer, first.num_attention_heads) == ("selfmod", 4)
+    with pytest.raises(ValueError, match="defaults must be 1 or 2; got 3"):
+        HopeConfig(defaults=3)
+
+
+def test_the_default_alternates_memories_and_a_window(tmp_path):
+    config = HopeConfig(hidden_size=128, num_hidden_layers=3, mixer_options={"chunk_size": 8, "num_kv_heads": 1})
+    assert (config.defaults, config.mixer, config.num_attention_heads) == (2, "hope", 2)
+    assert config.mixer_names == ["hope_memory", "window_attention", "hope_memory"]
+    assert config.layer_mixer(2) == ("hope_memory", {"num_heads": 2, "chunk_size": 8})
+    assert config.layer_mixer(1) == ("window_attention", {"num_heads": 2, "window": 256, "num_kv_heads": 1})
+    config.save_pretrained(tmp_path)
+    again = HopeConfig.from_pretrained(tmp_path)
+    assert again.mixer_names == config.mixer_names and again.state_signature() == config.state_signature()
+    with pytest.raises(ValueError, match="no layer of mixer 'hope' has an option chunks"):
+        HopeConfig(mixer_options={"chunks": 3})
+    with pytest.raises(ValueError, match="pattern of layers .* hope_memory, window_attention"):
+        build_mixer("hope", 8, 1)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(256, 4), (64, 1), (48, 1), (160, 2), (200, 2)])
+def test_heads_have_64_channels_where_the_width_allows(width, heads):
+    assert HopeConfig(hidden_size=width).num_attention_heads == heads
+
+
+def test_chunks_of_the_default_memory_are_only_a_way_to_compute():
+    torch.manual_seed(0)
+    layers = [build_mixer(PATTERNS["hope"][0]["mixer"], 16, 2, chunk_size=size).double() for size in (4, 64)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 50, 16, dtype=torch.float64)
+    torch.testing.assert_close(layers[0](x)[0], layers[1](x)[0], rtol=1e-10, atol=1e-10)
