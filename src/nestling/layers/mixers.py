@@ -56,7 +56,7 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
             horizon=(1024.0, 16384.0),
         ),
     ),
-    # the memory of the default Hope (decision D25): one gate for erase and write, which sees single tokens, as q, k and
+    # the memory of the default Hope (decision D24): one gate for erase and write, which sees single tokens, as q, k and
     # v do at first; the convolution in front of the other gates is drawn as usual
     "hope_memory": (
         SelfModifyingTitans,
@@ -81,7 +81,7 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     "window_attention": (Attention, dict(window=128)),
 }
 
-# names that stand for one sequence layer after another, by decoder layer, again and again (decision D25)
+# names that stand for one sequence layer after another, by decoder layer, again and again (decision D24)
 PATTERNS: dict[str, tuple[dict, ...]] = {
     "hope": ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256}),
 }

@@ -18,7 +18,7 @@ from nestling.models.hope.cache import LAYER_TYPE
 from nestling.schedule import Level, check_order
 from nestling.utils.auto_classes import KnownByFile, NeverCopied
 
-# the sequence layer of a configuration that names none, by the version of the defaults (decision D25)
+# the sequence layer of a configuration that names none, by the version of the defaults (decision D24)
 DEFAULT_MIXERS = {1: "selfmod", 2: "hope"}
 
 # what Hugging Face itself hands to a configuration besides its fields
