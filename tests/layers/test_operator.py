@@ -1,11 +1,15 @@
 """A layer's scan as one operator: torch's own checks of it, and compiled, exported and transformed layers."""
 
+import os
+
 import pytest
 import torch
 
 from nestling.layers import titans, titans_operator
 from nestling.layers.mixers import build_mixer
 from nestling.layers.titans_scan import swap
+
+SLOW = pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="seconds: NESTLING_SLOW_TESTS=1 runs it")
 
 # all kinds of arguments: adaptive projections or none, momentum, anchors, learned factors, gates, paths
 LAYERS = {
@@ -78,6 +82,7 @@ def test_the_operator_equals_the_scan(name, mask, monkeypatch):
     torch.testing.assert_close(gradients(layer, layer, x, mask), expected)
 
 
+@SLOW  # in one graph, a hybrid model: tests/models/test_compile.py
 def test_a_compiled_layer_is_one_graph():
     torch._dynamo.reset()
     layer, x = layer_and_input("selfmod", 9)

@@ -17,7 +17,9 @@ def step(model, call, **options):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("mixer", ["selfmod", "deltanet", "window", "hybrid"])
+@pytest.mark.parametrize(
+    "mixer", ["hybrid", *(pytest.param(name, marks=SLOW) for name in ("selfmod", "deltanet", "window"))]
+)
 def test_a_training_step_is_one_graph(make_model, mixer):
     torch._dynamo.reset()
     model = make_model(mixer)
@@ -39,6 +41,7 @@ def test_the_cache_is_carried_inside_and_between_graphs(make_model):
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
 
 
+@SLOW
 def test_generation_with_a_compiled_forward(make_model):
     torch._dynamo.reset()
     model = make_model("selfmod")
