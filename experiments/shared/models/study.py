@@ -13,7 +13,7 @@ from experiments.shared.work import Job
 from nestling.training.config import TrainConfig
 
 # options of a training run that decide no result
-MACHINE = ("out", "device", "compile", "gradient_checkpointing", "threads", "logging")
+MACHINE = ("out", "device", "compile", "gradient_checkpointing", "threads", "logging", "parallel")
 
 _SMOKE = {
     "steps": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from nestling.optim.base import MemoryOptimizer, move
@@ -39,6 +40,7 @@ class LayerwiseOptimizer(MemoryOptimizer, ABC):
     def slope(self, parameter: Tensor, weight: Tensor, seen, group: dict) -> Tensor:
         """(W_t - W_{t+1}) / lr for a parameter, the weight or bias of a layer whose weight saw `seen`."""
 
+    @torch.no_grad()
     def step(self, closure=None):
         """One step; what the layers saw before it is forgotten, whether it was taken or skipped."""
         if self._inputs.closed:
@@ -46,7 +48,7 @@ class LayerwiseOptimizer(MemoryOptimizer, ABC):
         if any(is_sharded(p) for group in self.param_groups for p in group["params"]):
             raise TypeError(f"{type(self).__name__} sees layers of one process: use it without fully_shard, or take M3")
         try:
-            return super().step(closure)
+            return self._step(closure)
         finally:
             self._inputs.clear()
             self._solved.clear()
