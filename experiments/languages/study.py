@@ -1,0 +1,213 @@
+"""A contender trained on the short words of one language, and tested on short and long ones."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.languages.words import IGNORED, LANGUAGES, Language, batch
+from experiments.shared.study import Contender, Study, StudyWork
+from experiments.shared.work import Job, Progress, curve
+from nestling.models import HopeForCausalLM, sizes
+from nestling.models.hope import HopeConfig
+
+
+@dataclass
+class LanguageContender(Contender):
+    """A sequence layer with its options, or a pattern of them, or "lstm"; `runs`: its seeds, all if it is empty."""
+
+    mixer: str = "selfmod"
+    options: dict[str, Any] = field(default_factory=dict)
+    mixers: list[dict[str, Any]] = field(default_factory=list)
+    head_size: int = 64
+    runs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Languages(Study):
+    """The numbers of the six languages."""
+
+    name: str = "languages"
+    contenders: list[LanguageContender] = field(default_factory=list)
+    languages: list[str] = field(default_factory=lambda: list(LANGUAGES))
+    layers: int = 2
+    width: int = 64
+    parameters: int = 125_000
+    lr: float = 3e-3
+    warmup: int = 100
+    steps: int = 600
+    batch_size: int = 32
+    bins: dict[str, list[int]] = field(default_factory=lambda: {"2-50": [2, 50], "52-100": [52, 100]})  # trained: first
+    tested: int = 200  # words of a bin
+
+    def smoke(self) -> Languages:
+        few = [asdict(c) | {"head_size": 8, "runs": []} for c in self.contenders]
+        return self.changed(
+            contenders=few, languages=["parity", "a^n b^n"], width=16, parameters=40_000, batch_size=4, tested=6,
+            steps=3, bins={"2-12": [2, 12], "14-20": [14, 20]}, seeds=[0],
+        )  # fmt: skip
+
+    def decisive(self, job: LanguageJob) -> dict[str, Any]:
+        """All but which languages there are."""
+        values = super().decisive(job)
+        values.pop("languages")
+        return values
+
+
+@dataclass(frozen=True)
+class LanguageJob(Job):
+    """One training run."""
+
+    contender: str
+    language: str
+    seed: int
+    kind: str = "run"
+
+    @property
+    def key(self) -> str:
+        return f"{self.contender}, {self.language}, seed {self.seed}"
+
+
+class LanguagesWork(StudyWork):
+    def run(self, job: LanguageJob, progress: Progress | None) -> dict[str, Any]:
+        return run(self.settings, self.settings.contender(job.contender), job.language, job.seed, progress)
+
+    def fingerprint(self, job: LanguageJob) -> str:
+        """What decides a run: not for how many seeds its contender is run."""
+        kept = self.settings
+        self.settings = kept.changed(contenders=[asdict(c) | {"runs": []} for c in kept.contenders])
+        try:
+            return super().fingerprint(job)
+        finally:
+            self.settings = kept
+
+    def result(self, row: dict[str, Any]) -> str:
+        return " / ".join(f"{100 * found['words']:.1f}" for found in row["accuracy"].values())
+
+    def check(self, contenders: list[LanguageContender]) -> None:
+        for contender in contenders:
+            try:
+                build(self.settings, contender, 4)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"contender {contender.name!r}: {error}") from error
+
+
+class Lstm(nn.Module):
+    """The recurrent network that Table 5 compares with: embedding, LSTM, a linear read-out."""
+
+    def __init__(self, classes: int, width: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, width)
+        self.lstm = nn.LSTM(width, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores [B, T, classes] for tokens [B, T]."""
+        return self.head(self.lstm(self.embedding(tokens))[0])
+
+
+def build(settings: Languages, contender: LanguageContender, classes: int) -> nn.Module:
+    """The contender as a module from tokens to scores, its parameters within 2% of the experiment's number."""
+    width, layers = settings.width, settings.layers
+    if contender.mixer == "lstm":
+        return _fitted(settings.parameters, lambda hidden: Lstm(classes, width, hidden, layers), _size, step=1)
+    options = {"mixer": contender.mixer, "mixer_options": contender.options}
+    own: dict[str, Any] = {"mixers": contender.mixers} if contender.mixers else options
+
+    def config(hidden: int) -> HopeConfig:
+        heads = max(1, width // contender.head_size)
+        return HopeConfig(
+            **own, hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, vocab_size=classes,
+            intermediate_size=hidden, tie_word_embeddings=False,
+        )  # fmt: skip
+
+    return Scores(HopeForCausalLM(_fitted(settings.parameters, config, sizes.parameters, step=8)))
+
+
+class Scores(nn.Module):
+    """A language model whose logits are scores of their own, not of a softmax."""
+
+    def __init__(self, model: HopeForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+
+def _fitted(wanted: int, make: Callable[[int], Any], count: Callable[[Any], int], step: int) -> Any:
+    """`make(n)` with the multiple n of `step` whose count is next to `wanted`.
+
+    Raises:
+        ValueError: it is more than 2% away.
+    """
+    low, high = step, 2 * step
+    while count(make(high)) < wanted:
+        low, high = high, 2 * high
+    while high - low > step:
+        middle = (low + high) // (2 * step) * step
+        low, high = (middle, high) if count(make(middle)) < wanted else (low, middle)
+    made = min((make(low), make(high)), key=lambda found: abs(count(found) - wanted))
+    if abs(count(made) / wanted - 1) > 0.02:
+        raise ValueError(f"no width gives {wanted:,} parameters; the next is {count(made):,}")
+    return made
+
+
+def run(
+    settings: Languages, contender: LanguageContender, name: str, seed: int, progress: Progress | None
+) -> dict[str, Any]:
+    """Train on words of the first bin; accuracy by bin, of whole words and of single letters."""
+    torch.manual_seed(seed)
+    language, rng = LANGUAGES[name], random.Random(seed)
+    model = build(settings, contender, len(language.letters) + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1, (i + 1) / settings.warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * i / settings.steps)) / 2),
+    )
+    trained, losses = next(iter(settings.bins.values())), []
+    for step in range(settings.steps):
+        tokens, targets = batch(language, [language.draw(rng, *trained) for _ in range(settings.batch_size)])
+        told = targets != IGNORED
+        loss = F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+        if progress:
+            progress(step + 1, losses[-1])
+    found = {
+        bin_: accuracy(model, words(language, 10_000 + seed, settings.tested, *span))
+        for bin_, span in settings.bins.items()
+    }
+    return {"parameters": _size(model), "accuracy": found, "curve": curve(losses, 30)}
+
+
+def words(language: Language, seed: int, count: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Words to test with, each once: of a language with one word a length there are as many as lengths."""
+    rng = random.Random(seed)
+    return batch(language, sorted({language.draw(rng, low, high) for _ in range(count)}))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, drawn: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Share of words with every set right, and of letters whose set is right."""
+    model.eval()
+    tokens, targets = drawn
+    scores = torch.cat([model(part) for part in tokens.split(50)])
+    told = (targets != IGNORED).all(-1)
+    right = ((scores > 0) == (targets > 0.5)).all(-1)
+    return {"words": (right | ~told).all(-1).double().mean().item(), "letters": right[told].double().mean().item()}
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
