@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import random
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from experiments.choice import tasks
 from experiments.demo.text import standard_library
+from experiments.shared.models.drawn import size, train
 from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
@@ -188,28 +188,20 @@ def run_drawn(
     torch.manual_seed(seed)
     model = HopeForCausalLM(small_config(settings, contender, kind))
     steps = getattr(settings, f"{kind}_steps")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1, (i + 1) / settings.warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * i / steps)) / 2),
-    )
-    generator, lengths, losses = torch.Generator().manual_seed(seed), random.Random(seed), []
+    generator, lengths = torch.Generator().manual_seed(seed), random.Random(seed)
     draw: Draw = tasks.parity if kind == "parity" else functools.partial(_pairs, keys=settings.recall_keys)
-    for step in range(steps):
-        size = lengths.randint(*settings.parity_lengths) if kind == "parity" else lengths.choice(settings.recall_pairs)
-        tokens, targets = draw(settings.batch_size, size, generator)
-        loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=tasks.IGNORED)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        if progress:
-            progress(step + 1, losses[-1])
+
+    def loss_of() -> Tensor:
+        many = (
+            lengths.randint(*settings.parity_lengths) if kind == "parity" else lengths.choice(settings.recall_pairs)
+        )
+        tokens, targets = draw(settings.batch_size, number, generator)
+        return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=tasks.IGNORED)
+
+    losses = train(model, steps, settings.lr, settings.warmup, loss_of, progress)
     fresh = torch.Generator().manual_seed(10_000 + seed)
     found = {str(n): accuracy(model, draw(settings.tested, n, fresh)) for n in getattr(settings, f"{kind}_tested")}
-    return {"parameters": _size(model), "accuracy": found, "curve": curve(losses, 30)}
+    return {"parameters": size(model), "accuracy": found, "curve": curve(losses, 30)}
 
 
 def _pairs(count: int, number: int, generator: torch.Generator, keys: int) -> tuple[Tensor, Tensor]:
@@ -252,7 +244,7 @@ def run_text(
         model, text().val, seq_len=settings.seq_len, batch_size=8, max_batches=-(-settings.windows // 8)
     )
     return {
-        "parameters": _size(model),
+        "parameters": size(model),
         "bits_per_byte": held_out.bits_per_byte,
         "loss_by_position": held_out.binned(8),
         "skipped": trainer.skipped,
@@ -266,7 +258,3 @@ def text() -> Corpus:
     """The demo's text: sources of the standard library, some modules held out whole."""
     found = standard_library()
     return load_corpus(DataConfig(text=found.train, val_text=found.held_out, tokenizer="bytes", seq_len=256))
-
-
-def _size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.languages.words import IGNORED, LANGUAGES, Language, batch
+from experiments.shared.models.drawn import size, train
 from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
@@ -117,7 +117,7 @@ def build(settings: Languages, contender: LanguageContender, classes: int) -> nn
     """The contender as a module from tokens to scores, its parameters within 2% of the experiment's number."""
     width, layers = settings.width, settings.layers
     if contender.mixer == "lstm":
-        return _fitted(settings.parameters, lambda hidden: Lstm(classes, width, hidden, layers), _size, step=1)
+        return _fitted(settings.parameters, lambda hidden: Lstm(classes, width, hidden, layers), size, step=1)
     options = {"mixer": contender.mixer, "mixer_options": contender.options}
     own: dict[str, Any] = {"mixers": contender.mixers} if contender.mixers else options
 
@@ -167,29 +167,19 @@ def run(
     torch.manual_seed(seed)
     language, rng = LANGUAGES[name], random.Random(seed)
     model = build(settings, contender, len(language.letters) + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1, (i + 1) / settings.warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * i / settings.steps)) / 2),
-    )
-    trained, losses = next(iter(settings.bins.values())), []
-    for step in range(settings.steps):
+    trained = next(iter(settings.bins.values()))
+
+    def loss_of() -> Tensor:
         tokens, targets = batch(language, [language.draw(rng, *trained) for _ in range(settings.batch_size)])
         told = targets != IGNORED
-        loss = F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        if progress:
-            progress(step + 1, losses[-1])
+        return F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
+
+    losses = train(model, settings.steps, settings.lr, settings.warmup, loss_of, progress)
     found = {
         bin_: accuracy(model, words(language, 10_000 + seed, settings.tested, *span))
         for bin_, span in settings.bins.items()
     }
-    return {"parameters": _size(model), "accuracy": found, "curve": curve(losses, 30)}
+    return {"parameters": size(model), "accuracy": found, "curve": curve(losses, 30)}
 
 
 def words(language: Language, seed: int, count: int, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -207,7 +197,3 @@ def accuracy(model: nn.Module, drawn: tuple[Tensor, Tensor]) -> dict[str, float]
     told = (targets != IGNORED).all(-1)
     right = ((scores > 0) == (targets > 0.5)).all(-1)
     return {"words": (right | ~told).all(-1).double().mean().item(), "letters": right[told].double().mean().item()}
-
-
-def _size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

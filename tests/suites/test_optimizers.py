@@ -1,15 +1,9 @@
-"""torch's own description of optimisers (`OptimizerInfo`) of ours, and the checks torch makes with it of its own.
+"""The checks that torch makes of its own optimisers, on ours.
 
 The bodies of torch's tests are not in its wheel: each test here says in its name which of them it stands for.
 """
 
 from __future__ import annotations
-
-import copy
-import io
-import pickle
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -18,106 +12,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import (
     OptimizerErrorEnum,
-    OptimizerInfo,
-    OptimizerInput,
     TensorTracker,
-    get_error_inputs_for_all_optims,
 )
 from torch.testing._internal.common_utils import TestCase as TorchCase
 
-from nestling.optim import DGD, M3, DeepMomentum, DeltaMomentum, PreconditionedMomentum
-from suites.others import EVERY
+from nestling.optim import DGD
+from suites.optimizers import INFOS, Model, build, cases, optims, same, steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:M3 got parameters without names")
-LR = torch.tensor(0.01)
-# kwargs of each that torch would list in its *_inputs functions
-INPUTS: dict[type, dict[str, dict[str, Any]]] = {
-    M3: {
-        "second_moment": dict(second_moment=False),
-        "sum": dict(accumulation="sum", rms_match=False),
-        "two slow scales": dict(periods=(1, 2, 4)),
-        "nesterov": dict(nesterov=False),
-    },
-    DeltaMomentum: {"literal": dict(form="literal"), "nesterov": dict(nesterov=True), "no erase": dict(erase=0.0)},
-    DeepMomentum: {"erase": dict(erase=0.1), "hidden": dict(hidden=4)},
-    PreconditionedMomentum: {"nesterov": dict(nesterov=True), "beta": dict(beta=0.9)},
-    DGD: {"momentum": dict(momentum=0.9), "exact": dict(exact=True), "no erase": dict(erase=0.0)},
-}
-
-
-def _inputs(own: dict[str, dict[str, Any]]) -> Any:
-    common = {"default": {}, "non-default lr": dict(lr=0.02), "Tensor lr": dict(lr=LR), "decay": dict(weight_decay=0.1)}
-    every = [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in (common | own).items()]
-    return lambda device, dtype=None: every
-
-
-INFOS = [
-    OptimizerInfo(
-        kind, optim_inputs_func=_inputs(own), supports_complex=False, not_og_supported_flags=(),
-        supported_impls=("foreach",) if kind is M3 else (),
-        optim_error_inputs_func=None if kind is DGD else get_error_inputs_for_all_optims,
-    )
-    for kind, own in INPUTS.items()
-]  # fmt: skip
-CASES = [
-    pytest.param(info, case.kwargs, id=f"{info.name}-{case.desc}")
-    for info in INFOS
-    for case in info.optim_inputs_func("cpu")
-    if EVERY or case.desc in ("default", "Tensor lr")
-]
-optims = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
-cases = pytest.mark.parametrize("info, kwargs", CASES)
-
-
-class Model(nn.Sequential):
-    """Two linear layers and a batch whose loss can fall."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        torch.manual_seed(0)
-        super().__init__(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-        self.to(dtype)
-        self.x, self.y = torch.randn(8, 4, dtype=dtype), torch.randn(8, 3, dtype=dtype)
-
-    def loss(self) -> Tensor:
-        return (self(self.x) - self.y).square().mean()
-
-
-def build(info: OptimizerInfo, model: Model, params: Any = None, **kwargs: Any) -> torch.optim.Optimizer:
-    kwargs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-    if info.optim_cls is DGD:  # it learns from what layers see: it is given the model
-        return DGD(model, params=params, **kwargs)
-    return info.optim_cls(list(model.parameters()) if params is None else params, **kwargs)
-
-
-def steps(model: Model, optimizer: torch.optim.Optimizer, count: int = 3) -> Iterator[float]:
-    for _ in range(count):
-        optimizer.zero_grad()
-        loss = model.loss()
-        loss.backward()
-        optimizer.step()
-        yield loss.item()
-
-
-def same(ours: nn.Module, other: nn.Module, **tolerance: float) -> None:
-    for got, want in zip(ours.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(got, want, **(tolerance or dict(rtol=0, atol=0)))
-
-
-def equal(got: Any, want: Any) -> None:
-    """The same values of the same types, whatever the order of a dict."""
-    assert type(got) is type(want)
-    if isinstance(got, Tensor):
-        assert torch.equal(got, want) and got.dtype == want.dtype
-    elif isinstance(got, dict):
-        assert got.keys() == want.keys()
-        for key in got:
-            equal(got[key], want[key])
-    elif isinstance(got, list | tuple):
-        assert len(got) == len(want)
-        for one, two in zip(got, want):
-            equal(one, two)
-    else:
-        assert got == want
 
 
 @pytest.mark.parametrize("info", [i for i in INFOS if i.optim_error_inputs_func], ids=lambda info: info.name)
@@ -282,77 +184,6 @@ def test_optimizer_can_be_printed(info):
     assert info.name in shown and "lr: 0.25" in shown
 
 
-@cases
-def test_state_dict_deterministic(info, kwargs):
-    """Loaded into another optimiser, which then goes on bit for bit; also through a file, weights alone."""
-    model = Model()
-    optimizer = build(info, model, **kwargs)
-    list(steps(model, optimizer, 3))
-    saved = copy.deepcopy(optimizer.state_dict())
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    read = torch.load(file, weights_only=True)
-    equal(read, saved)
-    weights = copy.deepcopy(model.state_dict())
-    want = list(steps(model, optimizer, 3))
-    for state in (saved, read, pickle.loads(pickle.dumps(saved))):
-        other = Model()
-        other.load_state_dict(weights)
-        again = build(info, other, **kwargs)
-        again.load_state_dict(state)
-        equal(state, saved)  # as it was
-        assert list(steps(other, again, 3)) == want
-        same(other, model)
-
-
-@cases
-def test_can_load_older_state_dict(info, kwargs):
-    """A group without an option that came later takes its default."""
-    model = Model()
-    optimizer = build(info, model, **kwargs)
-    list(steps(model, optimizer, 2))
-    old = copy.deepcopy(optimizer.state_dict())
-    for group in old["param_groups"]:
-        group.pop("weight_decay")
-    again = build(info, model, **kwargs)
-    again.load_state_dict(old)
-    list(steps(model, again, 1))
-
-
-@optims
-def test_load_state_dict_cross_dtype(info):
-    """A state of one type under parameters of another is taken over as it is; the next step is finite and moves."""
-    model, other = Model(torch.float64), Model(torch.float32)
-    optimizer, again = build(info, model, lr=0.02), build(info, other, lr=0.02)
-    list(steps(model, optimizer, 3))
-    again.load_state_dict(optimizer.state_dict())
-    before = copy.deepcopy(other)
-    assert torch.tensor(list(steps(other, again, 3))).isfinite().all()
-    assert all((p != q).any() for p, q in zip(other.parameters(), before.parameters()))
-    assert all(p.dtype == torch.float32 for p in other.parameters())
-
-
-@cases
-def test_deepcopy_copies_all_public_attrs(info, kwargs):
-    model = Model()
-    optimizer = build(info, model, **kwargs)
-    list(steps(model, optimizer, 2))
-
-    def public(one: torch.optim.Optimizer) -> set[str]:
-        return {name for name in vars(one) if not name.startswith("_")}
-
-    if info.optim_cls is DGD:
-        for make in (copy.deepcopy, pickle.dumps):
-            with pytest.raises(TypeError, match="tied to its model by hooks"):
-                make(optimizer)
-        pytest.xfail("DGD listens to a model's layers: a copy would listen to none, and is refused")
-    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert type(twin) is type(optimizer) and public(twin) == public(optimizer)
-        equal(twin.state_dict(), optimizer.state_dict())
-        twin.step()
-
-
 @optims
 def test_step_hooks(info):
     model, seen = Model(), []
@@ -371,29 +202,6 @@ def test_step_hooks(info):
     assert len(seen) == 8
 
 
-@optims
-def test_state_dict_hooks(info):
-    model, seen = Model(), []
-    optimizer = build(info, model)
-    list(steps(model, optimizer, 1))
-
-    def change(_, state):
-        seen.append("changed")
-        state = copy.copy(state)
-        state["param_groups"] = [{**group, "lr": 0.5} for group in state["param_groups"]]
-        return state
-
-    optimizer.register_state_dict_pre_hook(lambda o: seen.append("before"))
-    optimizer.register_state_dict_post_hook(change)
-    state = optimizer.state_dict()
-    assert seen == ["before", "changed"] and state["param_groups"][0]["lr"] == 0.5
-    again = build(info, model)
-    again.register_load_state_dict_pre_hook(change)
-    again.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
-    again.load_state_dict(optimizer.state_dict())
-    assert seen[-1] == "loaded" and again.param_groups[0]["lr"] == 0.5
-
-
 @cases
 def test_closure(info, kwargs):
     model, other = Model(), Model()
@@ -409,20 +217,6 @@ def test_closure(info, kwargs):
     got = [optimizer.step(closure).item() for _ in range(3)]
     assert got == list(steps(other, plain, 3))
     same(model, other)
-
-
-@optims
-def test_param_names_in_the_state_dict(info):
-    if info.optim_cls is DGD:
-        pytest.skip("DGD is given a model")
-    model = Model()
-    optimizer = info.optim_cls(list(model.named_parameters()), lr=0.02)
-    list(steps(model, optimizer, 2))
-    state = optimizer.state_dict()
-    assert state["param_groups"][0]["param_names"] == [name for name, _ in model.named_parameters()]
-    again = info.optim_cls(list(model.named_parameters()), lr=0.02)
-    again.load_state_dict(state)
-    equal(again.state_dict(), state)
 
 
 @optims
