@@ -192,7 +192,7 @@ def run_drawn(
     draw: Draw = tasks.parity if kind == "parity" else functools.partial(_pairs, keys=settings.recall_keys)
 
     def loss_of() -> Tensor:
-        many = (
+        number = (
             lengths.randint(*settings.parity_lengths) if kind == "parity" else lengths.choice(settings.recall_pairs)
         )
         tokens, targets = draw(settings.batch_size, number, generator)
