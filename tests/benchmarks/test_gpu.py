@@ -24,7 +24,8 @@ ASKED = pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="minu
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("parts", ["speed", *(pytest.param(parts, marks=ASKED) for parts in SLOW)])
+@ASKED
+@pytest.mark.parametrize("parts", ["speed", *SLOW])
 def test_the_quick_form_measures_everything(parts, tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--only", parts, "--out", str(tmp_path)]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])

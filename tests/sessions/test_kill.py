@@ -1,6 +1,7 @@
 """A reading session that is really killed, at random moments, ends with the state of one that was not."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -84,6 +85,8 @@ def test_killed_twice_and_resumed_is_bit_for_bit_the_same(start, model, session,
     assert_same(state, whole, places)
 
 
+# in one process: test_session.py, test_a_killed_pipe_goes_on_from_its_journal
+@pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="processes: NESTLING_SLOW_TESTS=1 runs it")
 @pytest.mark.timeout(240)
 def test_a_pipe_loses_nothing_that_came_out_of_it(start, model, session, write, tmp_path):
     text = write("a.txt", 3000).read_bytes()
