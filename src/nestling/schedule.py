@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -86,6 +86,10 @@ class Level:
     def frozen(self) -> bool:
         """Whether no update ever changes the level."""
         return self.lr == 0 or self.chunk_size == math.inf
+
+    def part(self, share: float) -> Level:
+        """The level whose step is this share of its own: of a chunk that holds fewer tokens."""
+        return replace(self, lr=share * self.lr, decay=share * self.decay)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types (an infinite chunk size becomes "inf")."""

@@ -61,6 +61,7 @@ def test_one_call_over_the_same_stream_gives_the_same_levels(model, tokenizer, w
     stream = [i for path in paths for i in [tokenizer.eos_token_id, *path.read_bytes()]]
     with torch.no_grad():
         out = model(torch.tensor([stream]), use_cache=True)
+        model.finish(out.past_key_values, torch.tensor([[tokenizer.eos_token_id]]))
     for ours, whole in zip(made.cache.levels.levels, out.past_key_values.levels.levels):
         assert ours.updates == whole.updates > 0
         for a, b in zip(ours.deltas, whole.deltas):
@@ -73,6 +74,17 @@ def test_one_call_over_the_same_stream_gives_the_same_levels(model, tokenizer, w
     assert [row["tokens"] for row in result["documents"]] == [size, paths[1].stat().st_size]
     assert [level["updates"] for level in result["levels"]] == [s.updates for s in made.cache.levels.levels]
     assert result["tokens"] == len(stream)
+
+
+def test_a_text_shorter_than_a_chunk_is_learned_too(small_model, tokenizer, write, session):
+    model = small_model((Level(64, lr=0.3),))
+    path = write("a.txt", 20)
+    made = session(model, [path])
+    row = made.run()["documents"][0]
+    assert row["tokens"] < 64 and row["levels"][0]["updates"] == 1
+    assert row["after"]["nats_per_token"] < row["before"]["nats_per_token"]
+    more = session(model, [write("b.txt", 200)])  # goes on from there, with a chunk of its own
+    assert more.run()["levels"][0]["updates"] == -(-(more.notes.tokens) // 64)
 
 
 def test_before_after_and_control_are_scores_of_the_same_tokens(model, tokenizer, write, session, small_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,6 +38,10 @@ def check_stream(learner: Learner, state: Any, batch: int) -> None:
         if len({mark for mark in marks if isinstance(mark, int)}) > 1:
             raise ValueError(f"learned.start holds lengths {marks}: blocks that began their chunk at different places")
         start = tuple(learner.backbone.mark_like(learner.first + n, mark, batch) for n, mark in enumerate(marks))
+    if (
+        type(state.dropped) is type(state.position) is int and -state.position <= state.dropped < 0
+    ):  # after chunks that ended early
+        state = replace(state, dropped=0)
     check_like(state, StreamState(levels, Like((batch, count), (torch.int64,)), hidden, start), "learned")
     if count > learner.chunk_size or (state.position - count) % learner.chunk_size:
         raise ValueError(f"learned.tokens has {count} tokens of an open chunk at position {state.position}, but chunks "

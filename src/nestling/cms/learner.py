@@ -141,8 +141,8 @@ class Learner:
         ahead = None  # what the lower blocks made of the tokens that come next
         while at < ids.shape[1]:
             if state.tokens.shape[1] == size:  # complete at last: here is the target of its last position
-                tail = self._restored(layers, state.start)
-                _, _, state = self._learn(state.hidden, state.tokens, ids[:, at : at + 1], tail, state, outer)
+                tail = self.restored(layers, state.start)
+                _, _, state = self.learn(state.hidden, state.tokens, ids[:, at : at + 1], tail, state, outer)
                 state = replace(state, tokens=ids[:, :0], hidden=None, start=None)
             if ahead is None:
                 if self.context and state.position and state.position % self.context == 0:
@@ -154,7 +154,7 @@ class Learner:
             target = ids[:, at : at + 1] if at < ids.shape[1] else next_tokens
             if count == size and target is not None:
                 moved = replace(state, position=state.position + count)
-                out, layers, state = self._learn(hidden, piece, target, layers, moved, outer, kept)
+                out, layers, state = self.learn(hidden, piece, target, layers, moved, outer, kept)
             else:
                 start = self._marks(layers) if state.start is None else state.start
                 with applied(*self.adapted(state), fixed=outer and self.meta_grad == "none"):
@@ -220,11 +220,12 @@ class Learner:
     def _marks(self, layers: Layers) -> tuple:
         return tuple(self.backbone.mark(layer) for layer in layers[self.first :])
 
-    def _restored(self, layers: Layers, marks: tuple) -> Layers:
+    def restored(self, layers: Layers, marks: tuple) -> Layers:
+        """Cache layers with those of the blocks that learn as they were at their marks."""
         above = layers[self.first :]
         return layers[: self.first] + [self.backbone.restored(x, m) for x, m in zip(above, marks, strict=True)]
 
-    def _learn(
+    def learn(
         self, hidden: Tensor, tokens: Tensor, target: Tensor, layers: Layers, state: StreamState, outer: bool,
         kept: HiddenStates | None = None,
     ) -> tuple[Tensor, Layers, StreamState]:  # fmt: skip
@@ -306,6 +307,8 @@ class Learner:
         level, surprise, due = self.levels[index], state.surprise, None
         if position % level.chunk_size:
             return state
+        if surprise is None and state.count < level.chunk_size:
+            level = level.part(state.count / level.chunk_size)
         count = state.written.new_full(state.written.shape, state.count)
         if surprise is not None:
             count, size = surprise.tokens, squares(sums).sqrt() / surprise.tokens

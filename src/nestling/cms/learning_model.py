@@ -17,6 +17,7 @@ from nestling.cms.apart import read_apart
 from nestling.cms.arguments import check_ids, check_options, scoring
 from nestling.cms.backbones import HiddenStates
 from nestling.cms.cache import LevelsCache, fill
+from nestling.cms.ending import finished
 from nestling.cms.fast_linear import Delta, Factors, FastLinear, applied
 from nestling.cms.learner import Learner
 from nestling.cms.rows import rows_of
@@ -68,17 +69,9 @@ class LearningMixin:
         if not torch.is_inference_mode_enabled():
             return self._read(input_ids, past_key_values, **call)
         with torch.inference_mode(False), torch.no_grad():  # levels need autograd, and what it saved
-            if any(p.is_inference() for p in self.parameters()):
-                raise ValueError(
-                    "the weights were made inside torch.inference_mode: load the model outside it to learn"
-                )
-            call, input_ids, cache = _owned(call), _owned(input_ids), past_key_values
-            held = [place.cache for place in cache.places()] if isinstance(cache, LevelsCache) else [cache]
-            for part in held:
-                for layer in getattr(part, "layers", ()):
-                    vars(layer).update(_owned(vars(layer)))
-                if getattr(part, "levels", None) is not None:
-                    part.levels = part.levels.map(_owned)
+            cache = past_key_values
+            self._own(cache)
+            call, input_ids = _owned(call), _owned(input_ids)
             return self._read(input_ids, cache, **call)
 
     def _read(
@@ -181,6 +174,51 @@ class LearningMixin:
                     f"the cache was made by a model with other levels ({len(theirs)} levels; this one has {len(ours)}: "
                     f"{self.learner.levels}): begin with past_key_values=None"
                 )
+
+    def finish(self, cache: LevelsCache, next_tokens: Tensor | None = None) -> None:
+        """Learn what is left of a text at its end: the open chunk, as a shorter one; reading on is as it was.
+
+        Each level steps by the share of its chunk that was read, so that a token weighs as much as any other, and what
+        is read next opens a chunk. A stream without an open chunk stays as it is.
+
+        Args:
+            next_tokens: [B, 1], what follows, if it is known (an end-of-text token); else the last token is only a
+                target. A single token without a target is not learned yet: its chunk stays open.
+
+        Raises:
+            ValueError: the cache of another model, or tokens that do not fit it.
+        """
+        self.check_streams(cache)
+        if next_tokens is not None:
+            if tuple(next_tokens.shape) != (cache.streams, 1):
+                raise ValueError(f"next_tokens must be [{cache.streams}, 1], one token for each stream of the cache; "
+                                 f"got {tuple(next_tokens.shape)}")  # fmt: skip
+            next_tokens = check_ids(next_tokens, self.config.vocab_size, "next_tokens")
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                self._own(cache)
+                return self.finish(cache, _owned(next_tokens))
+        learner = widened(self.learner)
+        for rows, part in cache.places():
+            if part.levels is not None:
+                part.levels = finished(
+                    learner, part.layers, part.levels, None if next_tokens is None else next_tokens[list(rows)]
+                )
+
+    def _own(self, cache: Any) -> None:
+        """Let a cache that was filled in inference mode go through autograd.
+
+        Raises:
+            ValueError: the weights cannot.
+        """
+        if any(p.is_inference() for p in self.parameters()):
+            raise ValueError("the weights were made inside torch.inference_mode: load the model outside it to learn")
+        held = [place.cache for place in cache.places()] if isinstance(cache, LevelsCache) else [cache]
+        for part in held:
+            for layer in getattr(part, "layers", ()):
+                vars(layer).update(_owned(vars(layer)))
+            if getattr(part, "levels", None) is not None:
+                part.levels = part.levels.map(_owned)
 
     @contextmanager
     def adapted(self, cache: LevelsCache) -> Iterator[None]:

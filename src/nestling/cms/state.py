@@ -56,7 +56,8 @@ class StreamState:
         hidden: [B, n, D], what the blocks below all levels made of them; None where there are none.
         start: the state of the sequence layers at the open chunk's start, one mark for each block (see `backbones`).
         position: tokens read so far, by which boundaries are counted.
-        dropped: tokens that were read too, but that boundaries do not count (`LevelsCache.forget_context`).
+        dropped: tokens that were read too, but that boundaries do not count (`LevelsCache.forget_context`); below 0
+            where chunks ended early and count as whole (`LearningMixin.finish`).
     """
 
     levels: tuple[LevelState | None, ...]

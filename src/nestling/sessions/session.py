@@ -156,6 +156,8 @@ class Session:
                     if isinstance(source, Journal):
                         source.trim(notes.offset)
                 self._show(self)
+            if notes.document == len(self.texts) - 1:
+                self._finish()
             self._close(text, tokens)
             if isinstance(source, Journal):
                 self._save()  # before the journal goes
@@ -197,6 +199,15 @@ class Session:
         notes.memory.add(notes.tokens, resident_bytes())
         opened.seconds += time.monotonic() - began
         return True
+
+    def _finish(self) -> None:
+        """Learn what is left of the last document, in front of the end-of-text token that the next session begins with.
+
+        Nothing is lost if that is never read; reading on opens a chunk.
+        """
+        levels = self.cache.levels.levels
+        self.model.finish(self.cache, torch.tensor([[self.tokenizer.eos_token_id]], device=self._device))
+        self._watch(levels)
 
     def _watch(self, before: tuple | None) -> None:
         """Count what this call changed at every level."""
