@@ -13,7 +13,20 @@ import typer
 from nestling.cli.common import App, friendly
 
 # in the order of the help
-COMMANDS = ("train", "generate", "convert", "learn", "ask", "demo", "eval", "tune", "bench", "inspect", "doctor")
+COMMANDS = (
+    "train",
+    "generate",
+    "convert",
+    "learn",
+    "ask",
+    "chat",
+    "demo",
+    "eval",
+    "tune",
+    "bench",
+    "inspect",
+    "doctor",
+)
 
 app = App(
     name="nestling",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, cache: Any, question:
     """
     if not question.strip():
         raise ValueError("the question is empty")
-    ids = _prompt(tokenizer, question)
+    ids = prompt_ids(tokenizer, [(question, "")])
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
     with model.adapted(cache):
         ends = {"pad_token_id": tokenizer.pad_token_id or 0, "eos_token_id": tokenizer.eos_token_id}
@@ -48,12 +49,17 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, cache: Any, question:
     return Answer(tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True).strip(), sure, plain)
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Ids of a conversation up to the answer that is wanted: turns of what was asked and answered, the last one open.
+
+    As the tokenizer's chat template puts it, else as "Question: ... Answer: ...".
+    """
     if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        said = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in turns]
+        messages = [message for both in said for message in both][:-1]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False).input_ids
-    return encode(tokenizer, f"Question: {question}\nAnswer:")  # type: ignore[arg-type]
+    return encode(tokenizer, "\n".join(f"Question: {q}\nAnswer:{a and ' ' + a}" for q, a in turns))  # type: ignore[arg-type]
 
 
 def _confidence(model: Any, ids: torch.Tensor, start: int) -> float:

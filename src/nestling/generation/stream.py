@@ -88,12 +88,19 @@ class TextGenerator:
         Ends after `max_new_tokens`, at the end-of-text token, or soon after `stop` is set. The state then holds the
         prompt and all that was yielded. ValueError if there is neither a prompt nor a text begun before.
         """
-        sampling = sampling or Sampling()
         ids = encode(self.tokenizer, prompt) if prompt else []
         if not ids:
             if self.state is not None:
                 raise ValueError("the prompt is empty: give at least one character to go on with")
             ids = [self.tokenizer.eos_token_id]  # in training, a text follows the end of another
+        yield from self.continued(ids, max_new_tokens, sampling, stop)
+
+    @torch.no_grad()
+    def continued(
+        self, ids: list[int], max_new_tokens: int, sampling: Sampling | None = None, stop: Event | None = None
+    ) -> Iterator[str]:
+        """`stream` of a prompt of token ids."""
+        sampling = sampling or Sampling()
         waiting: list[int] = []
         for count in range(max_new_tokens + 1):
             logits = self._read(ids)
