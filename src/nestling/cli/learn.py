@@ -130,14 +130,14 @@ def main(
 def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:
     """The first tokens of the held-out text."""
     from nestling.sessions.documents import TokenReader, find_texts
-    from nestling.training.texts import open_text
+    from nestling.sessions.readers import open_document
 
     if not count:
         raise ValueError("--held-out is scored as many tokens as --probe says, which is 0: raise --probe")
     if path.is_dir():
         raise ValueError(f"--held-out takes a file, and {path} is a folder")
     found = find_texts([str(path)])[0]
-    with open_text(path) as file:
+    with open_document(path) as file:
         return TokenReader(tokenizer, file.read, found.name).take(count)
 
 

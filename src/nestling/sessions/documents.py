@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nestling.sessions.readers import IGNORE, not_ignored, open_document
 from nestling.training.texts import check_text, find_files, scan
 from nestling.training.tokenizers import encode, is_bytes
+from nestling.utils.places import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,6 +37,8 @@ class Text:
 def find_texts(names: list[str], pattern: str = "**/*") -> list[Text]:
     """The documents that files, folders and "-" stand for, in their order; each file is read once to know its content.
 
+    Of a folder, files that its .gitignore or .ignore leaves out are passed over.
+
     Raises:
         ValueError: a missing file, one that is no text, the pipe named twice, or nothing to read.
     """
@@ -43,7 +47,13 @@ def find_texts(names: list[str], pattern: str = "**/*") -> list[Text]:
         if name == PIPE:
             texts.append(Text("standard input"))
         else:
-            texts += [Text(found, path, *scan(path)) for found, path in find_files(name, pattern, "--pattern")]
+            files, folder = find_files(name, pattern, "--pattern"), expand(name, "TEXT")
+            chosen = list(not_ignored(folder, files)) if folder.is_dir() else files
+            if not chosen:
+                raise ValueError(
+                    f"every file in {folder} that matches {pattern!r} is left out by {' or '.join(IGNORE)}"
+                )
+            texts += [Text(found, path, *scan(path, open_document)) for found, path in chosen]
     if sum(text.path is None for text in texts) > 1:
         raise ValueError("- is named twice: standard input can be read once")
     texts = [text for text in texts if text.size != 0]

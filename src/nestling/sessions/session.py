@@ -26,10 +26,10 @@ from nestling.sessions import store
 from nestling.sessions.documents import PIECE, PIPE, PIPE_PIECE, Text, TokenReader
 from nestling.sessions.journal import Journal, Stopped
 from nestling.sessions.notes import LevelCount, Notes, Open, measured, same_session
+from nestling.sessions.readers import open_document
 from nestling.sessions.scores import examples, log_probabilities, score
 from nestling.sessions.series import Series
 from nestling.sessions.settings import Settings, check_model, choose_context
-from nestling.training.texts import open_text
 from nestling.utils.locks import sole_writer
 from nestling.utils.memory_use import resident_bytes
 
@@ -139,7 +139,7 @@ class Session:
             source: Any
             source, piece = Journal(path, notes.session, self._pipe, notes.offset, stop), PIPE_PIECE
         else:
-            source, piece = open_text(text.path), PIECE
+            source, piece = open_document(text.path), PIECE
             source.seek(notes.offset, os.SEEK_CUR)
         try:
             tokens = TokenReader(self.tokenizer, source.read, text.name, notes.offset, notes.skip, piece)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,14 +52,17 @@ def find_files(name: str, pattern: str, option: str) -> list[tuple[str, Path]]:
     raise ValueError(f"no file or folder {name!r}{did_you_mean(path)}")
 
 
-def scan(path: Path) -> tuple[int, str]:
+def scan(path: Path, opened: Callable[[Path], BinaryIO] | None = None) -> tuple[int, str]:
     """(bytes, digest) of a file that is UTF-8 text without NUL; a byte order mark does not count.
+
+    Args:
+        opened: gives the text of a file; None: `open_text`.
 
     Raises:
         ValueError: it is no text, or cannot be read.
     """
     digest, size, decoder = hashlib.blake2b(digest_size=8), 0, codecs.getincrementaldecoder("utf-8")()
-    with open_text(path) as file:
+    with (opened or open_text)(path) as file:
         while block := file.read(BLOCK):
             check_text(block, decoder, size, str(path))
             digest.update(block)
