@@ -58,8 +58,9 @@ def an_epub():
     parts = {
         "META-INF/container.xml": '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
         '<rootfile full-path="OPS/book.opf"/></rootfiles></container>',
-        "OPS/book.opf": '<package xmlns="http://www.idpf.org/2007/opf"><manifest>'
-        '<item id="a" href="a.xhtml"/><item id="b" href="text/b.xhtml"/></manifest><spine><itemref idref="b"/><itemref idref="a"/></spine></package>',
+        "OPS/book.opf": '<package xmlns="http://www.idpf.org/2007/opf">'
+        '<manifest><item id="a" href="a.xhtml"/><item id="b" href="text/b.xhtml"/></manifest>'
+        '<spine><itemref idref="b"/><itemref idref="a"/></spine></package>',
         "OPS/a.xhtml": "<p>the end</p>",
         "OPS/text/b.xhtml": "<p>the beginning</p>",
     }
