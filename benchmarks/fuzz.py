@@ -1,7 +1,8 @@
 """`make fuzz`: damaged states and models, odd levels, arguments and texts: each is taken or refused in a line, in time.
 
 A fault is an error other than those a caller is promised (ValueError, TypeError, OSError), a run over the time limit, a
-file left half-written, or an original that changed. Input N of a kind is a pure function of the seed: `--only KIND:N`
+file left half-written, or an original that changed. The limit is of processor time, so that a busy machine finds no
+faults; what waits without working ends by the clock. Input N of a kind is a pure function of the seed: `--only KIND:N`
 replays it, with its traceback.
 """
 
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,13 +28,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-LIMIT = 20  # seconds an input may take
+from benchmarks.damage import ODD, changed, mutated, odd_json, plain
+
+LIMIT = 20  # processor seconds an input may take; a process also begins within them
+WAIT = 30 * LIMIT  # seconds by the clock, for what waits and does not work
 PROMISED = (ValueError, TypeError, OSError)
-ODD = [
-    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**70), 1e308, -1e-300, float("nan"), float("inf"), "", "x", "é\0",
-    "\ud800",
-    "0", "nan", "inf", [], [[]], [1], {}, {"a": 1}, "selfmod", "../..", "a" * 5000,
-]  # fmt: skip
 
 
 class Hung(BaseException):
@@ -204,9 +204,13 @@ class Fuzz:
         ])  # fmt: skip
         given = [word.encode("utf-8", "surrogateescape" if word.isascii() else "replace").decode() for word in given]
         try:
-            ended = subprocess.run([script, *given], capture_output=True, timeout=LIMIT * 8, stdin=subprocess.DEVNULL)
+            ended = subprocess.run(
+                [script, *given], capture_output=True, timeout=WAIT, stdin=subprocess.DEVNULL, preexec_fn=_limited
+            )
         except subprocess.TimeoutExpired:
             raise Hung from None
+        if ended.returncode == -signal.SIGXCPU:
+            raise Hung
         said = ended.stdout + ended.stderr
         if ended.returncode not in (0, 1, 2) or b"Traceback" in said or b"fault of nestling" in said:
             raise RuntimeError(f"{given}: {ended.returncode} {said[-300:].decode(errors='replace')}")
@@ -246,7 +250,8 @@ class Fuzz:
         for name in self.models:
             shutil.copytree(self.originals / name, self.work / name)
         os.chdir(self.work)
-        signal.setitimer(signal.ITIMER_REAL, LIMIT * (10 if kind == "process" else 1))
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
+        signal.setitimer(signal.ITIMER_REAL, 2 * WAIT)
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 getattr(self, kind)(random.Random(f"{seed}:{kind}:{number}"))
@@ -254,76 +259,14 @@ class Fuzz:
         except PROMISED:
             verdict = "refused"
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+                signal.setitimer(timer, 0)
         left = [p for p in self.work.rglob("*") if ".tmp" in p.suffixes or p.suffix == ".lock"]
         return f"left behind: {left[0].name}" if left else verdict
 
 
 # shares of 10,000
 KINDS = {"state": 3900, "model": 1000, "levels": 2480, "arguments": 1000, "text": 1500, "parse": 110, "process": 10}
-
-
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Some bytes changed, cut off, put in or doubled."""
-    data = bytearray(content)
-    for _ in range(draw.choice([1, 1, 2, 5, 20])):
-        at = draw.randrange(len(data) + 1)
-        how = draw.randrange(4)
-        if how == 0 and at < len(data):
-            data[at] = draw.randrange(256)
-        elif how == 1:
-            del data[at : at + draw.choice([1, 8, 1000, 10**9])]
-        elif how == 2:
-            data[at:at] = draw.randbytes(draw.choice([1, 8, 100]))
-        else:
-            data[at:at] = data[at : at + 64]
-    return bytes(data)
-
-
-def changed(tensors: dict[str, Any], draw: random.Random) -> None:
-    """One tensor gone, or of another shape, type or content."""
-    import torch
-
-    if not tensors:
-        return
-    name = draw.choice(sorted(tensors))
-    old = tensors[name]
-    new = [
-        lambda: old[..., :0], lambda: old.flatten(), lambda: old.double(), lambda: old.to(torch.int64),
-        lambda: old * torch.nan, lambda: torch.zeros(3), lambda: old.bool(), lambda: old.unsqueeze(0),
-    ]  # fmt: skip
-    if draw.random() < 0.15:
-        del tensors[name]
-    else:
-        tensors[name] = draw.choice(new)().contiguous().clone()
-
-
-def odd_json(text: str, draw: random.Random) -> str:
-    """The JSON with one value somewhere replaced, removed or added."""
-    value = json.loads(text)
-    inner, places = value, []
-    for _ in range(8):
-        keys = list(inner) if isinstance(inner, dict) else list(range(len(inner))) if isinstance(inner, list) else []
-        if not keys:
-            break
-        key = draw.choice(keys)
-        places.append((inner, key))
-        inner = inner[key]
-    if not places:
-        return json.dumps(draw.choice(ODD))
-    where, key = draw.choice(places)
-    if draw.random() < 0.2:
-        del where[key]
-    else:
-        where[key] = draw.choice(ODD)
-    return json.dumps(value)
-
-
-def plain(draw: random.Random) -> str:
-    """An odd value as a word of a command line."""
-    value = draw.choice(ODD)
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("\0", "")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -336,7 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the summary, as JSON")
     given = parser.parse_args(arguments)
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    signal.signal(signal.SIGALRM, _hang)
+    for signum in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(signum, _hang)
     kind, _, number = (given.only or "").partition(":")
     root, here, began = Path(tempfile.mkdtemp(prefix="nestling-fuzz-")), Path.cwd(), time.monotonic()
     os.environ["NESTLING_CACHE"] = str(root / "cache")
@@ -370,7 +314,7 @@ def _judged(run: Callable, kind: str, number: int, seed: int, faults: list[dict]
     try:
         verdict = run(kind, number, seed)
     except Hung:
-        verdict, place = "hung", f"over {LIMIT} s"
+        verdict, place = "hung", f"over {LIMIT} processor seconds, or {WAIT} s by the clock"
     except Exception as error:
         if whole:
             traceback.print_exc()
@@ -390,6 +334,10 @@ def _judged(run: Callable, kind: str, number: int, seed: int, faults: list[dict]
 
 def _hang(*_: Any) -> None:
     raise Hung
+
+
+def _limited() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 5))
 
 
 if __name__ == "__main__":
