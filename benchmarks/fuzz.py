@@ -275,7 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10_000, help="inputs of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="KIND, or KIND:N to replay one input")
-    parser.add_argument("--minutes", type=float, default=60.0, help="no further input is begun after so long")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="begin no further input then; the same --out goes on"
+    )
     parser.add_argument("--out", type=Path, help="the summary, as JSON")
     given = parser.parse_args(arguments)
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -284,22 +286,22 @@ def main(arguments: list[str] | None = None) -> int:
     kind, _, number = (given.only or "").partition(":")
     root, here, began = Path(tempfile.mkdtemp(prefix="nestling-fuzz-")), Path.cwd(), time.monotonic()
     os.environ["NESTLING_CACHE"] = str(root / "cache")
-    summary: dict[str, Any] = {"seed": given.seed, "kinds": {}, "faults": []}
+    summary = _begun(given.out, given.seed)
+    kinds, faults = summary["kinds"], summary["faults"]
     try:
         fuzz = Fuzz(root)
         for name, share in KINDS.items() if not kind else [(kind, KINDS[kind])]:
-            numbers = [int(number)] if number else range(round(given.count * share / 10_000))
-            counts, since = collections.Counter(), time.monotonic()
+            counts, since = collections.Counter(kinds.get(name, {})), time.monotonic()
+            numbers = [int(number)] if number else range(_inputs(counts), round(given.count * share / 10_000))
             for n in numbers:
                 if time.monotonic() - began > 60 * given.minutes:
                     break
-                verdict = _judged(fuzz.run, name, n, given.seed, summary["faults"], bool(number))
-                counts[verdict] += 1
-            summary["kinds"][name] = {**dict(sorted(counts.items())), "seconds": round(time.monotonic() - since)}
-            sys.stderr.write(f"{name}: {dict(counts)}\n")
-        summary["originals_untouched"] = fuzz._digest() == fuzz.digest
-        summary["inputs"] = sum(n for c in summary["kinds"].values() for what, n in c.items() if what != "seconds")
-        summary["seconds"] = round(time.monotonic() - began)
+                counts[_judged(fuzz.run, name, n, given.seed, faults, bool(number))] += 1
+            counts["seconds"] += round(time.monotonic() - since)
+            kinds[name] = dict(sorted(counts.items()))
+            sys.stderr.write(f"{name}: {kinds[name]}\n")
+        summary["originals_untouched"] &= fuzz._digest() == fuzz.digest
+        summary["inputs"] = sum(map(_inputs, kinds.values()))
     finally:
         os.chdir(here)
         shutil.rmtree(root, ignore_errors=True)
@@ -308,6 +310,17 @@ def main(arguments: list[str] | None = None) -> int:
         given.out.write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
     return len(summary["faults"]) + (not summary["originals_untouched"])
+
+
+def _begun(out: Path | None, seed: int) -> dict[str, Any]:
+    """The summary of what was run before with this seed: a run that its minutes ended goes on there."""
+    if out is not None and out.exists() and (before := json.loads(out.read_text()))["seed"] == seed:
+        return before
+    return {"seed": seed, "kinds": {}, "faults": [], "originals_untouched": True}
+
+
+def _inputs(counts: dict[str, int]) -> int:
+    return sum(n for what, n in counts.items() if what != "seconds")
 
 
 def _judged(run: Callable, kind: str, number: int, seed: int, faults: list[dict], whole: bool) -> str:
