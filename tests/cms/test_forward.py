@@ -109,11 +109,18 @@ def past_key_values(model, ids):
 
 def inputs_embeds(model, ids):
     embeds = model.get_input_embeddings()(ids)
-    if model.reads:
-        refused(model, None, "input_ids", inputs_embeds=embeds)
-    else:
-        same(model(inputs_embeds=embeds).logits, model(ids).logits)
+    same(model(inputs_embeds=embeds).logits, model(ids).logits)
+    first = model(inputs_embeds=embeds[:, :11], use_cache=True)
+    same(model(inputs_embeds=embeds[:, 11:], past_key_values=first.past_key_values).logits, model(ids).logits[:, 11:])
     refused(model, ids, "input", inputs_embeds=embeds)
+    other, mask = embeds.detach().clone(), torch.ones_like(ids)
+    other[1, 2] += 1e-3
+    if model.reads:
+        refused(model, None, "no token's embedding in row 1, column 2", inputs_embeds=other)
+        refused(model, None, "inputs_embeds must be", inputs_embeds=other[..., 1:])
+        mask[1, 2] = 0  # padding is not read
+        want = model(ids, attention_mask=mask).logits
+        same(model(inputs_embeds=other, attention_mask=mask).logits, want)
 
 
 def labels(model, ids):

@@ -89,3 +89,15 @@ def test_memory_grows_by_the_states_between_pieces_only(make, ids):
     whole, pieces = ([kept_bytes(model, x, on) for x in (ids, long)] for on in (False, True))
     assert pieces[1] < whole[1] / 3
     assert pieces[1] - pieces[0] < (whole[1] - whole[0]) / 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_reaches_given_embeddings(make, checkpointing):
+    model = stack_levels(make(num_hidden_layers=2, tie_word_embeddings=False), LEVELS).train()
+    (model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable)()
+    ids = torch.randint(31, (2, 22), generator=torch.Generator().manual_seed(0))
+    table = model.get_input_embeddings().weight
+    (want,) = torch.autograd.grad(model(ids, labels=ids).loss, table)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    (got,) = torch.autograd.grad(model(inputs_embeds=embeds, labels=ids).loss, embeds)
+    torch.testing.assert_close(torch.zeros_like(table).index_add(0, ids.flatten(), got.flatten(0, 1)), want)

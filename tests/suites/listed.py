@@ -18,18 +18,10 @@ class Listed(NamedTuple):
     reason: str
 
 
-TOKENS = Listed("reads input_ids, not inputs_embeds", "a level learns by predicting tokens: it needs their ids")
+NO_TOKENS = Listed("is no token's embedding", "a level learns by predicting tokens: other inputs tell it nothing")
 MAPS = Listed("output_attentions is not kept while levels learn", "a chunk at a time sees other weights and lengths")
 NO_MAPS = Listed("attn_implementation='eager'", "maps that SDPA does not keep are refused, not left out with a warning")
-EMBEDDINGS = {"test_inputs_embeds": TOKENS}
-if has_generation():
-    EMBEDDINGS |= {
-        f"test_generate_{name}": TOKENS
-        for name in (
-            "continue_from_inputs_embeds", "from_inputs_embeds_0_greedy", "from_inputs_embeds_1_beam_search",
-            "from_random_inputs_embeds",
-        )
-    }  # fmt: skip
+EMBEDDINGS = {"test_generate_from_random_inputs_embeds": NO_TOKENS} if has_generation() else {}
 RECOMPUTED = Listed(
     "0 not greater than 1",
     "while levels learn whole pieces are computed again: the library's own drops caches",

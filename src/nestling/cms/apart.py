@@ -47,6 +47,7 @@ def read_apart(
     next_tokens: Tensor | None = None,
     recompute: bool = False,
     kept: HiddenStates | None = None,
+    embeds: Tensor | None = None,
 ) -> Tensor:
     """Read the next tokens of streams wherever each stands, and let the cache hold them as they are afterwards.
 
@@ -88,8 +89,9 @@ def read_apart(
             wanted = int((columns >= first).sum(1).max())
             parts: HiddenStates | None = None if kept is None else [[] for _ in kept]
             logits, group.cache.layers, group.cache.levels = learner.read(
-                ids[where, columns], group.cache.layers, state, keep and max(wanted, 1), target, recompute, parts
-            )
+                ids[where, columns], group.cache.layers, state, keep and max(wanted, 1), target, recompute, parts,
+                None if embeds is None else embeds[where, columns],
+            )  # fmt: skip
             for own, part in zip(hidden, parts or ()):
                 own.append((where * tokens + columns, torch.cat(part, 1)))
             if wanted:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestling.cms.rows import PACKING
 from nestling.utils.transforms import is_transformed
@@ -65,6 +65,35 @@ def check_ids(ids: Tensor, vocab_size: int, name: str = "input_ids", ignore: int
     else:
         torch._assert_async(~wrong.any(), f"{name} has an id outside the vocabulary of {vocab_size} tokens")
     return ids
+
+
+@torch.no_grad()
+def ids_of(embeds: Tensor, table: nn.Module, vocab_size: int) -> Tensor:
+    """The tokens [B, T] whose embeddings these are bit for bit, [B, T, D]; -1 where one is no token's."""
+    rows = table(torch.arange(vocab_size, device=embeds.device))
+    if embeds.dim() != 3 or embeds.shape[-1] != rows.shape[-1] or embeds.dtype != rows.dtype:
+        raise ValueError(f"inputs_embeds must be {rows.dtype} [B, T, {rows.shape[-1]}]; "
+                         f"got {embeds.dtype} {tuple(embeds.shape)}")  # fmt: skip
+    keys, order = _digests(rows).sort()
+    ids = order[torch.searchsorted(keys, _digests(embeds)).clamp(max=vocab_size - 1)]
+    return torch.where((rows[ids] == embeds).all(-1), ids, -1)
+
+
+def _digests(rows: Tensor) -> Tensor:
+    """A whole number for each row [..., D]: the sum of its bits by odd factors, in wrapping arithmetic, so exact."""
+    bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.dtype.itemsize])
+    factors = torch.arange(1, 2 * rows.shape[-1], 2, device=rows.device) * -0x61C8864680B583EB
+    return sum((part.long() * of).sum(-1) for part, of in zip(bits.split(64, -1), factors.split(64)))
+
+
+def check_found(ids: Tensor, real: Tensor | None) -> Tensor:
+    """The ids that `ids_of` found, 0 at padding; raises where a real one was not found."""
+    missing = (ids < 0) if real is None else (ids < 0) & real
+    if bool(missing.any()):
+        row, column = missing.nonzero()[0].tolist()
+        raise ValueError(f"inputs_embeds is no token's embedding in row {row}, column {column}: a level learns by "
+                         "predicting tokens (set model.learning = False for other inputs)")  # fmt: skip
+    return ids.clamp(min=0)
 
 
 def scoring(

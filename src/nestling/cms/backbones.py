@@ -34,9 +34,10 @@ class Backbone(ABC):
         """Number of decoder blocks."""
         return len(self.model.model.layers)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> hidden [B, T, D]."""
-        return self.model.model.embed_tokens(ids)
+    def embed(self, ids: Tensor, given: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> hidden [B, T, D]: what was given in place of their embeddings, if anything."""
+        table = self.model.model.embed_tokens
+        return table(ids) if given is None else given.to(table.weight.dtype)
 
     def head(self, hidden: Tensor, kept: HiddenStates | None = None) -> Tensor:
         """hidden [B, T, D] -> logits [B, T, V]; `kept` gets the normed hidden state."""

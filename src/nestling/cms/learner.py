@@ -96,6 +96,7 @@ class Learner:
         next_tokens: Tensor | None = None,
         recompute: bool = False,
         kept: HiddenStates | None = None,
+        embeds: Tensor | None = None,
     ) -> tuple[Tensor, Layers, StreamState]:
         """Read the next T tokens.
 
@@ -106,19 +107,21 @@ class Learner:
                 again in the backward pass (decision D9).
             kept: gets the hidden states of each token as it was read, a list for each block and one for the last norm;
                 nothing is recomputed then.
+            embeds: [B, T, D], the embeddings of `ids` where a caller has them.
 
         Returns:
             Logits [B, T or keep, V], the cache layers and the state after the tokens.
         """
         state = self.start(ids) if state is None else state
         if kept is not None or not (recompute and torch.is_grad_enabled()):
-            return self._read(ids, layers, state, keep, next_tokens, kept)
+            return self._read(ids, layers, state, keep, next_tokens, kept, embeds)
         logits, at = [], 0
         parameters = [p for p in self.backbone.model.parameters() if p.requires_grad]
         while at < ids.shape[1]:
             stop = at + self._piece(state.position)
             target = ids[:, stop : stop + 1] if stop < ids.shape[1] else next_tokens
-            values = (ids[:, at:stop], [vars(layer) for layer in layers], state, target)
+            own = None if embeds is None else embeds[:, at:stop]
+            values = (ids[:, at:stop], [vars(layer) for layer in layers], state, target, own)
             out, kept, state = recomputed(functools.partial(self._again, layers), values, parameters)
             layers = [filled(layer, mine) for layer, mine in zip(layers, kept, strict=True)]
             logits.append(out)
@@ -127,14 +130,14 @@ class Learner:
 
     def _again(self, like: Layers, values: tuple) -> tuple:
         """`_read` from values to values; `like` are cache layers of the right kinds."""
-        ids, kept, state, next_tokens = values
+        ids, kept, state, next_tokens, embeds = values
         layers = [filled(layer, mine) for layer, mine in zip(like, kept, strict=True)]
-        logits, layers, state = self._read(ids, layers, state, 0, next_tokens)
+        logits, layers, state = self._read(ids, layers, state, 0, next_tokens, None, embeds)
         return logits, [vars(layer) for layer in layers], state
 
     def _read(
         self, ids: Tensor, layers: Layers, state: StreamState, keep: int, next_tokens: Tensor | None,
-        kept: HiddenStates | None = None,
+        kept: HiddenStates | None = None, embeds: Tensor | None = None,
     ) -> tuple[Tensor, Layers, StreamState]:  # fmt: skip
         layers = [copy.copy(layer) for layer in layers]
         size, outer, at, logits = self.chunk_size, torch.is_grad_enabled(), 0, []
@@ -147,7 +150,9 @@ class Learner:
             if ahead is None:
                 if self.context and state.position and state.position % self.context == 0:
                     layers = [self.backbone.restored(layer, None) for layer in layers]
-                ahead = self._below(ids[:, at : at + self._piece(state.position)], layers, kept)
+                below = slice(at, at + self._piece(state.position))
+                own = None if embeds is None else embeds[:, below]
+                ahead = self._below(self.backbone.embed(ids[:, below], own), layers, kept)
             count = min(size - state.tokens.shape[1], ahead.shape[1])
             piece, hidden = ids[:, at : at + count], ahead[:, :count]
             ahead, at = (ahead[:, count:] if ahead.shape[1] > count else None), at + count
@@ -192,9 +197,8 @@ class Learner:
         piece = max(1, PIECE // self.chunk_size) * self.chunk_size - position % self.chunk_size
         return min(piece, self.context - position % self.context) if self.context else piece
 
-    def _below(self, ids: Tensor, layers: Layers, kept: HiddenStates | None) -> Tensor:
-        hidden = first = self.backbone.embed(ids)
-        hidden = self.backbone.run(hidden, layers, 0, self.first, kept)
+    def _below(self, first: Tensor, layers: Layers, kept: HiddenStates | None) -> Tensor:
+        hidden = self.backbone.run(first, layers, 0, self.first, kept)
         if kept is not None:
             kept[0].append(first)
             if self.first:

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestling.cms.apart import read_apart
-from nestling.cms.arguments import check_ids, check_options, scoring
+from nestling.cms.arguments import check_found, check_ids, check_options, ids_of, scoring
 from nestling.cms.backbones import HiddenStates
 from nestling.cms.cache import LevelsCache, fill
 from nestling.cms.ending import finished
@@ -59,11 +59,12 @@ class LearningMixin:
 
         Args:
             attention_mask, position_ids, cu_seq_lens_q, seq_idx: padding, and where texts begin (`nestling.cms.rows`).
+            inputs_embeds: [B, T, D] in place of input_ids: the embeddings of tokens, which are found by them.
             next_tokens: [B, 1], those that follow, if they are known: a chunk that ends here is then learned at once,
                 and not read again with the next call, which must begin with them.
 
         Raises:
-            ValueError: inputs that are not token ids (a level learns from the tokens it reads), or do not fit.
+            ValueError: inputs that are not tokens (a level learns from the tokens it reads), or do not fit.
             TypeError: an argument that no model has.
         """
         if not torch.is_inference_mode_enabled():
@@ -88,14 +89,18 @@ class LearningMixin:
         next_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        if inputs_embeds is not None or input_ids is None:
-            raise ValueError("a model with levels reads input_ids, not inputs_embeds: it learns from the tokens")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         check_options(self.config, kwargs)
+        if input_ids is None:
+            input_ids = ids_of(inputs_embeds, self.get_input_embeddings(), self.config.vocab_size)
         self._check_read(input_ids, past_key_values)
         (batch, tokens), vocab = input_ids.shape, self.config.vocab_size
         cache = self._cache_for(past_key_values)
         read = None if position_ids is None else cache.tokens_read(batch)
         rows = rows_of((batch, tokens), attention_mask, position_ids, kwargs, cache.get_seq_length(), read)
+        if inputs_embeds is not None:
+            input_ids = check_found(input_ids, None if rows is None else rows.real)
         input_ids, scored = check_ids(input_ids, vocab), scoring(labels, kwargs, (batch, tokens), vocab)
         if next_tokens is not None:
             if tuple(next_tokens.shape) != (batch, 1):
@@ -109,7 +114,7 @@ class LearningMixin:
         count = learner.backbone.blocks + 1
         chosen = _chosen(kwargs.get("output_hidden_states", self.config.output_hidden_states), count)
         kept: HiddenStates | None = [[] for _ in range(count)] if chosen else None
-        how = (keep, next_tokens, asked and self.training, kept)
+        how = (keep, next_tokens, asked and self.training, kept, inputs_embeds)
         if rows is None and not cache.parts:
             logits, cache.layers, cache.levels = learner.read(input_ids, cache.layers, cache.levels, *how)
         else:

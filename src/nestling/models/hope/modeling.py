@@ -259,7 +259,7 @@ class HopeForCausalLM(LearningMixin, HopePreTrainedModel, GenerationMixin):
         """
         check_names(kwargs)
         if self.reads:
-            self._check_call(input_ids, past_key_values)
+            self._check_call(inputs_embeds if input_ids is None else input_ids, past_key_values)
             return self.read(
                 input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep,
