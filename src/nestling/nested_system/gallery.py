@@ -128,7 +128,7 @@ def _hope_with_m3() -> NestedSystem:
     from nestling.optim import M3
 
     model = _hope(cms_levels=[{"chunk_size": None}, {"chunk_size": 32_768}])
-    return levels(model, M3(model.parameters(), lr=3e-4, periods=(1, 16)), tokens_per_step=4096)
+    return levels(model, M3(model, lr=3e-4, periods=(1, 16)), tokens_per_step=4096)
 
 
 def _hope_deployed() -> NestedSystem:
