@@ -10,14 +10,16 @@ from nestling import Level, stack_levels
 from nestling.cms import merge
 
 LEVELS = {"cms_levels": [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": None}], "context_length": 32}
-KINDS = ["selfmod", "deltanet", "attention", "hybrid of heads", "levels", "selfmod with levels", "stacked"]
+KINDS = ["selfmod", "deltanet", "attention", "hybrid of heads", "levels", "selfmod with levels", "stacked",
+         "stacked, of rank", "stacked, relative"]  # fmt: skip
 
 
 def make(kind, make_model):
-    if kind == "stacked":
+    if kind.startswith("stacked"):
+        kept = {"stacked, of rank": dict(rank=2), "stacked, relative": dict(rank=2, optimizer="spectral")}.get(kind, {})
         config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                              num_attention_heads=2)  # fmt: skip
-        return stack_levels(LlamaForCausalLM(config).eval(), [Level(4, lr=0.5), Level(8, lr=0.2)])
+        return stack_levels(LlamaForCausalLM(config).eval(), [Level(4, lr=0.5, **kept), Level(8, lr=0.2, **kept)])
     mixer = {"levels": "attention", "selfmod with levels": "selfmod"}.get(kind, kind)
     return make_model(mixer, **(LEVELS if "levels" in kind else {})).float()
 

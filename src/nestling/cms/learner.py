@@ -18,7 +18,7 @@ from itertools import islice
 from threading import Lock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,6 +29,7 @@ from nestling.cms.recompute import filled, recomputed
 from nestling.cms.state import LevelState, StreamState, begin_level, waits
 from nestling.cms.surprise import is_due
 from nestling.schedule import Level
+from nestling.utils.offload import brought
 
 VARIANTS = ("sequential", "nested", "independent")
 META_GRADS = ("full", "first_order", "none")
@@ -334,8 +335,11 @@ class Learner:
 
     def _sizes(self, index: int) -> list[Tensor]:
         """Of the weights of a level's layers, for rules whose step is relative to them."""
-        relative = self.levels[index].optimizer == "spectral"
-        return [known_size(m.weight) for m in self.modules[index]] if relative else []
+        if self.levels[index].optimizer != "spectral":
+            return []
+        modules = self.modules[index]
+        with brought(nn.ModuleList(modules)):
+            return [known_size(m.weight) for m in modules]
 
     def _nest(self, states: list[LevelState], position: int) -> list[LevelState]:
         """With the nested variant, levels faster than one that was just updated go back to their initial state."""
