@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     kind, _, number = (given.only or "").partition(":")
     root, here, began = Path(tempfile.mkdtemp(prefix="nestling-fuzz-")), Path.cwd(), time.monotonic()
     os.environ["NESTLING_CACHE"] = str(root / "cache")
-    summary = _begun(given.out, given.seed)
+    summary = _begun(None if number else given.out, given.seed)
     kinds, faults = summary["kinds"], summary["faults"]
     try:
         fuzz = Fuzz(root)
@@ -308,8 +308,15 @@ def main(arguments: list[str] | None = None) -> int:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
+    print(json.dumps(summary["faults"], indent=1), table(summary), sep="\n")
     return len(summary["faults"]) + (not summary["originals_untouched"])
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The counts of a summary in Markdown."""
+    rows = [f"| {kind} | {_inputs(of)} | {of.get('taken', 0)} | {of.get('refused', 0)} | {of.get('fault', 0)} |"
+            for kind, of in summary["kinds"].items()]  # fmt: skip
+    return "\n".join(["| kind | inputs | taken | refused | faults |", "| --- |" + " ---: |" * 4, *rows])
 
 
 def _begun(out: Path | None, seed: int) -> dict[str, Any]:
