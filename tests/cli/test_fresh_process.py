@@ -68,3 +68,15 @@ def test_the_installed_script_goes_on_from_a_run(tmp_path):
     run(
         tmp_path, *train, "--tokenizer", tmp_path / "run" / "latest", "--set", "hidden_size=16", "--out", tmp_path / "f"
     )
+
+
+@SLOW
+def test_a_run_that_a_fresh_process_goes_on_with_ends_bit_for_bit_the_same(tmp_path):
+    for name, *stops in (("whole", 5), ("cut", 2, 5)):
+        (tmp_path / name).mkdir()
+        for n, stop in enumerate(stops):
+            run(tmp_path, sys.executable, Path(__file__).with_name("go_on.py"), tmp_path / name, stop, *["resume"][:n])
+    whole, cut = (torch.load(tmp_path / name / "5.pt") for name in ("whole", "cut"))
+    assert len(whole) == 6
+    for run_, weights in whole.items():
+        assert all(torch.equal(weights[name], cut[run_][name]) for name in weights), run_
