@@ -260,7 +260,6 @@ REFUSED = [
     (dict(lables=1), TypeError, "did you mean labels"),
     (dict(attention_msk=1), TypeError, "did you mean attention_mask"),
     (dict(output_hidden_states=[9]), ValueError, "output_hidden_states"),
-    (dict(output_attentions=True), ValueError, "output_attentions"),
     (dict(inputs_embeds=torch.zeros(2, 41, 16)), ValueError, "input"),
     (dict(position_ids=(POSITIONS + POSITIONS // 20)[None]), ValueError, "position_ids"),
     (dict(position_ids=POSITIONS[None] + 3), ValueError, "position_ids"),

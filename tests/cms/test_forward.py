@@ -206,10 +206,32 @@ def output_hidden_states(model, ids):
 
 
 def output_attentions(model, ids):
-    refused(model, ids, "output_attentions", output_attentions=True)
-    if not model.reads and not isinstance(model, HopeForCausalLM):
-        model.set_attn_implementation("eager")
-        assert model(ids, output_attentions=True).attentions[0].shape[-1] == 21
+    if isinstance(model, HopeForCausalLM):
+        return refused(model, ids, "output_attentions", output_attentions=True)
+    got = model(ids, output_attentions=True, output_hidden_states=True)
+    same(got.logits, model(ids).logits)  # the one kernel and the other
+    assert [m.shape for m in got.attentions] == [(2, 2, 21, 21)] * 2 and len(got.hidden_states) == 3
+    for m in got.attentions:
+        same(m.sum(-1), torch.ones_like(m[..., 0]))
+        assert not m.triu(1).any()
+    first = model(ids[:, :10], use_cache=True, output_attentions=True)
+    rest = model(ids[:, 10:], past_key_values=first.past_key_values, output_attentions=True)
+    for whole, one, two in zip(got.attentions, first.attentions, rest.attentions):
+        same(whole[:, :, :10, :10], one)
+        same(whole[:, :, 10:], two)
+    reads, model.learning = model.reads, False
+    plain = model(ids, output_attentions=True).attentions
+    if reads:  # the first block of a level sees what earlier chunks changed
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        model.learning = True
+        refused(model, ids, "output_attentions is of rows", attention_mask=mask, output_attentions=True)
+        model.learning = False
+    same(got.attentions[0][:, :, :4], plain[0][:, :, :4])
+    model.set_attn_implementation("eager")
+    for m, want in zip(plain, model(ids, output_attentions=True).attentions):
+        same(m, want)
+    model.learning = True
 
 
 def return_dict(model, ids):

@@ -181,7 +181,7 @@ def test_save_and_load(ids, tmp_path):
     [
         (lambda m, ids: m(ids, attention_mask=ids * 0 + 2), "attention_mask holds 2"),
         (lambda m, ids: m(ids + 31), "vocabulary"),
-        (lambda m, ids: m(inputs_embeds=torch.ones(1, 2, 16)), "no token's embedding"),
+        (lambda m, ids: m(inputs_embeds=torch.ones(1, 2, 16, dtype=torch.float64)), "no token's embedding"),
         (lambda m, ids: m(ids[:1], past_key_values=read(m, ids)[1]), "holds 2 streams"),
         (lambda m, ids: m(ids, past_key_values=read(hope(LEVELS[1:]), ids)[1]), "other levels"),
         (lambda m, ids: hope(cms_meta_grad="some"), "cms_meta_grad"),

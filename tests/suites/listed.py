@@ -19,8 +19,6 @@ class Listed(NamedTuple):
 
 
 NO_TOKENS = Listed("is no token's embedding", "a level learns by predicting tokens: other inputs tell it nothing")
-MAPS = Listed("output_attentions is not kept while levels learn", "a chunk at a time sees other weights and lengths")
-NO_MAPS = Listed("attn_implementation='eager'", "maps that SDPA does not keep are refused, not left out with a warning")
 EMBEDDINGS = {"test_generate_from_random_inputs_embeds": NO_TOKENS} if has_generation() else {}
 RECOMPUTED = Listed(
     "0 not greater than 1",

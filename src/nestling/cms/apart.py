@@ -87,7 +87,7 @@ def read_apart(
             else:
                 target = next_tokens[where[:, 0]] if known[0] else None
             wanted = int((columns >= first).sum(1).max())
-            parts: HiddenStates | None = None if kept is None else [[] for _ in kept]
+            parts = None if kept is None else HiddenStates(len(kept) - 1)
             logits, group.cache.layers, group.cache.levels = learner.read(
                 ids[where, columns], group.cache.layers, state, keep and max(wanted, 1), target, recompute, parts,
                 None if embeds is None else embeds[where, columns],

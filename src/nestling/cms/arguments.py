@@ -34,13 +34,13 @@ def check_names(kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"the model has no argument {name!r}")
 
 
-def check_options(config: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise for what a call asks and reading with levels does not give."""
+def check_options(config: Any, kwargs: Mapping[str, Any], has_maps: bool) -> bool:
+    """Whether a call asks for attention maps; raises for what it asks and reading with levels does not give."""
     check_names(kwargs)
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
-        raise ValueError(
-            "output_attentions is not kept while levels learn: set model.learning = False for it, or leave it out"
-        )
+    asked = bool(kwargs.get("output_attentions", getattr(config, "output_attentions", False)))
+    if asked and not has_maps:
+        raise ValueError("output_attentions is not available: the sequence layers keep no attention maps")
+    return asked
 
 
 def check_ids(ids: Tensor, vocab_size: int, name: str = "input_ids", ignore: int | None = None) -> Tensor:

@@ -16,15 +16,37 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
+from nestling.cms.attention_maps import keeping, keeping_block
 from nestling.utils.likeness import Like, activations, columns
 
 Layers = list[CacheLayerMixin]
-# of each decoder block's input and of the last one's normed output, the parts [B, n, D] of a text, in order
-HiddenStates = list[list[Tensor]]
+
+
+class HiddenStates(list[list[Tensor]]):
+    """Of each decoder block's input and of the last one's normed output, the parts [B, n, D] of a text, in order.
+
+    Attributes:
+        maps: the same of each block's attention, [B, heads, n, keys]; None where nobody asks.
+    """
+
+    def __init__(self, blocks: int, maps: bool = False) -> None:
+        super().__init__([] for _ in range(blocks + 1))
+        self.maps: list[list[Tensor]] | None = [[] for _ in range(blocks)] if maps else None
+
+    def detach_last(self) -> None:
+        """Cut the graph at the part that was added last."""
+        for parts in (*self, *(self.maps or ())):
+            parts[-1] = parts[-1].detach()
 
 
 class Backbone(ABC):
-    """A causal language model in parts, with the names that Llama gave them."""
+    """A causal language model in parts, with the names that Llama gave them.
+
+    Attributes:
+        has_maps: whether its sequence layers have attention maps.
+    """
+
+    has_maps = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -85,6 +107,8 @@ def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class LlamaBackbone(Backbone):
     """A Llama-family model: `model.model.layers` with a rotary embedding outside, and `lm_head`."""
 
+    has_maps = True
+
     def run(self, hidden: Tensor, layers: Layers, start: int, stop: int, kept: HiddenStates | None = None) -> Tensor:
         if start == stop:
             return hidden
@@ -92,15 +116,20 @@ class LlamaBackbone(Backbone):
         cache = DynamicCache()
         cache.layers = [layers[start]] * start + layers[start:]  # where the library looks for the length is block 0
         places = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
+        maps = None if kept is None else kept.maps
+        config = inner.config if maps is None else keeping(inner.config)
         mask = create_causal_mask(
-            config=inner.config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=places
+            config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache, position_ids=places
         )
         rotary = inner.rotary_emb(hidden, position_ids=places)
         for index in range(start, stop):
             if kept is not None and index > start:
                 kept[index].append(hidden)
+            block = inner.layers[index]
+            if maps is not None:
+                block = keeping_block(block, config, maps[index])
             hidden = run_block(
-                inner.layers[index], hidden, attention_mask=mask, position_ids=places, past_key_values=cache,
+                block, hidden, attention_mask=mask, position_ids=places, past_key_values=cache,
                 use_cache=True, position_embeddings=rotary,
             )  # fmt: skip
         return hidden

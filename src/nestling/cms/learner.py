@@ -270,8 +270,8 @@ class Learner:
             new = self._nest(new, state.position)
         if not outer:
             logits = logits.detach()
-            for parts in kept or ():
-                parts[-1] = parts[-1].detach()
+            if kept is not None:
+                kept.detach_last()
             for layer in layers[self.first :]:
                 self.backbone.detach(layer)
         if not graph:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestling.cms.apart import read_apart
 from nestling.cms.arguments import check_found, check_ids, check_options, ids_of, scoring
+from nestling.cms.attention_maps import whole_map
 from nestling.cms.backbones import HiddenStates
 from nestling.cms.cache import LevelsCache, fill
 from nestling.cms.ending import finished
@@ -91,7 +92,7 @@ class LearningMixin:
     ) -> CausalLMOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        check_options(self.config, kwargs)
+        attentions = check_options(self.config, kwargs, self.learner.backbone.has_maps)
         if input_ids is None:
             input_ids = ids_of(inputs_embeds, self.get_input_embeddings(), self.config.vocab_size)
         self._check_read(input_ids, past_key_values)
@@ -113,8 +114,13 @@ class LearningMixin:
         learner = widened(self.learner)
         count = learner.backbone.blocks + 1
         chosen = _chosen(kwargs.get("output_hidden_states", self.config.output_hidden_states), count)
-        kept: HiddenStates | None = [[] for _ in range(count)] if chosen else None
+        kept = HiddenStates(count - 1, attentions) if chosen or attentions else None
         how = (keep, next_tokens, asked and self.training, kept, inputs_embeds)
+        if attentions and (rows is not None or cache.parts):
+            raise ValueError(
+                "output_attentions is of rows without padding that are read in step: give each its own call"
+            )
+        seen = cache.get_seq_length()
         if rows is None and not cache.parts:
             logits, cache.layers, cache.levels = learner.read(input_ids, cache.layers, cache.levels, *how)
         else:
@@ -127,9 +133,10 @@ class LearningMixin:
         loss = None if scored is None else self.loss_function(logits=logits, **scored)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         carried = cache if use_cache or past_key_values is not None else None
-        hidden = tuple(_whole(parts) if n in chosen else None for n, parts in enumerate(kept or ())) or None
+        hidden = tuple(_whole(p) if n in chosen else None for n, p in enumerate(kept or ())) if chosen else None
+        maps = tuple(whole_map(parts, seen) for parts in kept.maps) if attentions else None
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits[:, wanted], past_key_values=carried, hidden_states=hidden
+            loss=loss, logits=logits[:, wanted], past_key_values=carried, hidden_states=hidden, attentions=maps
         )
 
     def _cache_for(self, cache: Any) -> LevelsCache:

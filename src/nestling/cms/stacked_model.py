@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from nestling.cms.arguments import check_ids, check_spelling, scoring
+from nestling.cms.attention_maps import keeping_model
 from nestling.cms.cache import check_plain
 from nestling.cms.learning_model import LearningMixin
 from nestling.cms.rows import booleans, rows_of, text_positions
@@ -155,7 +156,8 @@ class StackedForCausalLM(LearningMixin, NeverCopied, PreTrainedModel, Generation
             return self.read(**call, next_tokens=next_tokens)
         check_spelling(kwargs)
         check_plain(past_key_values)
-        return self.original.forward(self, **self._plain(call))
+        asked = kwargs.get("output_attentions", self.config.output_attentions) and not torch.compiler.is_compiling()
+        return self.original.forward(keeping_model(self) if asked else self, **self._plain(call))
 
     def _plain(self, call: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the original's forward, of which it would pass over or misread some.
@@ -168,8 +170,6 @@ class StackedForCausalLM(LearningMixin, NeverCopied, PreTrainedModel, Generation
         if given is None or torch.compiler.is_compiling():
             return call
         call, shape, vocab = dict(call), tuple(given.shape[:2]), self.config.vocab_size
-        if call.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions needs attention that keeps its maps: attn_implementation='eager'")
         if ids is not None:
             call["input_ids"] = check_ids(ids, vocab)
         call |= scoring(call.pop("labels"), kwargs, shape, vocab) or {}
