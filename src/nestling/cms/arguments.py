@@ -83,7 +83,7 @@ def _digests(rows: Tensor) -> Tensor:
     """A whole number for each row [..., D]: the sum of its bits by odd factors, in wrapping arithmetic, so exact."""
     bits = rows.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.dtype.itemsize])
     factors = torch.arange(1, 2 * rows.shape[-1], 2, device=rows.device) * -0x61C8864680B583EB
-    return sum((part.long() * of).sum(-1) for part, of in zip(bits.split(64, -1), factors.split(64)))
+    return torch.stack([(part.long() * of).sum(-1) for part, of in zip(bits.split(64, -1), factors.split(64))]).sum(0)
 
 
 def check_found(ids: Tensor, real: Tensor | None) -> Tensor:
