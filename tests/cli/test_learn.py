@@ -171,3 +171,12 @@ def test_a_forgotten_context_leaves_what_levels_learned(call, folder, short, tmp
             assert mine.updates == theirs.updates > 0
             assert all(torch.equal(a, b) and a.any() for a, b in zip(mine.deltas, theirs.deltas, strict=True))
     assert "--state" in call("generate", folder, *options, "--forget-context").stderr
+
+
+def test_a_checked_reading_writes_its_page(call, folder, tmp_path):
+    text, page = tmp_path / "a.txt", tmp_path / "check.md"
+    text.write_text("\n".join(f"The cat number {n} sat on the mat of row {n}." for n in range(20)))
+    result = call("learn", folder, text, "--state", tmp_path / "s", "--check", page, "--json", "--quiet")
+    check = json.loads(result.stdout)["documents"][0]["check"]
+    assert f"| a.txt | {check['count']} |" in page.read_text() and check["count"] > 0
+    assert "pipe cannot be checked" in call("learn", folder, "-", "--state", tmp_path / "t", "--check", page).stderr

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from nestling import Level
 from nestling.cms import stack_levels
 from nestling.sessions import Session, Settings, find_texts
+from nestling.sessions.check import open_rest
 from nestling.training.tokenizers import byte_tokenizer
 
 LEVELS = (Level(8, lr=0.3, clip=1.0), Level(32, lr=0.1, optimizer="momentum"))
@@ -60,7 +61,8 @@ def session(tmp_path, tokenizer):
     """Makes a session; `names` are files, or bytes for the pipe."""
 
     def make(model, names, state="my.state", piped=b"", new=False, held_out=None, show=None, **settings):
-        texts = find_texts([str(name) for name in names])
+        names = [str(name) for name in names]
+        texts = find_texts(names, opened=open_rest) if settings.get("check") else find_texts(names)
         return Session(
             model, tokenizer, texts, tmp_path / state, Settings(**settings), new=new, held_out=held_out, show=show,
             pipe=io.BytesIO(piped),

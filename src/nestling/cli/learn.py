@@ -40,6 +40,13 @@ def main(
         Path | None,
         typer.Option(parser=a_path, help="A text that is never learned, scored first and after every document."),
     ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            parser=a_file,
+            help="Hold sentences out of every document, and write what is known of them before and after: Markdown.",
+        ),
+    ] = None,
     save_every: Annotated[
         int, typer.Option(help="Chunks between two checkpoints; 0: as often as costs a twentieth of the time.")
     ] = 0,
@@ -76,6 +83,9 @@ def main(
     What it knew before and after, as a page, with a text it never learns from:
       nestling learn runs/smol notes/ --state my.state --control --held-out other.txt --page session.html
 
+    Was anything learned, and what did it cost? On sentences that were not read:
+      nestling learn runs/smol notes/ --check check.md
+
     Then write with what it learned:
       nestling generate runs/smol --prompt "..." --state my.state
     """
@@ -83,11 +93,12 @@ def main(
 
     from nestling.generation.load import load_model
     from nestling.sessions import Session, Settings, Stopped, find_texts
+    from nestling.sessions.check import check_page, open_rest
     from nestling.sessions.progress import ReadingProgress
     from nestling.utils.locks import sole_writer
     from nestling.utils.machine import stop_requests
 
-    settings = Settings(context, probe, control, save_every)
+    settings = Settings(context, probe, control, check is not None, save_every)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if threads is not None and threads < 1:
@@ -97,7 +108,7 @@ def main(
         pass  # another session at the file shows now, not after a model was loaded
     if threads is not None:
         torch.set_num_threads(threads)
-    texts = find_texts(text, pattern)
+    texts = find_texts(text, pattern) if check is None else find_texts(text, pattern, open_rest)
     loaded, tokenizer = load_model(model, device)
     loaded = loaded.to(getattr(torch, dtype))
     ids = None if held_out is None else _held_out(held_out, tokenizer, probe)
@@ -117,6 +128,8 @@ def main(
     finally:
         progress.close()
     result = {"model": str(model), **result, "page": None if page is None else str(page)}
+    if check is not None:
+        checked = check_page(result, check)
     if page is not None:
         from nestling.sessions import page as write_page
 
@@ -125,6 +138,8 @@ def main(
         print_json(result)
     else:
         _say(result)
+        if check is not None:
+            typer.echo(f"{checked}check: {check}")
 
 
 def _held_out(path: Path, tokenizer: Any, count: int) -> list[int]:

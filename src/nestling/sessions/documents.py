@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from nestling.sessions.readers import IGNORE, not_ignored, open_document
 from nestling.training.texts import check_text, find_files, scan
@@ -21,23 +21,28 @@ PIPE = "-"
 PIECE = 1 << 14  # bytes tokenised at once
 PIPE_PIECE = 1 << 10  # of a pipe: it is learned from no sooner than so much has come
 
+Opener = Callable[[Path], BinaryIO]  # a file at the beginning of what is read of it
 Read = Callable[[int], bytes]  # at most so many bytes, b"" at the end
 
 
 @dataclass(frozen=True)
 class Text:
-    """One document: a file of known content, or the pipe (no path, size or digest)."""
+    """One document: a file of known content, or the pipe (no path, size or digest). `opened` gives what is read."""
 
     name: str
     path: Path | None = None
     size: int | None = None
     digest: str | None = None
+    opened: Opener = open_document
 
 
-def find_texts(names: list[str], pattern: str = "**/*") -> list[Text]:
+def find_texts(names: list[str], pattern: str = "**/*", opened: Opener = open_document) -> list[Text]:
     """The documents that files, folders and "-" stand for, in their order; each file is read once to know its content.
 
     Of a folder, files that its .gitignore or .ignore leaves out are passed over.
+
+    Args:
+        pattern: which files of a folder, as a glob.  opened: gives what is read of a file.
 
     Raises:
         ValueError: a missing file, one that is no text, the pipe named twice, or nothing to read.
@@ -53,7 +58,7 @@ def find_texts(names: list[str], pattern: str = "**/*") -> list[Text]:
                 raise ValueError(
                     f"every file in {folder} that matches {pattern!r} is left out by {' or '.join(IGNORE)}"
                 )
-            texts += [Text(found, path, *scan(path, open_document)) for found, path in chosen]
+            texts += [Text(found, path, *scan(path, opened), opened) for found, path in chosen]
     if sum(text.path is None for text in texts) > 1:
         raise ValueError("- is named twice: standard input can be read once")
     texts = [text for text in texts if text.size != 0]

@@ -33,12 +33,14 @@ class Open:
         tokens: read so far, without the end-of-text token in front; `begun` once that one is read.
         nats, counted, bad: summed loss, its tokens, and tokens whose loss was not finite.
         probe: the ids that are scored before and after.  before, control: their log-probabilities.
+        check: what is known of its held-out sentences, and elsewhere, without levels and before it is read.
     """
 
     levels: list[LevelCount]
     probe: list[int] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
     control: list[float] | None = None
+    check: dict[str, Any] | None = None
     began: int = 0
     begun: bool = False
     tokens: int = 0

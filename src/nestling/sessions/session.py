@@ -23,10 +23,10 @@ import torch
 from nestling.cms.cache import LevelsCache
 from nestling.generation.state import fingerprint
 from nestling.sessions import store
+from nestling.sessions.check import Checker
 from nestling.sessions.documents import PIECE, PIPE, PIPE_PIECE, Text, TokenReader
 from nestling.sessions.journal import Journal, Stopped
 from nestling.sessions.notes import LevelCount, Notes, Open, measured, same_session
-from nestling.sessions.readers import open_document
 from nestling.sessions.scores import examples, log_probabilities, score
 from nestling.sessions.series import Series
 from nestling.sessions.settings import Settings, check_model, choose_context
@@ -73,10 +73,13 @@ class Session:
         self.model, self.tokenizer, self.texts, self.path = model.eval(), tokenizer, texts, Path(state)
         self.settings, self.held_out_ids = settings or Settings(), held_out
         check_model(model)
+        if self.settings.check and any(text.path is None for text in texts):
+            raise ValueError("what is read from a pipe cannot be checked: nothing of it is known before; give files")
         self._origin = fingerprint(model)
         model.learner.context = choose_context(model, self.settings.context)
         self._pipe, self._show = pipe or sys.stdin.buffer, show or (lambda session: None)
         self._device, self._size = next(model.parameters()).device, model.learner.chunk_size
+        self._checker = Checker(model, tokenizer)
         self._chunks, self._saved, self._cost = 0, time.monotonic(), 0.0
         self.cache, self.notes, self.resumed = LevelsCache(), self._new_notes(), False
         self._stamp = store.stamp(self.path)
@@ -91,6 +94,8 @@ class Session:
         settings = {"context": learner.context or 0, "probe": self.settings.probe, "control": self.settings.control}
         sizes = [learner.levels[i].chunk_size for i in learner.fast]
         texts = [[text.name, text.size, text.digest] for text in self.texts]
+        if self.settings.check:  # absent otherwise: sessions of before go on
+            settings["check"] = True
         held = self.held_out_ids and hashlib.blake2b(str(self.held_out_ids).encode(), digest_size=4).hexdigest()
         settings["held_out"] = held or None
         return Notes(secrets.token_hex(8), settings, texts, sizes, norms=[Series() for _ in sizes])
@@ -139,14 +144,14 @@ class Session:
             source: Any
             source, piece = Journal(path, notes.session, self._pipe, notes.offset, stop), PIPE_PIECE
         else:
-            source, piece = open_document(text.path), PIECE
+            source, piece = text.opened(text.path), PIECE
             source.seek(notes.offset, os.SEEK_CUR)
         try:
             tokens = TokenReader(self.tokenizer, source.read, text.name, notes.offset, notes.skip, piece)
             if notes.open is None:
                 if not tokens.ahead(1):
                     raise ValueError(f"{text.name} is empty: there was nothing to read from {PIPE}")
-                notes.open = self._opened(tokens)
+                notes.open = self._opened(tokens, text)
             while self._call(tokens):
                 self._chunks += 1
                 if stop is not None and stop.is_set():
@@ -225,12 +230,14 @@ class Session:
             if refused and good:  # a chunk of those a slow level waits for
                 notes.norms[n].add(notes.tokens, math.nan)
 
-    def _opened(self, tokens: TokenReader) -> Open:
+    def _opened(self, tokens: TokenReader, text: Text) -> Open:
         opened = Open([LevelCount() for _ in self.notes.chunk_sizes], began=self.notes.tokens)
         opened.probe = tokens.ahead(self.settings.probe) if self.settings.probe else []
         if opened.probe:
             opened.before = self._score(opened.probe, self.cache)
             opened.control = self._score(opened.probe, None) if self.settings.control else None
+        if self.settings.check:
+            opened.check = self._checker.before(text.path, self.cache)
         return opened
 
     def _close(self, text: Text, tokens: TokenReader) -> None:
@@ -249,6 +256,8 @@ class Session:
             row["examples"] = examples(self.tokenizer, opened.probe, opened.before, after)
             if opened.control is not None:
                 row["control"] = self._measured(opened.probe, opened.control)
+        if opened.check is not None:
+            row["check"] = self._checker.after(text.path, self.cache, opened.check)
         notes.rows.append(row)
         if len(notes.rows) > RECENT:
             notes.rows[-RECENT - 1]["examples"] = []

@@ -22,12 +22,14 @@ class Settings:
             attention; 0: never.
         probe: tokens at each document's beginning that are scored before and after it, 0 for none.
         control: score them by the model as it was before it read anything, too.
+        check: score what is held out of each document (`nestling.sessions.check`), which `find_texts` must leave out.
         save_every: chunks between two checkpoints; 0: as often as costs a twentieth of the time.
     """
 
     context: int | None = None
     probe: int = 512
     control: bool = False
+    check: bool = False
     save_every: int = 0
 
     def __post_init__(self) -> None:
