@@ -34,7 +34,7 @@ DATA = {
 }  # fmt: skip
 # contenders that have not run on every stream or text, as the experiment's page says
 NOT_RUN = {
-    "defaults": {"no levels", "default", "AdamW, rank 16"},  # SmolLM2 on the longer texts
+    "defaults": {c.name for c in find("defaults").defaults().contenders},
     "classes": {"2 levels", "fine-tuning, same weights, M3, in context"},
     "languages": {c.name for c in find("languages").defaults().contenders},
 }
