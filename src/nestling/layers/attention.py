@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestling.layers.convolution import ShortConvolution
+from nestling.layers.one_token import attention_step, may_step
 from nestling.layers.rotary import rotate
 from nestling.utils.likeness import Like, activations, columns
 
@@ -104,6 +105,8 @@ class Attention(nn.Module):
             y [B, T, D] and the state after x.
         """
         self._check(x, state, mask)
+        if state is not None and may_step(x) and (found := attention_step(self, x, state, mask)) is not None:
+            return found
         batch, tokens, _ = x.shape
         mixed, convolution = x, x.new_zeros(batch, 0, self.dim)
         if self.conv is not None:

@@ -17,8 +17,12 @@ def rotate(x: Tensor, positions: Tensor, theta: float = 10_000.0) -> Tensor:
     """
     half = x.shape[-1] // 2
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequencies = theta ** -(torch.arange(half, device=x.device, dtype=dtype) / half)
-    angles = positions[:, None, :, None].to(dtype) * frequencies
+    angles = positions[:, None, :, None].to(dtype) * frequencies(half, theta, dtype, x.device)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.split(half, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def frequencies(half: int, theta: float, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """theta^(-2i/P) of each pair, [P/2]."""
+    return theta ** -(torch.arange(half, device=device, dtype=dtype) / half)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from nestling.layers.one_token import may_step, memory_step, sizes_of
 from nestling.layers.titans_config import PATHS, TitansConfig
 from nestling.layers.titans_groups import Gates, Numbers, gate_logit, groups_of, unit
 from nestling.layers.titans_operator import key_of, scan
@@ -44,7 +45,7 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.config = config = TitansConfig(dim, num_heads, **options)
         self.num_heads, self.head_dim = config.num_heads, config.head_width
-        self.key = key_of(config)
+        self.key, self.one_token = key_of(config), sizes_of(config)
         self.rule, self.widths, self.groups = config.rule, config.widths(), groups_of(config)
         self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
         self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
@@ -143,6 +144,11 @@ class SelfModifyingTitans(nn.Module):
     def forward(
         self, x: Tensor, state: TitansState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, TitansState]:
+        if self.one_token is not None and may_step(x):
+            check_call(self, x, state, mask)
+            started = self.initial_state(x.shape[0]) if state is None else state
+            if (found := memory_step(self, x, started, mask)) is not None:
+                return found
         return self._run(x, state, mask)
 
     def _run(self, x: Tensor, state: TitansState | None, mask: Tensor | None, observe: Observer | None = None):

@@ -124,12 +124,16 @@ class MemoryScan:
             now = tuple(torch.where(on, a, b) for a, b in zip(new.now, old.now, strict=True))
             velocity = tuple(torch.where(on, a, b) for a, b in zip(new.velocity, old.velocity, strict=True))
             new = FastWeights(new.start, now, velocity)
-        closes = segment.closes[i]
-        if closes is False:
-            return new
-        most = self.config.norm_limit
-        limits = tuple(most * math.sqrt(w.shape[-2] * w.shape[-1]) for w in new.now)
-        return close_chunk(new, None if closes is True else closes.to(device), limits, self.config.rule.meta_grad)
+        return closed(self.config, new, segment.closes[i])
+
+
+def closed(config: TitansConfig, fast: FastWeights, closes: bool | Tensor) -> FastWeights:
+    """Memories [n, B, ...] after a token that completes the chunk: of all sequences, of none, or of those in [B]."""
+    if closes is False:
+        return fast
+    limits = tuple(config.norm_limit * math.sqrt(w.shape[-2] * w.shape[-1]) for w in fast.now)
+    rows = None if closes is True else closes.to(fast.now[0].device)
+    return close_chunk(fast, rows, limits, config.rule.meta_grad)
 
 
 def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:

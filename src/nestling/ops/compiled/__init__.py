@@ -47,7 +47,7 @@ def run(name: str, kind: torch.dtype, sizes: Sequence[int], parts: Sequence[Poin
     function = getattr(native(), f"{name}_{_TYPES[kind]}")
     pointers = [(ctypes.c_void_p * len(part))(*(None if t is None else t.data_ptr() for t in part)) for part in parts]
     arguments = ((ctypes.c_int64 * len(sizes))(*sizes), *pointers)
-    if count == 0 or torch.get_num_threads() == 1:
+    if count <= 1 or torch.get_num_threads() == 1:
         function(*arguments, ctypes.c_int64(0), ctypes.c_int64(count))
         return
     threads = min(torch.get_num_threads(), count)

@@ -2,6 +2,7 @@
 // (or the heads) begin..end of a batch.
 
 #include "decay.h"
+#include "decode.h"
 #include "linear.h"
 #include "read.h"
 #include "step.h"
@@ -38,6 +39,8 @@ EXPORT2(read_forward, ReadSizes, ReadIn, ReadOut)
 EXPORT3(read_backward, ReadSizes, ReadIn, ReadUp, ReadGrads)
 EXPORT2(table_forward, Table, TableIn, TableOut)
 EXPORT3(table_backward, Table, TableIn, TableUp, TableIn)
+EXPORT2(memory_step, MemoryStep, MemoryGiven, MemoryMade)
+EXPORT2(attention_step, AttentionStep, AttentionGiven, AttentionMade)
 
 extern "C" void use_blas(void* sgemm, void* dgemm) {
     Blas<float>::gemm = reinterpret_cast<Blas<float>::Gemm>(sgemm);
