@@ -14,51 +14,53 @@ from nestling.bench.modules import layer_of
 from nestling.bench.settings import BenchSettings
 from nestling.bench.table import Table
 
+# the two layers of the default Hope, the paper's layer, and what they are compared with
+LAYERS: dict[str, dict] = {
+    "hope_memory": {}, "window_attention": {"window": 256}, "selfmod": {}, "attention": {},
+}  # fmt: skip
+
 
 def decode(settings: BenchSettings) -> Table:
-    """Latency of one more token, and bytes of state, by position in the text."""
+    """Latency of one more token, over attention's and over the first position's, and bytes of state."""
     s = settings
-    hope, attention = layer_of(s), layer_of(s, "attention")
-    states = {}
+    layers = {name: layer_of(s, name, **options) for name, options in LAYERS.items()}
+    carried = {}
     with torch.no_grad():
-        state, seen = None, 0
-        for position in s.positions:  # one prefill, on the way to the last position
-            while seen < position:
-                step = min(1024, position - seen)
-                _, state = hope(s.random(1, step, s.dim), state)
-                seen += step
-            states["selfmod", position] = (hope, state)
-        _, start = attention(s.random(1, 4, s.dim))
-        for position in s.positions:  # what is in the cache does not change the time it takes
-            states["attention", position] = (attention, _grown(start, position))
+        for name, layer in layers.items():
+            state, seen = None, 0
+            for position in s.positions:  # one prefill, on the way to the last position
+                # what is in attention's cache does not change the time it takes
+                while seen < (4 if name == "attention" else position):
+                    step = min(1024, position - seen)
+                    _, state = layer(s.random(1, step, s.dim), state)
+                    seen += step
+                carried[name, position] = _grown(state, position) if name == "attention" else state
         tokens = [s.random(1, 1, s.dim) for _ in range(s.decode_tokens)]
         # one token that is not timed; after it the state is inside a chunk, where it is largest
-        carried = {key: layer(tokens[0], state)[1] for key, (layer, state) in states.items()}
+        carried = {key: layers[key[0]](tokens[0], state)[1] for key, state in carried.items()}
         sizes = {key: state_bytes(state) for key, state in carried.items()}
-        timings = {}
-        for name, layer in (("selfmod", hope), ("attention", attention)):
-            seconds: dict = {position: [] for position in s.positions}
-            for turn, x in enumerate(tokens):  # positions in turn, token by token, each as often first as last
-                at = turn % len(s.positions)
-                for position in s.positions[at:] + s.positions[:at]:
+        seconds: dict = {key: [] for key in carried}
+        for turn, x in enumerate(tokens):  # positions in turn, token by token, each as often first as last
+            at = turn % len(s.positions)
+            for position in s.positions[at:] + s.positions[:at]:
+                for name, layer in layers.items():
                     after: list = []
                     step = partial(_advance, layer, x, carried[name, position], after)
-                    seconds[position].append(measure.clock(step, s))
+                    seconds[name, position].append(measure.clock(step, s))
                     (carried[name, position],) = after
-            timings[name] = Timing(seconds)
-    rows, first = [], s.positions[0]
-    for name, timing in timings.items():
-        for position in s.positions:
-            rows.append(
-                {
-                    "layer": name,
-                    "position": position,
-                    "ms/token": timing.median(position) * 1e3,
-                    f"over {first:,}": timing.ratio(first, position),
-                    "state bytes": sizes[name, position],
-                }
-            )
-    note = "The memory reads its way to each position; attention's cache is filled with random keys and values."
+    timing, rows, first = Timing(seconds), [], s.positions[0]
+    for name, position in carried:
+        rows.append(
+            {
+                "layer": name,
+                "position": position,
+                "ms/token": timing.median((name, position)) * 1e3,
+                "over attention": timing.ratio(("attention", position), (name, position)),
+                f"over {first:,}": timing.ratio((name, first), (name, position)),
+                "state bytes": sizes[name, position],
+            }
+        )
+    note = "The layers read their way to each position; attention's cache is filled with random keys and values."
     return Table("Decoding one token at a time, one layer, one sequence", rows, [note])
 
 

@@ -116,11 +116,11 @@ def _mixers(ax, rows) -> None:
 
 
 def _decode(ax, rows) -> None:
-    for name, style in (("selfmod", "o-"), ("attention", "s--")):
+    labels = {"hope_memory": "Hope's memory", "selfmod": "self-modifying Titans", "attention": "attention"}
+    for (name, label), style in zip(labels.items(), ("^-", "o-", "s--")):
         own = [r for r in rows if r["layer"] == name]
-        label = "self-modifying Titans" if name == "selfmod" else "attention"
         ax.plot([r["position"] for r in own], [r["ms/token"] for r in own], style, label=label)
-    _length_axis(ax, [r["position"] for r in own], "position in the text")
+    _length_axis(ax, sorted({r["position"] for r in rows}), "position in the text")
     ax.set_yscale("log")
     ax.set(title="Decoding", ylabel="ms per token, one layer")
     ax.legend(frameon=False)

@@ -14,6 +14,7 @@ from nestling.cli.common import App, friendly
 
 # in the order of the help
 COMMANDS = (
+    "data",
     "train",
     "generate",
     "convert",

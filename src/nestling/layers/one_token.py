@@ -92,8 +92,8 @@ def attention_step(
         columns, keep,
     )  # fmt: skip
     compiled.run("attention_step", x.dtype, sizes, (given, made), x.shape[0])
-    y, convolution, *new = made
-    return y, type(state)(*new, convolution)
+    y, convolution, keys, values, valid, positions, tokens = made
+    return y, type(state)(keys, values, valid, positions, tokens, convolution)
 
 
 def sizes_of(config: TitansConfig) -> tuple[int, ...] | None:

@@ -87,7 +87,10 @@ class DataConfig:
     `text` names files, folders or one `datasets` data set. `tokenizer` is "bytes", "bpe:4096" (trained on the data), a
     Hugging Face tokenizer's path, or "auto": a saved model's own, else bytes. `val_text` names held-out files; without
     it the last `val_fraction` of every file and of a data set's rows is held out (`val_split="tail"`), or whole files
-    (`val_split="documents"`).
+    (`val_split="documents"`). A folder of `nestling data` is named alone and brings its tokenizer and held-out text.
+
+    `documents` "joined" lets a window go on from one text into the next; with "apart" every text of a window begins
+    anew: no state, attention or level reaches it from the text before (positions begin again at 0).
     """
 
     text: list[str] = field(default_factory=list)
@@ -100,12 +103,14 @@ class DataConfig:
     tokenizer: str = "auto"
     seq_len: int = 256  # tokens of one window
     batch_size: int = 8  # windows of one micro-batch, of all processes together
+    documents: str = "joined"
     cache_dir: str | None = None  # where token files are kept; None: the user's cache folder
 
     def __post_init__(self) -> None:
         _positive(self, "seq_len", "batch_size")
         _within(self, "val_fraction", 0.0, 0.9)
         _one_of(self, "val_split", ("tail", "documents"))
+        _one_of(self, "documents", ("joined", "apart"))
 
 
 @dataclass

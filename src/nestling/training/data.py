@@ -14,7 +14,9 @@ import numpy as np
 
 from nestling.training import tokenizers
 from nestling.training.config import DataConfig
+from nestling.training.prepare import dtype_of, is_prepared, read_manifest
 from nestling.training.sources import Document, content_hash, split_documents
+from nestling.training.texts import pieces_of
 from nestling.utils.files import new_folder, write_text
 from nestling.utils.locks import sole_writer
 from nestling.utils.places import cache_folder, expand
@@ -63,6 +65,8 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = 
     Raises:
         ValueError: no text, an empty or too short one, a file that is not UTF-8 under a tokenizer other than bytes.
     """
+    if any(map(is_prepared, config.text)):
+        return _load_prepared(config, tokenizer)
     split = split_documents(config)
     digest = hashlib.sha256(f"{FORMAT}".encode())
     for part in (split.train, split.val):
@@ -78,7 +82,33 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = 
             if not _is_whole(folder):  # still: another process may just have made it
                 shutil.rmtree(folder, ignore_errors=True)
                 _build(folder, split.train, split.val, tokenizer, key)
-    manifest = _manifest(folder)
+    return _opened(folder, _manifest(folder), tokenizer, key, config)
+
+
+def _load_prepared(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> Corpus:
+    """The tokens of a folder that `nestling data` has made."""
+    if len(config.text) > 1 or config.val_text:
+        raise ValueError(
+            f"a folder of nestling data is read alone and brings its held-out text: {', '.join(config.text)} "
+            f"{'and val_text ' if config.val_text else ''}cannot be mixed here; prepare the texts together (--weight)"
+        )
+    folder = expand(config.text[0], "TEXT")
+    manifest, own = read_manifest(folder), tokenizers.load_tokenizer(folder / "tokenizer")
+    if tokenizer is None and config.tokenizer != "auto":
+        tokenizer = tokenizers.byte_tokenizer() if config.tokenizer == "bytes" else _named(config.tokenizer)
+    if tokenizer is not None and tokenizers.fingerprint(tokenizer) != tokenizers.fingerprint(own):
+        raise ValueError(f"{folder} was made with another tokenizer than the model's: prepare it with that one")
+    return _opened(folder, manifest, tokenizer or own, manifest["key"], config)
+
+
+def _named(name: str) -> PreTrainedTokenizerFast:
+    if name.startswith("bpe"):
+        raise ValueError("a folder of nestling data has its tokenizer: leave tokenizer out")
+    return tokenizers.load_tokenizer(name)
+
+
+def _opened(folder: Path, manifest: dict, tokenizer: PreTrainedTokenizerFast, key: str, config: DataConfig) -> Corpus:
+    """A folder's memory maps."""
     parts = {}
     for name in ("train", "val"):
         entry = manifest[name]
@@ -117,9 +147,8 @@ def _tokenizer(name: str, documents: list[Document], root: Path, text_key: str) 
 def _build(
     folder: Path, train: list[Document], val: list[Document], tokenizer: PreTrainedTokenizerFast, key: str
 ) -> None:
-    size = max(len(tokenizer), tokenizer.eos_token_id + 1)
-    dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32).newbyteorder("<")
-    manifest = {"format": FORMAT, "key": key, "dtype": dtype.str, "vocab_size": size}
+    dtype = dtype_of(tokenizer)
+    manifest = {"format": FORMAT, "key": key, "dtype": dtype.str}
     with new_folder(folder) as aside:
         for name, documents in (("train", train), ("val", val)):
             tokens = total = 0
@@ -155,13 +184,7 @@ def _pieces(document: Document) -> Iterator[str]:
             f"{document.name} is not UTF-8 text (byte {error.start}); convert it, leave it out, or use the "
             "'bytes' tokenizer, which takes anything"
         ) from error
-    start = 0
-    while start < len(text):
-        end = start + PIECE
-        while end < len(text) and not (text[end - 1] == "\n" and not text[end].isspace()):
-            end += 1
-        yield text[start:end]
-        start = end
+    yield from pieces_of(text, PIECE)
 
 
 def _manifest(folder: Path) -> dict:

@@ -41,13 +41,26 @@ def bin_edges(length: int, bins: int) -> list[int]:
     return sorted(edges)
 
 
-def token_losses(model: nn.Module, window: Tensor, precision: str = "float32") -> Tensor:
-    """The loss of every prediction in windows [B, T + 1], in nats: [B, T], at least in float32."""
+def token_losses(model: nn.Module, window: Tensor, precision: str = "float32", apart: int | None = None) -> Tensor:
+    """The loss of every prediction in windows [B, T + 1], in nats: [B, T], at least in float32.
+
+    apart: the id that ends a text, after which the next one begins anew; None lets texts go on into each other.
+    """
+    ids = window[:, :-1]
+    positions = {} if apart is None else {"position_ids": positions_apart(ids, apart)}
     with autocast(window.device, precision):
-        logits = model(input_ids=window[:, :-1], use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False, **positions).logits
     targets = window[:, 1:]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def positions_apart(ids: Tensor, end: int) -> Tensor:
+    """The place of every token in its text, [B, T]: 0 at a window's first and after every `end`."""
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    begun = torch.zeros_like(ids)
+    begun[:, 1:] = torch.where(ids[:, :-1] == end, places[:, 1:], 0)
+    return places - begun.cummax(1).values
 
 
 def autocast(device: torch.device, precision: str):
@@ -65,6 +78,7 @@ def evaluate(
     max_batches: int | None = None,
     precision: str = "float32",
     ranks: Ranks | None = None,
+    apart: int | None = None,
 ) -> Evaluation:
     """The loss of a model on windows spread evenly over a token stream.
 
@@ -76,6 +90,7 @@ def evaluate(
         max_batches: at most so many batches; None: every window that fits.
         precision: "float32" or "bf16".
         ranks: the processes that share the work; each calls this.
+        apart: see `token_losses`.
     """
     ranks = ranks or Ranks()
     if len(tokens) < 2:
@@ -93,7 +108,7 @@ def evaluate(
             mine = starts[first : first + batch_size][ranks.rank :: ranks.size]
             # a rank without a row of its own runs too: a sharded model's parts are exchanged in its forward pass
             window = windows(tokens, mine or starts[:1], seq_len).to(device)
-            losses = token_losses(model, window, precision).double().sum(0).cpu()
+            losses = token_losses(model, window, precision, apart).double().sum(0).cpu()
             total += losses if mine else 0
     finally:
         model.train(was_training)

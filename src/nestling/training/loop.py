@@ -116,7 +116,7 @@ class Trainer:
         for micro in range(accumulate):
             window = self.batches[self.step * accumulate + micro].to(self.device)
             with self._parallel.exchange(micro == accumulate - 1):
-                part = token_losses(self._called, window, config.precision).mean() / accumulate
+                part = token_losses(self._called, window, config.precision, self._apart).mean() / accumulate
                 part.backward()
             loss += part.item()
         loss = self.ranks.mean(loss)
@@ -152,7 +152,12 @@ class Trainer:
             max_batches=config.logging.eval_batches,
             precision=config.precision,
             ranks=self.ranks,
+            apart=self._apart,
         )
+
+    @property
+    def _apart(self) -> int | None:
+        return self.corpus.tokenizer.eos_token_id if self.config.data.documents == "apart" else None
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; returns its folder. OSError if it cannot be written, with nothing lost."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -74,6 +76,30 @@ class TrainingProgress:
         """Stop the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def bytes_bar(label: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Shows bytes done of all, by a bar in a terminal and by a line every ten seconds elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        said = time.monotonic()
+
+        def line(done: int, size: int) -> None:
+            nonlocal said
+            if not quiet and time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(f"{label}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label)
+        yield lambda done, size: bar.update(task, completed=done, total=size)
 
 
 class Silence:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -108,3 +108,45 @@ def _no_text(name: str, block: bytes, offset: int, at: int, byte: int) -> str:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError unless a file begins as text does; what follows is checked where it is read."""
+    with open_text(path) as file:
+        check_text(file.read(BLOCK), codecs.getincrementaldecoder("utf-8")(), 0, str(path))
+
+
+def lines_from(path: Path, start: int, stop: int, whole_words: bool = False) -> Iterator[bytes]:
+    """The lines of a file that begin in bytes start..stop; pieces that meet have every line once.
+
+    whole_words: only lines that do not begin with white space begin a piece, so that no pre-tokenizer joins over a cut.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        if start == 0:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+        else:
+            file.seek(start - 1)
+            file.readline()
+        begun = start == 0
+        while True:
+            at = file.tell()
+            line = file.readline()
+            begins = at == 0 or not whole_words or not line[:1].isspace()
+            if not line or (at >= stop and begins):
+                return
+            begun = begun or begins
+            if begun:
+                yield line
+
+
+def pieces_of(text: str, size: int) -> Iterator[str]:
+    """A text in pieces of about `size` characters that end with a line, where pre-tokenizers split anyway."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        while end < len(text) and not (text[end - 1] == "\n" and not text[end].isspace()):
+            end += 1
+        yield text[start:end]
+        start = end
