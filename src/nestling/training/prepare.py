@@ -181,7 +181,7 @@ def encode(out: Path, number: int, piece: Piece, tokenizer: str, column: str, va
                 tokens += 1
                 ends.append(tokens)
                 marks.append((tokens, total, len(ends)))
-    cut = marks[-1] if not val_fraction else next(m for m in marks if m[0] >= tokens * (1 - val_fraction))
+    cut = min(marks, key=lambda mark: abs(mark[0] - tokens * (1 - val_fraction)))
     with new_file(_part(out, number, "ends")) as aside:
         np.array(ends, dtype="<i8").tofile(aside)
     made_of = {"tokens": tokens, "bytes": total, "ends": len(ends), "cut": cut}
