@@ -1,5 +1,7 @@
 """A step of one token in C++ equals the layer's own forward, values and carried state, for every layer that has one."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten
@@ -97,3 +99,17 @@ def test_what_a_step_cannot_do_is_left_to_pytorch(name, steps):
         layer.out_proj.weight = weight
         torch.testing.assert_close(layer(token, state)[0], 2 * y)
     assert not {"memory_step", "attention_step"} & set(steps)
+
+
+@pytest.mark.parametrize(
+    "forged", [dict(valid=torch.ones(2, 2)), dict(positions=torch.zeros(2, 1, dtype=torch.int64)),
+               dict(values=torch.zeros(2, 1, 3, 4)), dict(tokens=torch.zeros(1, dtype=torch.int64))],
+)  # fmt: skip
+def test_no_address_of_a_forged_state_is_read(forged, steps):
+    layer = made("window_attention", torch.float32)
+    x = torch.randn(2, 3, 12)
+    with torch.no_grad():
+        state = layer(x[:, :2])[1]._replace(**forged)
+        with contextlib.suppress(Exception):  # PyTorch broadcasts, or refuses
+            layer(x[:, 2:], state)
+    assert "attention_step" not in steps

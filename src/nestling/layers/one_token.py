@@ -51,7 +51,7 @@ def memory_step(
     )  # fmt: skip
     velocity, carried = fast.velocity or (None,), dict(zip(order, state.paths))
     given = (x, state.conv, fast.start[0], fast.now[0], *velocity, *map(carried.get, PATHS), *learned)
-    if not _plain((layer.in_proj, layer.out_proj), mask, given):
+    if not _plain((layer.in_proj, layer.out_proj), mask, given) or not _of(x.shape[0], given[1:8]):
         return None
     given = [None if t is None else t.contiguous() for t in given]
     made = [None if t is None else torch.empty_like(t) for t in (*given[:2], *given[3:8])]
@@ -77,9 +77,15 @@ def attention_step(
         layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight, gate, layer.out_proj.weight, conv, *norms
     )  # fmt: skip
     own = (x, state.convolution, state.keys, state.values)
-    if not _plain(linear, mask, (*own, *learned)):
+    whole = state.valid, state.positions, state.tokens
+    if not _plain(linear, mask, (*own, *learned)) or not _of(x.shape[0], (*own, *whole)):
         return None
     columns = state.keys.shape[1]
+    places = (x.shape[0], columns)
+    if state.values.shape != state.keys.shape or not state.valid.shape == state.positions.shape == places:
+        return None
+    if [t.dtype for t in whole] != [torch.bool, torch.int64, torch.int64] or state.tokens.dim() != 1:
+        return None
     keep = columns + 1 if layer.window is None else min(columns + 1, layer.window - 1)
     window = None if layer.window is None else _number(layer.window, torch.int64)
     eps = _number(0.0 if layer.q_norm is None else layer.q_norm.eps, x.dtype)
@@ -117,6 +123,11 @@ def _plain(linear: Iterable[nn.Module], mask: Tensor | None, tensors: Iterable[T
     if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in given):
         return False
     return compiled.is_available(*given) and (mask is None or bool(mask.all()))
+
+
+def _of(batch: int, carried: Iterable[Tensor | None]) -> bool:
+    """Whether a state's tensors are of so many sequences, on the CPU: the library goes by addresses."""
+    return all(t is None or (t.shape[0] == batch and t.device.type == "cpu") for t in carried)
 
 
 @cache
