@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from experiments.choice import experiment, report, study, tasks
+from experiments.languages import experiment as languages
 from nestling.layers.mixers import build_mixer
-from nestling.models import sizes
+from nestling.models import HopeConfig, sizes
 
 
 def drawn(*args):
@@ -45,6 +46,18 @@ def test_the_preset_is_what_was_measured():
     conv = experiment.defaults().contender("gated deltanet, conv")
     build = [build_mixer("selfmod", 64, 1, **conv.options), build_mixer("gated_deltanet_conv", 64, 1)]
     assert build[0].config == build[1].config
+
+
+def test_the_default_is_what_was_measured():
+    chosen = [experiment.defaults().contender("hope"), languages.defaults().contender("Hope, the default")]
+    for contender, changed in zip(chosen, ({}, {"chunk_size": 16})):
+        built = HopeConfig(mixers=contender.mixers, hidden_size=64, num_attention_heads=1, num_hidden_layers=2)
+        default = HopeConfig(mixer_options=changed, hidden_size=64, num_hidden_layers=2)
+        for layer in (0, 1):
+            measured, shipped = (config.build_layer_mixer(layer) for config in (built, default))
+            assert getattr(measured, "config", None) == getattr(shipped, "config", None)
+            assert measured.num_heads == shipped.num_heads
+            assert getattr(measured, "window", None) == getattr(shipped, "window", None)
 
 
 def test_chunks_of_parity_end_in_training():

@@ -176,3 +176,14 @@ def test_a_state_from_before_the_convolutions():
     assert torch.equal(layer(x, old)[0], layer(x, state)[0])
     with pytest.raises(ValueError, match="another qkv_conv"):
         SelfModifyingTitans(8, 2, qkv_conv=4)(x, old)
+
+
+def test_the_erase_begins_where_it_is_said_to():
+    layer = SelfModifyingTitans(
+        32, 2, architecture="linear", objective="dot", adaptive=(), self_targets=False, erase_gate=True,
+        erase_range=2.0, initial_erase=0.85,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        layer.in_proj.weight.zero_()
+    erase = layer.inspect(torch.randn(1, 5, 32, dtype=torch.float64))["erase"]
+    torch.testing.assert_close(erase, torch.full_like(erase, 0.85))

@@ -61,6 +61,8 @@ def build(**options):
         (dict(projection_rate=0.0), "projection_rate"),
         (dict(projection_rate=0.1, adaptive=()), "projection_rate is of memories that project"),
         (dict(initial_scale=-1.0), "initial_scale"),
+        (dict(erase_gate=True, initial_erase=1.0), "initial_erase"),
+        (dict(initial_erase=0.8), "erase_gate=True"),
         (dict(qkv_conv=-1), "qkv_conv"),
         (dict(conv_init="first"), "conv_init"),
         (dict(conv_for="gate"), "conv_for"),

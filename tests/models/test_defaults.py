@@ -74,13 +74,26 @@ def test_a_model_saved_with_the_first_defaults_is_what_it_was(tmp_path, left_out
 def test_the_first_defaults_stay_available():
     first = HopeConfig(defaults=1, hidden_size=8)
     assert (first.mixer, first.num_attention_heads) == ("selfmod", 4)
-    with pytest.raises(ValueError, match="defaults must be 1 or 2; got 3"):
-        HopeConfig(defaults=3)
+    with pytest.raises(ValueError, match="defaults must be one of 1, 2, 3; got 4"):
+        HopeConfig(defaults=4)
+
+
+def test_the_second_defaults_differ_in_what_a_convolution_begins_as(tmp_path):
+    second, third = HopeConfig(defaults=2, hidden_size=8), HopeConfig(hidden_size=8)
+    assert second.mixer_names == third.mixer_names
+    second.save_pretrained(tmp_path)
+    assert HopeConfig.from_pretrained(tmp_path).defaults == 2
+    for config, last in ((second, False), (HopeConfig.from_pretrained(tmp_path), False), (third, True)):
+        layer = config.build_layer_mixer(0)
+        assert bool(layer.conv_weight[:, -1].min() >= 0.75) is last
+        assert layer.path_convs["k"][:, -1].min() >= 0.75
+    named = HopeConfig(defaults=2, mixers=[{"mixer": "hope_memory", "conv_init": "last"}])
+    assert named.layer_mixer(1)[1]["conv_init"] == "last"  # what is written stays
 
 
 def test_the_default_alternates_memories_and_a_window(tmp_path):
     config = HopeConfig(hidden_size=128, num_hidden_layers=3, mixer_options={"chunk_size": 8, "num_kv_heads": 1})
-    assert (config.defaults, config.mixer, config.num_attention_heads) == (2, "hope", 2)
+    assert (config.defaults, config.mixer, config.num_attention_heads) == (3, "hope", 2)
     assert config.mixer_names == ["hope_memory", "window_attention", "hope_memory"]
     assert config.layer_mixer(2) == ("hope_memory", {"num_heads": 2, "chunk_size": 8})
     assert config.layer_mixer(1) == ("window_attention", {"num_heads": 2, "window": 256, "num_kv_heads": 1})

@@ -56,18 +56,19 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
             horizon=(1024.0, 16384.0),
         ),
     ),
-    # the memory of the default Hope (decision D24): one gate for erase and write, which sees single tokens, as q, k and
-    # v do at first; the convolution in front of the other gates is drawn as usual
+    # the memory of the default Hope (decision D24): one gate for erase and write, which sees single tokens, as all else
+    # does at first, and begins by turning values around
     "hope_memory": (
         SelfModifyingTitans,
         dict(
             _DELTA,
             qkv_conv=4,
-            qkv_conv_init="last",
             conv_for=("gate", "eta", "alpha"),
+            conv_init="last",
             initial_scale=0.1,
             erase_gate=True,
             erase_range=2.0,
+            initial_erase=0.85,
             rate="gate",
         ),
     ),
@@ -84,6 +85,11 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
 # names that stand for one sequence layer after another, by decoder layer, again and again (decision D24)
 PATTERNS: dict[str, tuple[dict, ...]] = {
     "hope": ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256}),
+}
+
+# what a name stood for in configurations saved with earlier defaults, as changes of its options (decision D24)
+FORMER: dict[int, dict[str, dict]] = {
+    2: {"hope_memory": {"conv_init": "uniform", "qkv_conv_init": "last", "initial_erase": 0.5}}
 }
 
 _SETTINGS = {SelfModifyingTitans: TitansConfig}  # where a layer's options are listed, if not in its own signature

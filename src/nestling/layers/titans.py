@@ -93,7 +93,7 @@ class SelfModifyingTitans(nn.Module):
         if self.mu_bias is not None:
             nn.init.zeros_(self.mu_bias)
         if self.erase_bias is not None:
-            nn.init.zeros_(self.erase_bias)
+            nn.init.constant_(self.erase_bias, gate_logit(self.config.initial_erase))
         if self.log_first_rate is not None:
             nn.init.constant_(self.log_first_rate, math.log(self.config.first_rate))
         if self.log_projection_rate is not None:

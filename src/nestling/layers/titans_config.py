@@ -62,6 +62,9 @@ class TitansConfig:
     exact ends (decision D16); so do erase_range, erase_layer and tied_write."""
     erase_range: float = 1.0
     """Largest erase: 2 turns a key's value around, which tracking a state needs."""
+    initial_erase: float = 0.5
+    """The erase's gate before training, a part of `erase_range`: from 0.5 a range of 2 begins by overwriting, from 0.85
+    by turning values around."""
     erase_layer: str = "first"
     """Which layer of a deep memory the gate erases in, "first" or "last"; the other ones as without it."""
     tied_write: bool = True
@@ -176,6 +179,10 @@ class TitansConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, or None; got {value!r}")
+        if not 0 < self.initial_erase < 1:
+            raise ValueError(f"initial_erase must lie between 0 and 1; got {self.initial_erase!r}")
+        if self.initial_erase != 0.5 and not self.erase_gate:
+            raise ValueError(f"initial_erase={self.initial_erase!r} is of a gate: it needs erase_gate=True")
         if not self.initial_scale >= 0:
             raise ValueError(f"initial_scale must not be negative; got {self.initial_scale!r}")
         if self.head_dim is None and self.dim % self.num_heads:

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nestling.cms.blocks import ACTIVATIONS, VARIANTS
-from nestling.layers.mixers import PATTERNS, build_mixer, mixer_options
+from nestling.layers.mixers import FORMER, PATTERNS, build_mixer, mixer_options
 from nestling.memory.rule import META_GRADS
 from nestling.models.hope.cache import LAYER_TYPE
 from nestling.schedule import Level, check_order
 from nestling.utils.auto_classes import KnownByFile, NeverCopied
 
 # the sequence layer of a configuration that names none, by the version of the defaults (decision D24)
-DEFAULT_MIXERS = {1: "selfmod", 2: "hope"}
+DEFAULT_MIXERS = {1: "selfmod", 2: "hope", 3: "hope"}
 
 # what Hugging Face itself hands to a configuration besides its fields
 _PASSED_ON = {
@@ -77,8 +77,9 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
             weights by their own widths.
         tie_word_embeddings: one matrix for embedding and output.
         max_position_embeddings: longest text the model may see; None sets no limit.
-        defaults: version of the defaults, 2 since "hope" is the mixer, 1 when it was "selfmod". None: 2, and 1 for a
-            saved configuration that does not say, so that it loads as what it was.
+        defaults: version of the defaults: 1 when the mixer was "selfmod", 2 when the convolution in front of the
+            gates of "hope" was drawn at random, 3 now. None: 3, and 1 for a saved configuration that does not say, so that it loads
+            as what it was.
 
     Raises:
         ValueError, TypeError: a value out of range, an unknown option, a field of another type.
@@ -116,9 +117,9 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
         if self.defaults is None:  # only what transformers has saved names its version
-            self.defaults = 2 if self.transformers_version is None else 1
+            self.defaults = max(DEFAULT_MIXERS) if self.transformers_version is None else 1
         if self.defaults not in DEFAULT_MIXERS:
-            raise ValueError(f"defaults must be {' or '.join(map(str, DEFAULT_MIXERS))}; got {self.defaults}")
+            raise ValueError(f"defaults must be one of {', '.join(map(str, DEFAULT_MIXERS))}; got {self.defaults}")
         if self.mixer is None:
             self.mixer = DEFAULT_MIXERS[self.defaults]
         if self.num_attention_heads is None:
@@ -173,7 +174,9 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
     def layer_mixer(self, index: int) -> tuple[str, dict[str, Any]]:
         """The sequence layer of a decoder layer: its name, and its options with `num_heads`."""
         entries = self._entries()
-        options = {"num_heads": self.num_attention_heads} | entries[index % len(entries)]
+        entry = entries[index % len(entries)]
+        former = FORMER.get(self.defaults, {}).get(entry["mixer"], {})
+        options = {"num_heads": self.num_attention_heads} | former | entry
         return options.pop("mixer"), options
 
     def build_layer_mixer(self, index: int) -> nn.Module:
