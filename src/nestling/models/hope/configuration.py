@@ -78,8 +78,8 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
         tie_word_embeddings: one matrix for embedding and output.
         max_position_embeddings: longest text the model may see; None sets no limit.
         defaults: version of the defaults: 1 when the mixer was "selfmod", 2 when the convolution in front of the
-            gates of "hope" was drawn at random, 3 now. None: 3, and 1 for a saved configuration that does not say, so that it loads
-            as what it was.
+            gates of "hope" was drawn at random and its erase began at a half, 3 now. None: 3, and 1 for a saved
+            configuration that does not say, so that it loads as what it was.
 
     Raises:
         ValueError, TypeError: a value out of range, an unknown option, a field of another type.
