@@ -43,6 +43,7 @@ class LearningMixin:
         config: Any
         training: bool
         parameters: Any
+        get_input_embeddings: Any
         loss_function: Any
         _is_stateful: bool
 
