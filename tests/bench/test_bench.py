@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_every_part_gives_rows_of_one_shape(name, monkeypatch):
     json.dumps(table.rows)
 
 
+@pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="processes: NESTLING_SLOW_TESTS=1 runs it")
 def test_memory_is_measured_in_a_process_of_its_own():
     """A step over 4,096 tokens that keeps everything needs more than one that keeps boundary states."""
     settings = bench.BenchSettings(**(bench.QUICK | dict(dim=16, memory_lengths=(16, 4096))))

@@ -90,6 +90,7 @@ def elsewhere(tmp_path):
     return tmp_path / "project"
 
 
+@pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="processes: NESTLING_SLOW_TESTS=1 runs it")
 def test_a_run_from_another_projects_folder(elsewhere):
     """Worker processes too find the checkout's experiments."""
     options = ["--smoke", "--only", "SGD momentum", "--json", "--out", "out"]
