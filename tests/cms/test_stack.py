@@ -207,12 +207,15 @@ def test_outer_gradients(make, ids, meta_grad):
         (lambda m, ids: stack_levels(m, TWO, blocks=[9]), "block 9"),
         (lambda m, ids: stack_levels(stack_levels(m, TWO), TWO), "already"),
         (lambda m, ids: (stack_levels(m, TWO), stack_levels(m, TWO)), "already"),
+        (lambda m, ids: stack_levels(torch.compile(m), TWO), "the model is compiled already"),
+        (lambda m, ids: (m.compile(), stack_levels(m, TWO)), "the model is compiled already"),
+        (lambda m, ids: (m.model.layers[0].mlp.compile(), stack_levels(m, TWO)), "model.layers.0.mlp of the model is"),
         (lambda m, ids: stack_levels(m, TWO)(ids[:, :0]), "input_ids"),
         (lambda m, ids: (s := stack_levels(m, TWO))(ids[:1], past_key_values=read(s, ids)[1]), "holds 2 streams"),
     ],
 )
 def test_bad_input_is_named(make, ids, call, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises((ValueError, TypeError), match=word):
         call(make(), ids)
 
 

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from nestling.models.hope.levels import give_levels
+
 SLOW = pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="a minute: NESTLING_SLOW_TESTS=1 runs it")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
 
@@ -39,6 +41,47 @@ def test_the_cache_is_carried_inside_and_between_graphs(make_model):
         second = model(IDS[:, 5:], past_key_values=first.past_key_values)
     found = torch.cat([first.logits, second.logits], 1)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+
+
+LEVELS = {"cms_levels": [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": None}], "context_length": 64}
+
+
+@pytest.mark.parametrize("meta_grad", ["full", *(pytest.param(name, marks=SLOW) for name in ("first_order", "none"))])
+@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=SLOW)])
+@pytest.mark.parametrize("part", ["model", pytest.param("block", marks=SLOW)])
+def test_levels_learn_under_a_compiler_as_without(make_model, part, rank, meta_grad):
+    """A graph of one layer is never taken for another's, nor are what two streams have learned."""
+    torch._dynamo.reset()
+    levels = [{**LEVELS["cms_levels"][0], "rank": rank}, LEVELS["cms_levels"][1]]
+    model = make_model(**LEVELS | {"cms_levels": levels, "cms_meta_grad": meta_grad})
+    caches = [model(ids).past_key_values for ids in (IDS, IDS.flip(0))]
+    expected, compiled = step(model, model), model
+    if part == "model":
+        compiled = torch.compile(model, backend="aot_eager")
+    else:
+        for block in model.model.layers:
+            block.compile(backend="aot_eager")
+    torch.testing.assert_close(step(model, compiled), expected, rtol=0, atol=0)
+    for cache in caches:
+        with model.adapted(cache), torch.no_grad():
+            with torch.compiler.set_stance("force_eager"):
+                expected = compiled(IDS, use_cache=False).logits
+            torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
+
+
+def test_levels_under_what_may_not_look_at_values(make_model):
+    torch._dynamo.reset()
+    model = make_model(**LEVELS)
+    with pytest.raises(RuntimeError, match=r"compile without fullgraph=True, or with model\.learning = False"):
+        torch.compile(model, backend="eager", fullgraph=True)(IDS)
+    with pytest.raises(ValueError, match=r"set model\.learning = False"):
+        torch.export.export(model, (IDS,), {"use_cache": False})
+    with pytest.raises(ValueError, match=r"set model\.learning = False"):
+        torch.func.grad(lambda w: torch.func.functional_call(model, w, (IDS,), {"labels": IDS}).loss)(
+            {name: p.detach() for name, p in model.named_parameters()}
+        )
+    with pytest.raises(TypeError, match="compiled already"):
+        give_levels(torch.compile(make_model()), LEVELS["cms_levels"][:1])
 
 
 @SLOW

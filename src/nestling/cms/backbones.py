@@ -97,9 +97,13 @@ class Backbone(ABC):
 
 
 def run_block(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a decoder block, hooks and all, but let the library not recompute it by itself: that drops its cache."""
-    if getattr(block, "gradient_checkpointing", False):
-        block = copy.copy(block)  # of the same parts: nothing is written to the one that others may be calling
+    """Call a decoder block, hooks and all, but let the library not recompute it by itself: that drops its cache.
+
+    One that was compiled by itself runs as it was before: levels take gradients that compiled blocks do not have.
+    """
+    block = block._modules.get("_orig_mod") or block
+    if block._compiled_call_impl is not None or getattr(block, "gradient_checkpointing", False):
+        block = copy.copy(block)  # of the same parts and uncompiled: nothing is written to what others may be calling
         block.gradient_checkpointing = False
     return block(*args, **kwargs)
 

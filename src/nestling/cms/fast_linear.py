@@ -84,9 +84,14 @@ class Applied:
 
 
 _CALLS: ContextVar[Mapping[FastLinear, Applied]] = ContextVar("fast_weights", default=MappingProxyType({}))
-# Calls that are open in any thread. A compiled layer is guarded by it (torch.compile cannot trace a context variable):
-# the graph of a plain forward is never taken where there may be differences.
+# Calls that are open in any thread. A compiled layer is guarded by it: the graph of a plain forward is never taken
+# where there may be differences.
 _OPEN, _LOCK = 0, Lock()
+# A compiler that traces differences takes those of one layer for another's: it guards neither context nor layer.
+untraced = torch.compiler.disable(
+    reason="what levels learn in a context is decided chunk by chunk in Python: compile without fullgraph=True, or "
+    "with model.learning = False and outside model.adapted"
+)
 
 
 @contextmanager
@@ -132,7 +137,11 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, i] -> [B, T, o]."""
-        call = _CALLS.get().get(self) if _OPEN else None
+        return self._learned(x) if _OPEN else F.linear(x, self.weight, self.bias)
+
+    @untraced
+    def _learned(self, x: Tensor) -> Tensor:
+        call = _CALLS.get().get(self)
         if call is None:
             return F.linear(x, self.weight, self.bias)
         weight, delta = self.weight.detach() if call.fixed else self.weight, call.deltas[self]
@@ -177,3 +186,13 @@ def check_forward(module: nn.Module, what: str) -> None:
             f"{what} ({type(module).__name__}) has {name} in place of its class's forward: stack levels first and "
             "prepare or hook the result (accelerate.hooks.remove_hook_from_module takes hooks off)"
         )
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """Raise TypeError if a model or a part of it is compiled: it would go on computing what it was compiled from."""
+    for name, part in model.named_modules():
+        if "_orig_mod" in part._modules or part._compiled_call_impl is not None:
+            raise TypeError(
+                f"{f'the part {name} of the model' if name else 'the model'} is compiled already: give levels to the "
+                "model as it was before (torch.compile keeps it as compiled._orig_mod), and compile the result"
+            )

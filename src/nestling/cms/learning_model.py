@@ -19,11 +19,12 @@ from nestling.cms.attention_maps import whole_map
 from nestling.cms.backbones import HiddenStates
 from nestling.cms.cache import LevelsCache, fill
 from nestling.cms.ending import finished
-from nestling.cms.fast_linear import Delta, Factors, FastLinear, applied
+from nestling.cms.fast_linear import Delta, Factors, FastLinear, applied, untraced
 from nestling.cms.learner import Learner
 from nestling.cms.rows import rows_of
 from nestling.cms.state import level_bytes, shapes
 from nestling.cms.wide import widened
+from nestling.utils.transforms import is_transformed
 
 # the models that this thread or task uses as they have become
 _ADAPTED: ContextVar[tuple[LearningMixin, ...]] = ContextVar("adapted", default=())
@@ -50,8 +51,13 @@ class LearningMixin:
     @property
     def reads(self) -> bool:
         """Whether levels learn from what the model reads now (not inside `adapted`)."""
-        return self.learning and bool(self.learner.fast) and not any(m is self for m in _ADAPTED.get())
+        return self.learning and bool(self.learner.fast) and not self._adapted_now()
 
+    @untraced
+    def _adapted_now(self) -> bool:
+        return any(m is self for m in _ADAPTED.get())
+
+    @untraced
     def read(self, input_ids: Tensor | None, *, past_key_values: Any = None, **call: Any) -> CausalLMOutputWithPast:
         """A forward that learns from `input_ids` [B, T], B streams; the cache carries them.
 
@@ -69,6 +75,9 @@ class LearningMixin:
             ValueError: inputs that are not tokens (a level learns from the tokens it reads), or do not fit.
             TypeError: an argument that no model has.
         """
+        if is_transformed():
+            raise ValueError("levels that learn in a context cannot be exported or go through torch.func, which must "
+                             "not look at values: set model.learning = False")  # fmt: skip
         if not torch.is_inference_mode_enabled():
             return self._read(input_ids, past_key_values, **call)
         with torch.inference_mode(False), torch.no_grad():  # levels need autograd, and what it saved

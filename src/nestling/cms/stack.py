@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nestling.cms.backbones import LlamaBackbone
-from nestling.cms.fast_linear import FastLinear, check_forward
+from nestling.cms.fast_linear import FastLinear, check_forward, check_uncompiled
 from nestling.cms.learner import META_GRADS, VARIANTS, Learner, plan
 from nestling.cms.stacked_model import StackedForCausalLM
 from nestling.schedule import Level, check_order
@@ -89,7 +89,7 @@ def stack_levels(
         computing what it did. It is called as before, and `past_key_values` carries what it learned.
 
     Raises:
-        TypeError: not such a model, or one that was hooked already (accelerate).
+        TypeError: not such a model, or one that was hooked (accelerate) or compiled already.
         ValueError: levels, placement or blocks that do not fit it.
     """
     for name, value, known in (
@@ -97,6 +97,8 @@ def stack_levels(
     ):  # fmt: skip
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if isinstance(model, nn.Module):
+        check_uncompiled(model)
     if isinstance(model, StackedForCausalLM) or any(isinstance(m, FastLinear) for m in _modules(model)):
         raise ValueError("the model has levels already: stack them once, on the model as it was loaded")
     if placement == "depth" and variant == "independent":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.cms.defaults import default_levels
+from nestling.cms.fast_linear import check_uncompiled
 from nestling.models.hope.configuration import HopeConfig
 from nestling.models.hope.modeling import HopeForCausalLM
 from nestling.schedule import Level, check_order
@@ -33,8 +34,10 @@ def give_levels(model: HopeForCausalLM, levels: Sequence[Level | dict[str, Any]]
         levels: fastest first, as many as its continuum memory has blocks; None for the default of one block.
 
     Raises:
+        TypeError: a compiled model.
         ValueError: levels that learn already, or levels that do not fit the model or its context length.
     """
+    check_uncompiled(model)
     own = model.config.levels
     if model.learner.fast:
         raise ValueError("the model's levels learn already while it reads: nestling learn takes it as it is")
