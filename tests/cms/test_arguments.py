@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import multiprocessing
+import os
 import pickle
 import threading
 
@@ -16,6 +17,7 @@ from nestling import HopeConfig, HopeForCausalLM, Level, stack_levels
 from nestling.cms.fast_linear import FastLinear, applied
 from streams import read
 
+SLOW = pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="a minute: NESTLING_SLOW_TESTS=1 runs it")
 TWO = [Level(4, lr=0.5), Level(8, lr=0.25, optimizer="dgd")]
 
 
@@ -37,8 +39,9 @@ def streams(count, length=21):
     return [torch.randint(31, (1 + i % 2, length), generator=generator) for i in range(count)]
 
 
-def test_threads_read_as_if_one_after_the_other(model):
-    """Two threads, thirty reads each, one of them through `adapted` now and then: bit for bit as in a row."""
+@pytest.mark.parametrize("count, reads", [(2, 30), pytest.param(4, 100, marks=SLOW)])
+def test_threads_read_as_if_one_after_the_other(model, count, reads):
+    """So many threads and reads of each, one of them through `adapted` now and then: bit for bit as in a row."""
     texts = streams(10, 13)
     cache = read(model, texts[0])[1]
 
@@ -54,11 +57,11 @@ def test_threads_read_as_if_one_after_the_other(model):
 
     def work(first):
         try:
-            wrong.extend(n for n in range(first, 60, 2) if not torch.equal(answer(n), want[n % 10]))
+            wrong.extend(n for n in range(first, count * reads, count) if not torch.equal(answer(n), want[n % 10]))
         except Exception as error:
             wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in (0, 1)]
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
