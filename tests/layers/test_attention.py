@@ -111,6 +111,18 @@ def test_a_window_is_computed_in_blocks(past):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window, tokens, kv_heads", [(3, 7, 2), (3, 300, 2), (130, 131, 1), (150, 460, 1)])
+def test_the_blocks_of_a_window_in_one_call(window, tokens, kv_heads):
+    torch.manual_seed(0)
+    attention = Attention(8, 2, window=window, num_kv_heads=kv_heads)
+    q, k, v = (torch.randn(2, heads, tokens, 4, dtype=torch.float64) for heads in (2, kv_heads, kv_heads))
+    at = torch.arange(tokens)
+    seen = (at[:, None] >= at) & (at[:, None] - at < window)
+    wide = [t.repeat_interleave(2 // kv_heads, 1) for t in (k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=seen)
+    torch.testing.assert_close(attention._windows(q, k, v), want)
+
+
 def test_state_of_a_window_is_bounded_and_a_value():
     attention = layer(window=5)
     _, first = attention(torch.randn(2, 3, 16, dtype=torch.float64))

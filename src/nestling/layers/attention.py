@@ -131,6 +131,8 @@ class Attention(nn.Module):
             places = torch.cat([state.positions, positions], 1)
         if state is None and mask is None and (self.window is None or tokens <= self.window):
             y = self._attend(q, keys, values, causal=True)
+        elif state is None and mask is None and x.is_cuda:  # few launches; a CPU does better block by block
+            y = self._windows(q, keys, values)
         else:
             past, size = places.shape[1] - tokens, tokens
             # padding may stand between a token and its window's first key: only without it is a window a slice
@@ -169,6 +171,25 @@ class Attention(nn.Module):
         if (repeat := self.num_heads // self.num_kv_heads) > 1:
             k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+
+    def _windows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The window's attention without padding or a past: blocks of queries with the keys they see, in one call."""
+        size, tokens = max(self.window, 128), q.shape[2]  # as many queries a block: of a small window, many see alike
+        count = -(-tokens // size)
+
+        def blocks(t: Tensor, before: int) -> Tensor:  # [B H, blocks, before + size, P]
+            padded = F.pad(t, (0, 0, before, count * size - tokens)).flatten(0, 1)
+            return padded.unfold(1, before + size, size).mT
+
+        if (repeat := self.num_heads // self.num_kv_heads) > 1:
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        at = torch.arange(size, device=q.device)[:, None]  # of a query, and of a key in front of the block or in it
+        key = torch.arange(-self.window, size, device=q.device)
+        first = torch.arange(count, device=q.device)[:, None, None] * size
+        allowed = (key <= at) & (key > at - self.window) & (first + key >= 0)
+        parts = blocks(q, 0), blocks(k, self.window), blocks(v, self.window)
+        y = F.scaled_dot_product_attention(*parts, attn_mask=allowed)
+        return y.flatten(1, 2)[:, :tokens].unflatten(0, q.shape[:2])
 
     def _allowed(self, positions: Tensor, valid: Tensor, places: Tensor) -> Tensor:
         """[B, 1, T, S]: the key is real, not in the future, inside the window (the last T keys are the queries')."""

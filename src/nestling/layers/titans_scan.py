@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from nestling.layers.titans_config import TitansConfig
 from nestling.layers.titans_groups import Gates, MemoryGroup, Numbers, gates_of, groups_of, projected
 from nestling.layers.titans_state import state_dtype
 from nestling.memory.fused import fused_advance, is_fused
+from nestling.memory.linear_chunks import advance_chunks, goes_by_chunks
 from nestling.memory.rule import Anchor, Context, FastWeights, TokenFigures, advance, close_chunk, forward
+from nestling.ops import compiled
 from nestling.ops.chunk import decay_table
 
 Observer = Callable[[TokenFigures, FastWeights, Gates], None]  # told of every segment of the main memory
@@ -71,13 +74,33 @@ class MemoryScan:
         """Some segments in a row."""
         reads = []
         # split at once: a slice's gradient would fill the whole length for every segment
-        sizes, begin, end = [s.stop - s.start for s in plan], plan[0].start, plan[-1].stop
+        together = self.by_chunks and not compiled.is_available(*memories[-1].now)
+        runs = _runs(plan, self.config.main_chunk_size) if together else [[segment] for segment in plan]
+        sizes, begin, end = [run[-1].stop - run[0].start for run in runs], plan[0].start, plan[-1].stop
         parts = {name: f[:, :, begin:end].split(sizes, 2) for name, f in features.items()}
-        for i, segment in enumerate(plan):
+        for i, run in enumerate(runs):
             part = {name: pieces[i] for name, pieces in parts.items()}
-            y, memories = self.segment(segment, memories, part)
+            y, memories = self.segment(run[0], memories, part) if len(run) == 1 else self.chunks(memories, part)
             reads.append(y)
         return torch.cat(reads, 2), memories
+
+    @cached_property
+    def by_chunks(self) -> bool:
+        """Whether all that runs chunk by chunk is an affine map of a matrix, see `ops.chunks`."""
+        config, main = self.config, groups_of(self.config)[-1]
+        plain = not (config.adaptive or config.momentum or self.anchors[-1] or self.observe)
+        return plain and config.read != "chunk" and goes_by_chunks(main.architecture, config.rule)
+
+    def chunks(self, memories: Memories, part: dict[str, Tensor]) -> tuple[Tensor, Memories]:
+        """`segment` for whole chunks in a row, where `by_chunks`."""
+        config, (fast,) = self.config, memories
+        gates = gates_of(config, part, self.numbers)
+        context = Context(part["k"], part["v"], gates.eta, gates.alpha, None, None, gates.erase)
+        new, y = advance_chunks(
+            config.rule, fast, context, chunk_size=config.main_chunk_size, queries=part["q"],
+            after=config.read == "after", limit=_limit(config, fast.now[0]),
+        )  # fmt: skip
+        return y, (new,)
 
     def segment(self, segment: Segment, memories: Memories, part: dict[str, Tensor]) -> tuple[Tensor, Memories]:
         """Project with the chunk's first weights, write to every memory, read the main one."""
@@ -131,9 +154,28 @@ def closed(config: TitansConfig, fast: FastWeights, closes: bool | Tensor) -> Fa
     """Memories [n, B, ...] after a token that completes the chunk: of all sequences, of none, or of those in [B]."""
     if closes is False:
         return fast
-    limits = tuple(config.norm_limit * math.sqrt(w.shape[-2] * w.shape[-1]) for w in fast.now)
+    limits = tuple(_limit(config, w) for w in fast.now)
     rows = None if closes is True else closes.to(fast.now[0].device)
     return close_chunk(fast, rows, limits, config.rule.meta_grad)
+
+
+def _runs(plan: list[Segment], size: int) -> list[list[Segment]]:
+    """The segments, those in a row together that are whole chunks of every sequence."""
+    found: list[list[Segment]] = []
+    before = False
+    for segment in plan:
+        whole = segment.stop - segment.start == size and segment.active is None and segment.closes[0] is True
+        if whole and before:
+            found[-1].append(segment)
+        else:
+            found.append([segment])
+        before = whole
+    return found
+
+
+def _limit(config: TitansConfig, weight: Tensor) -> float:
+    """The bound on a weight's norm at a chunk's end."""
+    return config.norm_limit * math.sqrt(weight.shape[-2] * weight.shape[-1])
 
 
 def _pieces(plan: list[Segment], size: int) -> list[list[Segment]]:

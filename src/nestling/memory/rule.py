@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nestling.memory.architectures import Architecture, plain, product
 from nestling.memory.objectives import OBJECTIVES
-from nestling.ops import triton as kernels
 from nestling.ops.chunk import Chunk, Decays, delta_chunk
+from nestling.ops.states import bounded
 
 STEPS = ("joint", "layer", "plain")
 META_GRADS = ("full", "first_order", "none")
@@ -95,7 +95,7 @@ class Context(NamedTuple):
     rate: Tensor  # eta [B, H, C]
     decay: Tensor  # alpha [B, H, C]
     momentum: Tensor | None  # mu [B, H, C]
-    decays: Decays  # tables of the two, [B, H, C + 1, C + 1]
+    decays: Decays | None  # tables of the two, [B, H, C + 1, C + 1]
     # of the main memory, which is then a stack of its own
     erase: Tensor | None = None  # gate g of the erase, [B, H, C]
     first_rate: Tensor | None = None  # a factor on the first layer's step, [H, 1]
@@ -132,8 +132,8 @@ def advance(
     inner = fast.start if rule.meta_grad == "full" else tuple(w.detach() for w in fast.start)
     inputs, products, error, loss = _inner_gradient(architecture, rule, inner, context)
     errors = architecture.errors(inner, products, error)
-    rates = _rates(rule, context, inputs, errors)
-    erases = _erases(rule, rates, context, inputs)
+    rates = rates_of(rule, context, inputs, errors)
+    erases = erases_of(rule, rates, context, inputs)
     shrink = 1.0 if context.momentum is None else 1 - context.momentum  # momentum as an average keeps the step's size
     shared = fresh and rule.meta_grad == "full"
     memories = error.shape[0]
@@ -196,7 +196,7 @@ def _inner_gradient(architecture, rule, weights, context):
     return inputs, products, objective.error(prediction, target).expand_as(prediction), loss
 
 
-def _rates(rule: UpdateRule, context: Context, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
+def rates_of(rule: UpdateRule, context: Context, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
     """Step e of each layer for each token, [n, B, H, C]."""
     eta = context.rate
     if rule.step == "plain":
@@ -215,7 +215,7 @@ def _rates(rule: UpdateRule, context: Context, inputs: list[Tensor], errors: lis
     return rates
 
 
-def _erases(rule: UpdateRule, rates: list[Tensor], context: Context, inputs: list[Tensor]) -> list[Tensor | None]:
+def erases_of(rule: UpdateRule, rates: list[Tensor], context: Context, inputs: list[Tensor]) -> list[Tensor | None]:
     """What each token takes from each layer along its key, [n, B, H, C]; None for nothing."""
     erases = [None] * len(rates)
     if rule.dgd or rule.gated_erase:
@@ -254,7 +254,7 @@ def close_chunk(
         closed: [B] bool, the sequences whose chunk is complete; None is all of them.
         limits: bound on the Frobenius norm of each layer's weights.
     """
-    now = tuple(_bounded(w, limit) for w, limit in zip(fast.now, limits, strict=True))
+    now = tuple(bounded(w, limit) for w, limit in zip(fast.now, limits, strict=True))
     velocity = fast.velocity
     if meta_grad == "none":
         now, velocity = tuple(w.detach() for w in now), tuple(s.detach() for s in velocity)
@@ -264,18 +264,6 @@ def close_chunk(
     start = tuple(torch.where(pick, w, old) for w, old in zip(now, fast.start, strict=True))
     kept = tuple(torch.where(pick, w, old) for w, old in zip(now, fast.now, strict=True))
     return FastWeights(start, kept, velocity)
-
-
-def _bounded(weight: Tensor, limit: float) -> Tensor:
-    if kernels.is_available(weight, sides=tuple(weight.shape[-2:])):
-        from nestling.ops.triton.bounded import bounded  # triton itself is imported where it is used
-
-        return bounded(weight, limit)
-    norm = torch.linalg.vector_norm(weight.detach(), dim=(-2, -1))
-    if not weight.is_cuda and bool((norm <= limit).all()):  # the usual case costs one pass
-        return weight
-    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), keepdim=True)
-    return weight * (limit / norm.clamp_min(limit))
 
 
 def forward(architecture: Architecture, weights: tuple[Tensor, ...], z: Tensor) -> Tensor:

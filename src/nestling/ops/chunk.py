@@ -169,7 +169,7 @@ def differentiate(function, args, grads, needed) -> list[Tensor | None]:
     return [by_index.get(i) for i in range(len(args))]
 
 
-def _solve(system: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
+def solve(system: Tensor, rhs: Tensor, transposed: bool = False) -> Tensor:
     """Solve with the unit-lower-triangular system, its diagonal implied, or with its transpose.
 
     Written as d^T T^T = rhs^T: LAPACK counts columns first, so rows stay as they are and nothing is copied.
@@ -193,7 +193,7 @@ def chunk_reference(c: Chunk, after: bool):
             base = base + (1 - a[:, :-1, :1]) * (c.keys @ c.anchor.mT)
         if c.velocity is not None:
             base = base + k[:, :-1, :1] * (c.keys @ c.velocity.mT) + (gram * k[:, :-1, 1:]) @ c.writes
-        d = _solve(beta * (gram * a[:, :-1, 1:]), c.writes - beta * base)
+        d = solve(beta * (gram * a[:, :-1, 1:]), c.writes - beta * base)
     left, weight, velocity = a[:, -1, 1:, None] * d, a[:, -1:, :1] * c.weight, None
     if c.anchor is not None:
         weight = weight + (1 - a[:, -1:, :1]) * c.anchor
@@ -226,7 +226,7 @@ def chunk_forward(c: Chunk, after: bool) -> tuple[Tensor, Tensor | None, Tensor 
             base.addcmul_(torch.bmm(x, c.anchor.mT), 1 - a[:, :-1, :1])
         if moves:
             base.addcmul_(torch.bmm(x, c.velocity.mT), k[:, :-1, :1]).baddbmm_(gram * k[:, :-1, 1:], u)
-        d = _solve(gram.mul_(a[:, :-1, 1:]).mul_(beta), torch.addcmul(u, base, beta, value=-1))
+        d = solve(gram.mul_(a[:, :-1, 1:]).mul_(beta), torch.addcmul(u, base, beta, value=-1))
     weight, velocity = c.weight * a[:, -1:, :1], None
     if c.anchor is not None:
         weight.addcmul_(c.anchor, 1 - a[:, -1:, :1])
@@ -340,7 +340,7 @@ def chunk_backward(c: Chunk, after: bool, d: Tensor, g_w: Tensor, g_s: Tensor | 
 
     # the triangular system (I + beta (gram . A)) d = u - beta base, whose right side has the gradient y
     gram, seen, beta = torch.bmm(x, x.mT), a[:, :-1, 1:], c.erase.unsqueeze(-1)
-    y = _solve((gram * seen).mul_(beta), g_d, transposed=True)
+    y = solve((gram * seen).mul_(beta), g_d, transposed=True)
     yp = dot(y, c.products)
     g_erase = a[:, :-1, 0] * yp
     g_a[:, :-1, 0].sub_(c.erase * yp)
