@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nestling.ops.chunk import decay_table, solve
 from nestling.ops.states import chunk_states
+from nestling.ops.triangular import unit_inverse
 
 
 def delta_chunks(
@@ -51,7 +52,8 @@ def delta_chunks(
     if erase is not None:
         beta = cut(erase).unsqueeze(-1)
         both = torch.cat([u, beta * a[:, :-1, :1] * x], -1)
-        u, erased = solve(beta * (torch.bmm(x, x.mT) * a[:, :-1, 1:]), both).split([outs, ins], -1)
+        low = beta * (torch.bmm(x, x.mT) * a[:, :-1, 1:])
+        u, erased = (torch.bmm(unit_inverse(low), both) if x.is_cuda else solve(low, both)).split([outs, ins], -1)
         keep = torch.baddbmm(keep, erased.mT, tail, alpha=-1)
     add = torch.bmm(u.mT, tail)
     states = chunk_states(weight, keep.unflatten(0, (count, chunks)), add.unflatten(0, (count, chunks)), limit)
