@@ -74,7 +74,7 @@ def layer(name: str, precision: str, **options: Any) -> dict[str, Any]:
         got, got_gradients = _results(module, x.to(device()), precision)
     finally:
         set_tf32("float32")
-    return verdict(distance(got, want), distance(got_gradients, want_gradients), precision)
+    return verdict(distance(got, want), distance(got_gradients, want_gradients, precision), precision)
 
 
 def operator(read: str, momentum: bool, precision: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def operator(read: str, momentum: bool, precision: str) -> dict[str, Any]:
 
     want, want_gradients = results(delta_rule_reference, "cpu", torch.float64)
     got, got_gradients = results(partial(delta_rule, chunk_size=CHUNK), device(), kind)
-    return verdict(distance(got, want), distance(got_gradients, want_gradients), precision)
+    return verdict(distance(got, want), distance(got_gradients, want_gradients, precision), precision)
 
 
 def cuts(name: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ INNER = ("gd", "momentum", "adamw", "dgd", "m3")
 def run(record: Record, options: dict[str, Any], turn: Callable[[], None]) -> None:
     # it times nothing, so it waits for no turn
     set_tf32("float32")
-    for mixer in ("selfmod", "gated_deltanet", "attention"):
+    for mixer in ("hope", "selfmod"):
         for precision in ("float32", "bf16"):
             check(record, f"Hope with {mixer}, {precision}", partial(hope, precision, mixer=mixer))
     for meta_grad in ("full", "first_order", "none"):
@@ -85,7 +85,7 @@ def hope(precision: str, slack: float = 1.0, **changes: Any) -> dict[str, Any]:
     model = copy.deepcopy(reference).to(device())
     want, want_gradients = _results(reference.double(), _ids(), "float32")
     got, got_gradients = _results(model, _ids().to(device()), precision)
-    return verdict(distance(got, want), distance(got_gradients, want_gradients), precision, slack)
+    return verdict(distance(got, want), distance(got_gradients, want_gradients, precision), precision, slack)
 
 
 def llama(placement: str, precision: str) -> dict[str, Any]:

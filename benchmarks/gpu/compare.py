@@ -14,17 +14,20 @@ from benchmarks.gpu.record import Record
 # relative, in the Frobenius norm: what float32 sums in another order, TF32's 11 bits, and bfloat16's 8 may differ by
 ALLOWED = {"float32": 1e-4, "tf32": 1e-2, "bf16": 2e-2}
 GRADIENTS = {"float32": 1e-4, "tf32": 2e-2, "bf16": 5e-2}
-FLOOR = 1e-3  # a gradient smaller than this part of the largest one is measured against that part
+# a gradient smaller than this part of the largest one is measured against that part; of bfloat16, its own rounding
+FLOOR = {"float32": 1e-3, "tf32": 1e-3, "bf16": 2**-8}
 
 
 class Lost(Exception):
     """The device answers no more: nothing else can be checked in this process."""
 
 
-def distance(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> dict[str, Any]:
+def distance(
+    got: dict[str, Tensor | None], want: dict[str, Tensor | None], precision: str = "float32"
+) -> dict[str, Any]:
     """The largest of |a - b| / |b| over named tensors, and whose it is; NaN counts as largest."""
     norms = {name: float(t.detach().double().norm()) for name, t in want.items() if t is not None}
-    floor, worst, whose = FLOOR * max(norms.values(), default=0.0), -1.0, ""
+    floor, worst, whose = FLOOR[precision] * max(norms.values(), default=0.0), -1.0, ""
     for name, b in want.items():
         a = got[name]
         if b is None or a is None:

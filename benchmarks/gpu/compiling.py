@@ -13,7 +13,7 @@ from benchmarks.gpu.clock import device, free, milliseconds, once, set_tf32, tra
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.speed import block, mixer
 
-CASES = (("block", None), ("gated_deltanet", "default"), ("selfmod", "default"), ("selfmod", "reduce-overhead"))
+CASES = (("block", "default"), ("hope_memory", "default"), ("selfmod", "default"))
 
 
 def run(record: Record, options: dict[str, Any], turn: Callable[[], None]) -> None:

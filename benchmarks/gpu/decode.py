@@ -15,18 +15,19 @@ from benchmarks.gpu.speed import mixer
 from nestling import HopeForCausalLM
 from nestling.models import sizes
 
-MIXERS = ("selfmod", "gated_deltanet", "attention")
+LAYERS = ("hope_memory", "window_attention", "selfmod", "attention")
+MODELS = ("hope", "attention")
 
 
 def run(record: Record, options: dict[str, Any]) -> None:
     quick = options["quick"]
     size, prompt, count = ("tiny", 20, 3) if quick else ("125m", 1024, 24)
     set_tf32("float32")
-    for name in MIXERS:
+    for name in LAYERS:
         dim, heads = (32, 2) if quick else (1024, 16)
         record.attempt("layer", f"{name}, width {dim}", partial(_layer, name, dim, heads, prompt), 8)
     for batch in (1, 2 if quick else 32):
-        for name in MIXERS:
+        for name in MODELS:
             key = f"{size} with {name}, batch {batch}, bf16"
             record.attempt("model", key, partial(_model, size, name, batch, prompt, count), 15)
             free()

@@ -21,13 +21,13 @@ def run(record: Record, options: dict[str, Any]) -> None:
     quick, rate = options["quick"], options["rates"].get("bf16 product TFLOP/s")
     dim, head, tokens, total, chunks = (32, 16, 64, 64, (16,)) if quick else (1024, HEAD, 4096, TOKENS, CHUNKS)
     set_tf32("bf16+tf32")
-    for name in ("selfmod", "gated_deltanet", "attention"):
+    for name in ("hope_memory", "selfmod", "attention"):
         record.attempt("token", f"{name}, width {dim}", partial(_token, name, dim, dim // head), 10)
     for chunk in chunks[:4]:
         act = partial(_step, "selfmod", dim, dim // head, total // tokens, tokens, chunk, rate)
         record.attempt("step", f"selfmod, chunk {chunk}", act, 20)
         free()
-    for name in ("block", "gated_deltanet"):
+    for name in ("block", "hope_memory", "window_attention"):
         act = partial(_step, name, dim, dim // head, total // tokens, tokens, 64, rate)
         record.attempt("step", f"{name}, chunk 64" if name != "block" else name, act, 20)
         free()

@@ -20,7 +20,7 @@ TOP = 15
 def run(record: Record, options: dict[str, Any]) -> None:
     dim, heads, batch, tokens = (32, 2, 1, 64) if options["quick"] else (1024, 16, 16, 1024)
     set_tf32("bf16+tf32")
-    for name, chunk in (("selfmod", 64), ("selfmod", 256), ("gated_deltanet", 64), ("block", None)):
+    for name, chunk in (("hope_memory", 64), ("selfmod", 256), ("block", None)):
         key = f"{name}, chunk {chunk}" if chunk else name
         record.attempt("profile", key, partial(_layer, name, chunk, dim, heads, batch, tokens), 25)
         free()

@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.clock import device, free, milliseconds, on_gpu, operations, peak_bytes, set_tf32, train_step
 from benchmarks.gpu.record import Record
 from nestling.layers import build_mixer
+from nestling.layers.mixers import mixer_options
 
 HEAD = 64  # channels of a head, in layers and block alike
 TOKENS = 16_384  # of one call, over the batch
-MIXERS = ("selfmod", "gated_deltanet", "deltanet", "linear_attention")
+MIXERS = ("hope_memory", "window_attention", "gated_deltanet", "linear_attention", "selfmod")
 CHUNKS = (256, 64, 512, 1024, 128, 32, 16)  # what tells most first
 
 
@@ -50,8 +51,10 @@ def block(dim: int, heads: int, precision: str) -> Block:
 
 
 def mixer(name: str, dim: int, heads: int, **options: Any) -> nn.Module:
+    """A layer by name, with those of the options that it has."""
     torch.manual_seed(0)
-    return build_mixer(name, dim, heads, **options).to(device())
+    own = {option: value for option, value in options.items() if option in mixer_options(name)}
+    return build_mixer(name, dim, heads, **own).to(device())
 
 
 def layer_operations(name: str, dim: int, heads: int, chunk: int) -> float:
@@ -67,9 +70,9 @@ def run(record: Record, options: dict[str, Any]) -> None:
     head, chunks = (16, (32, 16)) if quick else (HEAD, CHUNKS)
     measure = partial(_measure, record, rate=rate, total=total, head=head)
     for precision in ("bf16", "bf16+tf32"):  # the target first: width 1,024, T 4,096
-        measure("block", wide, lengths[0], precision)
-        measure("selfmod", wide, lengths[0], precision)
-    for name in MIXERS[1:]:
+        for name in ("block", "hope_memory", "window_attention"):
+            measure(name, wide, lengths[0], precision)
+    for name in MIXERS:
         measure(name, wide, lengths[0], "bf16")
     for chunk in chunks:
         act = partial(_chunk, wide, wide // head, max(1, total // lengths[0]), lengths[0], chunk, rate)
@@ -79,7 +82,7 @@ def run(record: Record, options: dict[str, Any]) -> None:
         (wide, lengths[0], "float32"), (wide, lengths[1], "bf16"), (narrow, lengths[0], "bf16"),
         (wide, lengths[1], "float32"), (narrow, lengths[1], "bf16"), (narrow, lengths[1], "float32"),
     ):  # fmt: skip
-        for name in ("block", *MIXERS):
+        for name in ("block", *MIXERS[:-1]):
             measure(name, dim, tokens, precision)
 
 

@@ -23,11 +23,11 @@ VOCABULARY, TOKENS, BATCH = 32_000, 1024, 16
 LR, WARM_UP = 6e-4, 30
 MEGABYTES = 40
 SHARE = 40.0  # seconds of one run, at most
-RUNS = {
-    "Hope, chunks of 256": ("selfmod", dict(chunk_size=256)),
+RUNS: dict[str, tuple[str | None, dict]] = {
+    "Hope": (None, {}),
     "Transformer": ("attention", {}),
     "Gated DeltaNet": ("gated_deltanet", {}),
-    "Hope, chunks of 64": ("selfmod", {}),
+    "self-modifying memories, chunks of 256": ("selfmod", dict(chunk_size=256)),
 }
 SIZES = ("125m", "35m", "tiny")
 FEWEST = 20  # steps in the first run's time, or all models are taken smaller
@@ -94,14 +94,12 @@ def _stream(vocabulary: int, megabytes: float, kept: list[Tensor]) -> dict[str, 
     return {"bytes": len(text), "tokens": len(ids), "vocabulary": tokenizer.get_vocab_size()}
 
 
-def _model(size: str, vocabulary: int, mixer: str, mixer_options: dict) -> HopeForCausalLM:
-    """Of a named size; baselines with MLPs that make up for their smaller layers."""
+def _model(size: str, vocabulary: int, mixer: str | None, mixer_options: dict) -> HopeForCausalLM:
+    """Hope of a named size; others with MLPs that make up for their smaller or larger layers."""
     torch.manual_seed(0)
-    config = sizes.config(size, vocab_size=vocabulary, mixer="selfmod")
-    if mixer != "selfmod":
-        config = sizes.matched_config(config, mixer)
-    elif mixer_options:
-        config = sizes.config(size, vocab_size=vocabulary, mixer="selfmod", mixer_options=mixer_options)
+    config = sizes.config(size, vocab_size=vocabulary)
+    if mixer is not None:
+        config = sizes.matched_config(config, mixer, mixer_options)
     return HopeForCausalLM(config).to(device()).train()
 
 

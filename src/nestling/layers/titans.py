@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_map_only
 
 from nestling.layers.one_token import may_step, memory_step, sizes_of
 from nestling.layers.titans_config import PATHS, TitansConfig
-from nestling.layers.titans_groups import Gates, Numbers, gate_logit, groups_of, unit
+from nestling.layers.titans_groups import Gates, Numbers, gate_logit, groups_of
 from nestling.layers.titans_operator import key_of, scan
 from nestling.layers.titans_scan import MemoryScan, Observer, swap
 from nestling.layers.titans_state import TitansState, check_call, state_dtype
 from nestling.memory.rule import FastWeights, TokenFigures
 from nestling.ops.conv import short_convolution
 from nestling.ops.padding import pack, unpack
+from nestling.ops.unit import unit
 from nestling.utils.likeness import Like, activations
 from nestling.utils.transforms import is_transformed
 

@@ -116,7 +116,7 @@ class TitansConfig:
     """How the outer loss is differentiated through the writes (decision D9)."""
     segment_size: int = 512
     """Tokens: longer calls are recomputed piece by piece in the backward pass, so that only the states between pieces
-    are kept; 0 keeps everything."""
+    are kept; 0 keeps everything. A piece is 8 times as long where chunks are taken at once (`ops.chunks`)."""
     norm_limit: float = 8.0
     """A weight whose root mean square exceeds this at a chunk's end is scaled back to it."""
 

@@ -15,6 +15,7 @@ from nestling.layers.titans_config import PATHS, TitansConfig
 from nestling.memory.architectures import LinearMemory, MLPMemory
 from nestling.memory.project import project
 from nestling.memory.rule import FastWeights
+from nestling.ops.unit import unit
 
 
 class MemoryGroup(NamedTuple):
@@ -130,8 +131,3 @@ def gate_logit(value: float) -> float:
     """Where `gate` is `value`, between 0 and 1."""
     share = (value + 0.05) / 1.1
     return math.log(share / (1 - share))
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x|, smooth at zero."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

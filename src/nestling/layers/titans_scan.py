@@ -23,6 +23,7 @@ from nestling.ops import compiled
 from nestling.ops.chunk import decay_table
 
 Observer = Callable[[TokenFigures, FastWeights, Gates], None]  # told of every segment of the main memory
+WIDER = 8  # so many times `segment_size` is a recomputed piece where chunks are taken at once: each is some launches
 Memories = tuple[FastWeights, ...]  # one for each group, [n, B, H, o, i]
 
 
@@ -56,10 +57,10 @@ class MemoryScan:
         plan = segments(positions, lengths, [g.chunk_size for g in groups_of(self.config)])
         longest, size = max(lengths), self.config.segment_size
         recompute = size and torch.is_grad_enabled() and longest > size and self.observe is None
-        pieces = _pieces(plan, size) if recompute else [plan]
+        pieces = _pieces(plan, size * (WIDER if self.together(memories) else 1)) if recompute else [plan]
         outputs = []
         for piece in pieces:
-            if len(pieces) > 1:
+            if recompute:
                 y, memories = checkpoint(
                     self.piece, piece, memories, features, use_reentrant=False, preserve_rng_state=False
                 )  # fmt: skip
@@ -74,8 +75,7 @@ class MemoryScan:
         """Some segments in a row."""
         reads = []
         # split at once: a slice's gradient would fill the whole length for every segment
-        together = self.by_chunks and not compiled.is_available(*memories[-1].now)
-        runs = _runs(plan, self.config.main_chunk_size) if together else [[segment] for segment in plan]
+        runs = _runs(plan, self.config.main_chunk_size) if self.together(memories) else [[s] for s in plan]
         sizes, begin, end = [run[-1].stop - run[0].start for run in runs], plan[0].start, plan[-1].stop
         parts = {name: f[:, :, begin:end].split(sizes, 2) for name, f in features.items()}
         for i, run in enumerate(runs):
@@ -84,9 +84,13 @@ class MemoryScan:
             reads.append(y)
         return torch.cat(reads, 2), memories
 
+    def together(self, memories: Memories) -> bool:
+        """Whether chunks are taken many at once: where they are maps of a matrix, and no C++ form is faster."""
+        return self.by_chunks and not compiled.is_available(*memories[-1].now)
+
     @cached_property
     def by_chunks(self) -> bool:
-        """Whether all that runs chunk by chunk is an affine map of a matrix, see `ops.chunks`."""
+        """Whether a chunk is an affine map of a matrix, see `ops.chunks`."""
         config, main = self.config, groups_of(self.config)[-1]
         plain = not (config.adaptive or config.momentum or self.anchors[-1] or self.observe)
         return plain and config.read != "chunk" and goes_by_chunks(main.architecture, config.rule)

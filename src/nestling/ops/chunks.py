@@ -51,9 +51,12 @@ def delta_chunks(
     keep, erased = a[:, -1, :1, None] * torch.eye(ins, dtype=x.dtype, device=x.device), None
     if erase is not None:
         beta = cut(erase).unsqueeze(-1)
-        both = torch.cat([u, beta * a[:, :-1, :1] * x], -1)
-        low = beta * (torch.bmm(x, x.mT) * a[:, :-1, 1:])
-        u, erased = (torch.bmm(unit_inverse(low), both) if x.is_cuda else solve(low, both)).split([outs, ins], -1)
+        low, first = beta * (torch.bmm(x, x.mT) * a[:, :-1, 1:]), beta * a[:, :-1, :1] * x
+        if x.is_cuda:
+            inverse = unit_inverse(low)
+            u, erased = torch.bmm(inverse, u), torch.bmm(inverse, first)
+        else:
+            u, erased = solve(low, torch.cat([u, first], -1)).split([outs, ins], -1)
         keep = torch.baddbmm(keep, erased.mT, tail, alpha=-1)
     add = torch.bmm(u.mT, tail)
     states = chunk_states(weight, keep.unflatten(0, (count, chunks)), add.unflatten(0, (count, chunks)), limit)
@@ -61,6 +64,6 @@ def delta_chunks(
     scores, seen = torch.bmm(q, x.mT) * a[:, rows, 1:], a[:, rows, :1] * q
     if erased is not None:
         seen = torch.baddbmm(seen, scores, erased, alpha=-1)
-    first = states[:-1].transpose(0, 1).reshape(count * chunks, outs, ins)
-    reads = torch.baddbmm(torch.bmm(scores, u), seen, first.mT)
+    starts = states[:-1].transpose(0, 1).reshape(count * chunks, outs, ins)
+    reads = torch.baddbmm(torch.bmm(scores, u), seen, starts.mT)
     return states[-1], reads.view(count, tokens, outs)

@@ -20,7 +20,18 @@ from nestling.utils.locks import sole_writer
 from nestling.utils.places import user_cache
 
 HERE = Path(__file__).parent
-SOURCES = ("library.cpp", "step.h", "linear.h", "read.h", "chunk.h", "decay.h", "decode.h", "matrix.h")
+SOURCES = (
+    "library.cpp",
+    "conv.h",
+    "step.h",
+    "linear.h",
+    "read.h",
+    "chunk.h",
+    "decay.h",
+    "decode.h",
+    "unit.h",
+    "matrix.h",
+)
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 FLAGS += ["-shared", "-fPIC"]
 BLAS = ("sgemm_", "dgemm_")

@@ -1,11 +1,13 @@
 // What Python calls: NAME_float32 and NAME_float64(sizes, structs of pointers ..., begin, end), which work on the memories
 // (or the heads) begin..end of a batch.
 
+#include "conv.h"
 #include "decay.h"
 #include "decode.h"
 #include "linear.h"
 #include "read.h"
 #include "step.h"
+#include "unit.h"
 
 #define EXPORT2(name, Z, A, B)                                                                                        \
     extern "C" void name##_float32(const Z* z, const A<float>* a, const B<float>* b, int64_t begin, int64_t end) {    \
@@ -39,6 +41,10 @@ EXPORT2(read_forward, ReadSizes, ReadIn, ReadOut)
 EXPORT3(read_backward, ReadSizes, ReadIn, ReadUp, ReadGrads)
 EXPORT2(table_forward, Table, TableIn, TableOut)
 EXPORT3(table_backward, Table, TableIn, TableUp, TableIn)
+EXPORT2(conv_forward, ConvSizes, ConvIn, ConvOut)
+EXPORT3(conv_backward, ConvSizes, ConvIn, ConvUp, ConvGrads)
+EXPORT2(unit_forward, UnitSizes, UnitIn, UnitOut)
+EXPORT2(unit_backward, UnitSizes, UnitUp, UnitOut)
 EXPORT2(memory_step, MemoryStep, MemoryGiven, MemoryMade)
 EXPORT2(attention_step, AttentionStep, AttentionGiven, AttentionMade)
 

@@ -59,6 +59,9 @@ template <class T> void solve_transposed(int n, int columns, const T* L, T* x) {
 template <class T> void product(int n, const T* x, const T* y, T* z) {
     for (int j = 0; j < n; ++j) z[j] = x[j] * y[j];
 }
+template <class T> void add_product(int n, const T* __restrict x, const T* __restrict y, T* __restrict z) {
+    for (int j = 0; j < n; ++j) z[j] += x[j] * y[j];
+}
 template <class T> T dot(int n, const T* __restrict x, const T* __restrict y) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
