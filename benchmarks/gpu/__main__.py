@@ -178,7 +178,7 @@ def _run(
         write_json(given.out / "results.json", results)
 
     try:
-        for part in parts:
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
             left = total - (time.monotonic() - begin) - 8  # for the plots
             seconds = QUICK if given.quick else min(left, part.seconds * given.minutes / 5)
             if seconds < 3:
@@ -204,7 +204,7 @@ def _run(
                 for other in parts:
                     if other.early and not given.quick:
                         start(other)
-            if part.name == CHECKS[-1]:
+            if part.name in CHECKS and following and following.name not in CHECKS:
                 _prepare(running, PREPARE * given.minutes / 5)
     finally:
         for one in running.values():
