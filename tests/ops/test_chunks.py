@@ -1,10 +1,12 @@
 """The delta rule over many chunks at once against the token loop; a memory on its way from chunk to chunk."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.ops import delta_rule_reference
+from nestling.ops.chunk import products, products_by_blocks
 from nestling.ops.chunks import delta_chunks
 from nestling.ops.states import bounded, chunk_states, chunk_states_reference
 
@@ -71,3 +73,9 @@ def test_first_and_second_derivatives_of_the_states():
     args = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(chunk_states, args)
     assert torch.autograd.gradgradcheck(chunk_states, args)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 2), (2, 2, 4), (2, 16), (1, 64)])
+def test_products_by_blocks(shape):
+    a = torch.rand(*shape, dtype=torch.float64).masked_fill(torch.rand(*shape) < 0.1, 0.0)
+    torch.testing.assert_close(products_by_blocks(a), products(a), rtol=1e-14, atol=0)
