@@ -94,8 +94,8 @@ def items() -> dict[str, tuple]:
     # narrow layers beyond 32 tokens are refused (`kernels.NARROW`) until one of these says why they failed
     for warps in (4, 8):
         options = dict(kind="linear", tokens=chunk, precision=x3, warps=warps, narrow=1)
-        found[f"check linear {chunk} {x3}, narrow, {warps} warps"] = check, options, 20
-    found["layers agree"] = layers_agree, {}, 20
+        found[f"check linear {chunk} {x3}, narrow, {warps} warps"] = check, options, 60
+    found["layers agree"] = layers_agree, {}, 60
     found["block, batch 4"] = time_layer, dict(chunk=None, precision=one), 10
     for c, p in LAYERS:
         found[f"layer chunk {c}, {p}, batch 4"] = time_layer, dict(chunk=c, precision=p, profiled=c == chunk), 20
