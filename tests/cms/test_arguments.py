@@ -69,6 +69,27 @@ def test_threads_read_as_if_one_after_the_other(model, count, reads):
     assert not wrong, wrong[:3]
 
 
+def test_sharded_weights_are_read_whole_or_refused(model, ids):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    _, cache = expected = read(model, ids[:, :20])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        blocks, mesh = copy.deepcopy(model), dist.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        assert torch.equal(read(model, ids[:, :20])[0], expected[0])
+        model.reshard()
+        with pytest.raises(ValueError, match=r"weights are sharded \(FSDP2\).* read through its forward"):
+            model.finish(cache)
+        for block in blocks.model.layers:
+            fully_shard(block, mesh=mesh)
+        with pytest.raises(ValueError, match="fully_shard the model alone and not its blocks"):
+            fully_shard(blocks, mesh=mesh)(ids)
+    finally:
+        dist.destroy_process_group()
+
+
 def snapshot(model):
     """What shared modules hold: attributes, classes and flags (buffers and parameters by identity and by value)."""
     found = {}

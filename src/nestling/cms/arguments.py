@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nestling.cms.rows import PACKING
@@ -32,6 +33,17 @@ def check_names(kwargs: Mapping[str, Any]) -> None:
     for name, value in kwargs.items():
         if name not in NAMES and value is not None:
             raise TypeError(f"the model has no argument {name!r}")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError where weights are sharded now (FSDP2): levels take gradients in the middle of a forward."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return  # nobody else could hold a part
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise ValueError(
+            "weights are sharded (FSDP2) where levels learn, which need them whole: fully_shard the model alone and "
+            "not its blocks, and read through its forward; or set model.learning = False"
+        )
 
 
 def check_options(config: Any, kwargs: Mapping[str, Any], has_maps: bool) -> bool:

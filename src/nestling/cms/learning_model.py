@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nestling.cms.apart import read_apart
-from nestling.cms.arguments import check_found, check_ids, check_options, ids_of, scoring
+from nestling.cms.arguments import check_found, check_ids, check_options, check_whole, ids_of, scoring
 from nestling.cms.attention_maps import whole_map
 from nestling.cms.backbones import HiddenStates
 from nestling.cms.cache import LevelsCache, fill
@@ -72,12 +72,14 @@ class LearningMixin:
                 and not read again with the next call, which must begin with them.
 
         Raises:
-            ValueError: inputs that are not tokens (a level learns from the tokens it reads), or do not fit.
+            ValueError: inputs that are not tokens (a level learns from the tokens it reads), or do not fit; weights
+                that are sharded.
             TypeError: an argument that no model has.
         """
         if is_transformed():
             raise ValueError("levels that learn in a context cannot be exported or go through torch.func, which must "
                              "not look at values: set model.learning = False")  # fmt: skip
+        check_whole(self)
         if not torch.is_inference_mode_enabled():
             return self._read(input_ids, past_key_values, **call)
         with torch.inference_mode(False), torch.no_grad():  # levels need autograd, and what it saved
@@ -211,6 +213,7 @@ class LearningMixin:
             ValueError: the cache of another model, or tokens that do not fit it.
         """
         self.check_streams(cache)
+        check_whole(self)
         if next_tokens is not None:
             if tuple(next_tokens.shape) != (cache.streams, 1):
                 raise ValueError(f"next_tokens must be [{cache.streams}, 1], one token for each stream of the cache; "
