@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.languages.words import IGNORED, LANGUAGES, Language, batch
-from experiments.shared.models.drawn import size, train
+from experiments.shared.models.drawn import fitted, size, train
 from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
@@ -117,7 +116,7 @@ def build(settings: Languages, contender: LanguageContender, classes: int) -> nn
     """The contender as a module from tokens to scores, its parameters within 2% of the experiment's number."""
     width, layers = settings.width, settings.layers
     if contender.mixer == "lstm":
-        return _fitted(settings.parameters, lambda hidden: Lstm(classes, width, hidden, layers), size, step=1)
+        return fitted(settings.parameters, lambda hidden: Lstm(classes, width, hidden, layers), size, step=1)
     options = {"mixer": contender.mixer, "mixer_options": contender.options}
     own: dict[str, Any] = {"mixers": contender.mixers} if contender.mixers else options
 
@@ -128,7 +127,7 @@ def build(settings: Languages, contender: LanguageContender, classes: int) -> nn
             intermediate_size=hidden, tie_word_embeddings=False,
         )  # fmt: skip
 
-    return Scores(HopeForCausalLM(_fitted(settings.parameters, config, sizes.parameters, step=8)))
+    return Scores(HopeForCausalLM(fitted(settings.parameters, config, sizes.parameters, step=8)))
 
 
 class Scores(nn.Module):
@@ -140,24 +139,6 @@ class Scores(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens).logits
-
-
-def _fitted(wanted: int, make: Callable[[int], Any], count: Callable[[Any], int], step: int) -> Any:
-    """`make(n)` with the multiple n of `step` whose count is next to `wanted`.
-
-    Raises:
-        ValueError: it is more than 2% away.
-    """
-    low, high = step, 2 * step
-    while count(make(high)) < wanted:
-        low, high = high, 2 * high
-    while high - low > step:
-        middle = (low + high) // (2 * step) * step
-        low, high = (middle, high) if count(make(middle)) < wanted else (low, middle)
-    made = min((make(low), make(high)), key=lambda found: abs(count(found) - wanted))
-    if abs(count(made) / wanted - 1) > 0.02:
-        raise ValueError(f"no width gives {wanted:,} parameters; the next is {count(made):,}")
-    return made
 
 
 def run(

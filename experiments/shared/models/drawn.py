@@ -1,9 +1,10 @@
-"""A small model trained on what is drawn anew in every step."""
+"""A small model of a given size, trained on what is drawn anew in every step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,3 +38,21 @@ def train(
 def size(model: nn.Module) -> int:
     """Numbers of a model's parameters."""
     return sum(p.numel() for p in model.parameters())
+
+
+def fitted(wanted: int, make: Callable[[int], Any], count: Callable[[Any], int], step: int) -> Any:
+    """`make(n)` with the multiple n of `step` whose count is next to `wanted`.
+
+    Raises:
+        ValueError: it is more than 2% away.
+    """
+    low, high = step, 2 * step
+    while count(make(high)) < wanted:
+        low, high = high, 2 * high
+    while high - low > step:
+        middle = (low + high) // (2 * step) * step
+        low, high = (middle, high) if count(make(middle)) < wanted else (low, middle)
+    made = min((make(low), make(high)), key=lambda found: abs(count(found) - wanted))
+    if abs(count(made) / wanted - 1) > 0.02:
+        raise ValueError(f"no width gives {wanted:,} parameters; the next is {count(made):,}")
+    return made
