@@ -43,11 +43,12 @@ class Needles(Study):
     layers: int = 2
     width: int = 64
     parameters: int = 160_000
-    lr: float = 3e-3
+    lr: float = 5e-3
     warmup: int = 50
-    steps: int = 600
-    batch_size: int = 16
-    length: int = 256  # bytes of a text in training
+    steps: int = 1500
+    batch_size: int = 8
+    length: int = 256  # bytes of a text in training, the most
+    shorter: list[int] = field(default_factory=lambda: [96, 128, 192])  # as often each, where the needles have room
     times: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # of that length, in the tests
     tested: int = 64  # texts of a length
     straw_weight: float = 0.1  # of the loss on all bytes but the answers'
@@ -140,13 +141,15 @@ def run(
     settings: Needles, contender: NeedleContender, name: str, seed: int, train_text: str, test_text: str,
     progress: Progress | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train at one length; accuracy by multiple of it, of whole answers and of their bytes."""
+    """Train up to one length; accuracy by multiple of it, of whole answers and of their bytes."""
     torch.manual_seed(seed)
     task, rng = TASKS[name], random.Random(seed)
     model = HopeForCausalLM(configuration(settings, contender))
 
+    lengths = [n for n in settings.shorter if n >= task.least] + [settings.length]
+
     def loss_of() -> Tensor:
-        tokens, targets, answers = batch(task, rng, settings.batch_size, settings.length, train_text)
+        tokens, targets, answers = batch(task, rng, settings.batch_size, rng.choice(lengths), train_text)
         loss = F.cross_entropy(model(tokens).logits.transpose(1, 2), targets, reduction="none")
         return loss[answers > 0].mean() + settings.straw_weight * loss[answers == 0].mean()
 

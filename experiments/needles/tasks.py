@@ -12,12 +12,13 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 WORDS = [
     "acorn", "amber", "anchor", "apple", "badger", "basil", "beacon", "bottle", "bridge", "button", "candle", "canoe",
     "castle", "cedar", "clock", "comet", "copper", "cradle", "delta", "dragon", "eagle", "ember", "engine", "falcon",
-    "feather", "fjord", "forest", "garden", "glacier", "grove", "hammer", "harbor", "haven", "helmet", "island",
-    "ivory", "jacket", "jewel", "karma", "kettle", "ladder", "lantern", "lemon", "mango", "meadow", "mirror", "noble",
-    "ocean", "oyster", "paddle", "pearl", "pepper", "pillow", "planet", "quarry", "quilt", "rabbit", "ribbon", "river",
-    "saddle", "shovel", "slate", "spider", "statue", "tulip", "tunnel", "turtle", "umber", "valley", "velvet",
-    "violin", "walnut", "whistle", "willow", "window", "xenon", "yodel", "zebra",
+    "fjord", "forest", "garden", "grove", "hammer", "harbor", "haven", "helmet", "island", "ivory", "jacket", "jewel",
+    "karma", "kettle", "ladder", "lemon", "mango", "meadow", "mirror", "noble", "ocean", "oyster", "paddle", "pearl",
+    "pepper", "pillow", "planet", "quarry", "quilt", "rabbit", "ribbon", "river", "saddle", "shovel", "slate",
+    "spider", "statue", "tulip", "tunnel", "turtle", "umber", "valley", "velvet", "violin", "walnut", "willow",
+    "window", "xenon", "yodel", "zebra",
 ]  # fmt: skip
+LENGTHS = {"number": 7, "uuid": 36}  # bytes of a value
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Task:
     keys: int = 1
     values: int = 1
     asked: int = 1
+
+    @property
+    def least(self) -> int:
+        """Bytes that needles, question and answers never exceed."""
+        word, value = max(map(len, WORDS)), LENGTHS[self.value]
+        frame, count = len(f"The magic {self.value} of  is "), self.asked * self.values
+        question = 1 + frame + self.asked * (word + 2) + count * (value + 2)
+        return self.keys * self.values * (frame + word + value + 2) + question
 
     def draw(self, rng: random.Random, length: int, book: str) -> tuple[str, list[slice]]:
         """A text of `length` bytes that ends with the question's answer, and where its answers stand.

@@ -20,7 +20,7 @@ def test_what_is_asked_for_stands_in_the_text(name, length):
     for seed in range(5):
         text, spans = task.draw(random.Random(seed), length, BOOK)
         hay, question = text.split("\n")
-        assert len(text) == length and len(spans) == task.asked * task.values
+        assert len(text) == length and task.least <= 256 and len(spans) == task.asked * task.values
         needles = re.findall(rf"The magic {task.value} of (\w+) is ([0-9a-f-]+)\. ", hay)
         assert len(needles) == task.keys * task.values
         asked = re.fullmatch(rf"The magic {task.value} of (.+) is (.+)", question)
