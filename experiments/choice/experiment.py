@@ -48,6 +48,9 @@ HOPE = HALF | dict(initial_erase=0.85)
 # until it was seen to lose parity in `languages`: the convolution in front of the gates was drawn at random
 SECOND = HALF | UNIFORM | dict(qkv_conv_init="last")
 
+# a Transformer as it is published, without the convolution and the output gate that all others have
+PLAIN = dict(conv_size=0, output_gate=False)
+
 
 def defaults() -> Choice:
     """The experiment's settings."""
@@ -57,6 +60,9 @@ def defaults() -> Choice:
         # the two at the best of their rates on text; what else is compared had 0.007
         ChoiceContender("attention", "attention", head_size=32, text_lr=5e-3),
         ChoiceContender("hope", mixers=hope, text_lr=5e-3),
+        ChoiceContender(
+            "attention, plain", "attention", PLAIN, head_size=32, text_lr=5e-3, runs={"text 1000": [0, 1, 2]}
+        ),
         ChoiceContender("attention, lr 0.007", "attention", head_size=32, runs={"text 1000": [0, 1]}),
         ChoiceContender("hope, erase from a half", mixers=half, text_lr=5e-3),
         ChoiceContender("second default", mixers=second, text_lr=5e-3),
