@@ -32,6 +32,7 @@ def defaults() -> Needles:
         NeedleContender("Hope, window 64", mixers=hope(64)),
         NeedleContender("Hope, window 64, long", mixers=hope(64, **LONG)),
         NeedleContender("Hope's memory alone", "selfmod", options=HOPE),
+        NeedleContender("Hope's memory alone, long", "selfmod", options=HOPE | LONG),
         NeedleContender("attention", head_size=32),
         NeedleContender("attention over 64", "window_attention", options={"window": 64}, head_size=32),
         NeedleContender("gated DeltaNet", "selfmod", options=GATED),
