@@ -30,7 +30,8 @@ def summarize(settings: Needles, contenders: list[NeedleContender], row: Row) ->
                 }
         if tasks:
             found.append({"contender": contender.name, "tasks": tasks})
-    head = {"experiment": "needles", "length": settings.length, "times": times, "tasks": settings.tasks}
+    run = [task for task in settings.tasks if any(task in own["tasks"] for own in found)]
+    head = {"experiment": "needles", "length": settings.length, "times": times, "tasks": run}
     return head | {"contenders": found}
 
 
