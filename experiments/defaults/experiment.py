@@ -146,10 +146,11 @@ class DefaultsWork(ContinualWork):
             pretrained(SMOLLM2, self.settings.dtype)
 
     def reads(self, job: TextJob) -> str:
-        """Which part of which text; the default's levels too, which the contender does not name."""
+        """Which part of which text, and how; the default's levels too, which the contender does not name."""
         source = next(s for s in self.settings.sources if s.name == job.text)
         rule = str(default_levels(None)) + str(default_blocks(None)) if job.contender == DEFAULT else ""
-        return f"{asdict(source)} {rule}"
+        end = "" if self.settings.contender(job.contender).method == "none" else "to its end"
+        return f"{asdict(source)} {rule}{end}"
 
     def run(self, job: TextJob, progress: Progress | None) -> dict[str, Any]:
         settings, contender = self.settings, self.settings.contender(job.contender)
@@ -167,6 +168,7 @@ class DefaultsWork(ContinualWork):
             if contender.method == "levels":
                 began = time.thread_time()
                 _, cache = read(model, row)
+                model.finish(cache, row[:, :1])  # as `nestling learn` does
                 seconds = time.thread_time() - began
                 part = row[:, : settings.context]
                 plain_seconds = speed(plain, part) / part.shape[1] * row.shape[1]  # beside it, under the same load
