@@ -27,15 +27,18 @@ from experiments.shared.continual.study import ContinualStudy, ContinualWork, Le
 from experiments.shared.corpus import find_files
 from experiments.shared.data import find_data
 from experiments.shared.work import Progress, Row
-from nestling.cms.defaults import default_blocks, default_levels
+from nestling.cms.anchor import set_anchor
+from nestling.cms.defaults import FADE, RANK, RATE, default_blocks, default_levels
 from nestling.models.hope.levels import give_levels
 from nestling.models.hope.modeling import HopeForCausalLM
+from nestling.sessions.check import ANCHORS, own_texts
 
 GROUP = "Continual learning"
 QUESTION = "A text is read once with no option chosen: what is gained, what is harmed, what does it cost?"
 ENTRIES = "found"
 
 BASE, DEFAULT = report.BASE, report.DEFAULT
+ANCHORED = "default, anchored"
 SMOLLM2 = "smollm2-135m"
 DATA = "a folder with `books`, `bible`, `clinc150` and `banking77`; the experiment's README says where they come from"
 
@@ -88,14 +91,18 @@ class TextJob(StreamJob):
 def defaults() -> Defaults:
     """The experiment's settings. Levels of {} are those that `nestling convert` writes."""
 
-    def one(name: str, stack: dict[str, Any] | None = None, longest: int = 20_000, **level: Any) -> LearnerContender:
-        levels = [{"chunk_size": 64} | level]
-        return LearnerContender(name, "levels", levels, stack or {}, {"longest": longest})
+    def one(
+        name: str, stack: dict[str, Any] | None = None, longest: int = 20_000, anchor: float = 0.0, **level: Any
+    ) -> LearnerContender:
+        options = {"longest": longest} | ({"anchor": anchor} if anchor else {})
+        return LearnerContender(name, "levels", [{"chunk_size": 64} | level], stack or {}, options)
 
     return Defaults(contenders=[
         LearnerContender(BASE, "none"),
         LearnerContender(DEFAULT, "levels"),
         one("AdamW, rank 16", lr=3e-3, optimizer="adamw", rank=16),
+        LearnerContender(ANCHORED, "levels", options={"anchor": 16.0}),
+        one("anchored, twice the rate", lr=2 * RATE, optimizer="spectral", rank=RANK, decay=FADE, anchor=16.0),
         one("gradient descent, last blocks", {"blocks": [-4, -3, -2, -1]}, 200, lr=0.1),
         one("AdamW, dense, last blocks", {"blocks": [-6, -5, -4, -3, -2, -1]}, 200, lr=2e-4, optimizer="adamw"),
     ])  # fmt: skip
@@ -148,7 +155,7 @@ class DefaultsWork(ContinualWork):
     def reads(self, job: TextJob) -> str:
         """Which part of which text, and how; the default's levels too, which the contender does not name."""
         source = next(s for s in self.settings.sources if s.name == job.text)
-        rule = str(default_levels(None)) + str(default_blocks(None)) if job.contender == DEFAULT else ""
+        rule = str(default_levels(None)) + str(default_blocks(None)) if job.contender in (DEFAULT, ANCHORED) else ""
         end = "" if self.settings.contender(job.contender).method == "none" else "to its end"
         return f"{asdict(source)} {rule}{end}"
 
@@ -166,6 +173,9 @@ class DefaultsWork(ContinualWork):
             model, cache, seconds = built(plain, contender, settings.context), None, None
             row = torch.tensor([[tokenizer.eos_token_id, *ids]])
             if contender.method == "levels":
+                if weight := contender.options.get("anchor"):
+                    made = own_texts(model, tokenizer, ANCHORS)
+                    set_anchor(model, [[tokenizer.eos_token_id, *found] for found in made], weight)
                 began = time.thread_time()
                 _, cache = read(model, row)
                 model.finish(cache, row[:, :1])  # as `nestling learn` does

@@ -52,3 +52,17 @@ def test_a_document_without_sentences_and_a_pipe(model, session, tmp_path):
     assert "| a.txt | 0 | - | - | - |" in check_page(result)
     with pytest.raises(ValueError, match="pipe cannot be checked"):
         session(model, ["-"], piped=b"a", check=True)
+
+
+def test_an_anchored_session_harms_less(small_model, session, tmp_path, text):
+    """On texts that the model made and was not anchored to; its state goes on only with the same anchor."""
+    path, harm = tmp_path / "a.txt", {}
+    path.write_text(text[:300])
+    for weight in (0.0, 8.0):
+        row = session(small_model(), [path], state=f"{weight}", check=True, probe=0, anchor=weight).run()
+        found = row["documents"][0]["check"]["elsewhere"]
+        harm[weight] = found["after"]["bits_per_byte"] - found["without"]["bits_per_byte"]
+        assert row["settings"].get("anchor", 0.0) == weight
+    assert harm[8.0] < 0.8 * harm[0.0]
+    with pytest.raises(ValueError, match="anchor must be finite"):
+        session(small_model(), [path], state="other", anchor=float("nan"))

@@ -47,6 +47,13 @@ def main(
             help="Hold sentences out of every document, and write what is known of them before and after: Markdown.",
         ),
     ] = None,
+    anchor: Annotated[
+        float,
+        typer.Option(
+            help="Leave texts of the model's own making as they were, with this weight (16 holds them well): "
+            "less harm elsewhere, less gain, twice the time."
+        ),
+    ] = 0.0,
     save_every: Annotated[
         int, typer.Option(help="Chunks between two checkpoints; 0: as often as costs a twentieth of the time.")
     ] = 0,
@@ -98,7 +105,7 @@ def main(
     from nestling.utils.locks import sole_writer
     from nestling.utils.machine import stop_requests
 
-    settings = Settings(context, probe, control, check is not None, save_every)
+    settings = Settings(context, probe, control, check is not None, save_every, anchor)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if threads is not None and threads < 1:

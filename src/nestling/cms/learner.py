@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nestling.cms.anchor import Anchor, anchored
 from nestling.cms.backbones import Backbone, HiddenStates, Layers
 from nestling.cms.fast_linear import Delta, Factors, FastLinear, Seen, applied, features
 from nestling.cms.inner_optimizers import begin, known_size, per_stream, squares, update
@@ -49,6 +50,7 @@ class Learner:
             the adapted weights; "none", the levels' initial states get no gradient at all.
         context: tokens after which the sequence layers begin anew, None for never.
         context_length: levels whose chunk is as long do not learn inside a context (decision D10).
+        anchor: texts that reading leaves as they were (`nestling.cms.anchor`); without an outer loss only.
     """
 
     levels: tuple[Level, ...]
@@ -59,6 +61,7 @@ class Learner:
     meta_grad: str = "first_order"
     context: int | None = None
     context_length: int | float = float("inf")
+    anchor: Anchor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for n, (level, modules) in enumerate(zip(self.levels, self.modules)):
@@ -164,7 +167,7 @@ class Learner:
             else:
                 start = self._marks(layers) if state.start is None else state.start
                 with applied(*self.adapted(state), fixed=outer and self.meta_grad == "none"):
-                    out = self._above(hidden, layers, kept)
+                    out = self.above(hidden, layers, kept)
                 whole = hidden if state.hidden is None else torch.cat([state.hidden, hidden], 1)
                 tokens = torch.cat([state.tokens, piece], 1)
                 state = replace(state, tokens=tokens, hidden=whole, start=start, position=state.position + count)
@@ -206,7 +209,7 @@ class Learner:
                 kept[self.first].append(hidden)
         return hidden
 
-    def _above(self, hidden: Tensor, layers: Layers, kept: HiddenStates | None = None) -> Tensor:
+    def above(self, hidden: Tensor, layers: Layers, kept: HiddenStates | None = None) -> Tensor:
         with self._unrounded(hidden.device.type):
             hidden = self.backbone.run(hidden, layers, self.first, self.backbone.blocks, kept)
             return self.backbone.head(hidden, kept)
@@ -253,13 +256,15 @@ class Learner:
             fixed, parts = outer and self.meta_grad == "none", iter(used)
             deltas = [d for i in self.fast for d in self.differences(i, [*islice(parts, len(self.modules[i]))])]
             with applied(modules, deltas, fixed=fixed, watched=watched) as call, _attention(graph):
-                logits = self._above(hidden, layers, kept)
+                logits = self.above(hidden, layers, kept)
                 seen = [call.seen.get(m) for m in modules]
             targets = torch.cat([tokens[:, 1:], target], 1)
             exact = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
             losses = F.cross_entropy(exact, targets.flatten(), reduction="none").view(targets.shape)
             with torch.autocast(tokens.device.type, enabled=False):  # a backward pass has the types of its forward
                 grads = torch.autograd.grad(losses.sum(), used, create_graph=graph, retain_graph=outer)
+            if self.anchor is not None and not outer and any(s.updates for s in levels):
+                grads = anchored(self, grads, used, deltas, layers, state.position // self.chunk_size, tokens.shape[1])
         with torch.autocast(tokens.device.type, enabled=False), nullcontext() if graph else torch.no_grad():
             new, at = [], 0
             for i, old in zip(self.fast, levels, strict=True):

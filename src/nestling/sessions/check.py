@@ -30,6 +30,7 @@ MOST = 64  # of a document
 SHORTEST, LONGEST = 20, 400  # characters of a sentence
 LEAD = 64  # tokens of the sentence in front
 MADE, PIECES = 64, 4  # tokens of a text that the model makes, and how many it makes
+ANCHORS = range(PIECES, PIECES + 8)  # seeds of those that hold it while it learns: others than harm is measured on
 _END = re.compile(r"(?<=[.!?…])[\"'”’)]*\s+|\n+")
 
 
@@ -98,17 +99,22 @@ class Checker:
 
     @cached_property
     def made(self) -> list[list[int]]:
-        """Ids of texts that the model, without its levels, makes out of nothing."""
-        learning, self.model.learning = self.model.learning, False
-        try:
-            writers = (TextGenerator(self.model, self.tokenizer, seed=n) for n in range(PIECES))
-            texts = ["".join(writer.stream("", MADE, Sampling(1.0))) for writer in writers]
-        finally:
-            self.model.learning = learning
-        return [ids for text in texts if (ids := encode(self.tokenizer, text))]
+        """Ids of texts that the model makes out of nothing."""
+        return own_texts(self.model, self.tokenizer, range(PIECES))
 
     def _score(self, ids: list[int], cache: LevelsCache | None) -> Tensor:
         return score(self.model, cache, ids, self.tokenizer.eos_token_id, self.model.learner.context)
+
+
+def own_texts(model: Any, tokenizer: Any, seeds: range) -> list[list[int]]:
+    """Ids of texts that a model, without its levels, makes out of nothing; the same for the same seeds."""
+    learning, model.learning = model.learning, False
+    try:
+        writers = (TextGenerator(model, tokenizer, seed=n) for n in seeds)
+        texts = ["".join(writer.stream("", MADE, Sampling(1.0))) for writer in writers]
+    finally:
+        model.learning = learning
+    return [ids for text in texts if (ids := encode(tokenizer, text))]
 
 
 def check_page(result: dict[str, Any], path: Path | None = None) -> str:

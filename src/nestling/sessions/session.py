@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from nestling.cms.anchor import set_anchor
 from nestling.cms.cache import LevelsCache
 from nestling.generation.state import fingerprint
 from nestling.sessions import store
-from nestling.sessions.check import Checker
+from nestling.sessions.check import ANCHORS, Checker, own_texts
 from nestling.sessions.documents import PIECE, PIPE, PIPE_PIECE, Text, TokenReader
 from nestling.sessions.journal import Journal, Stopped
 from nestling.sessions.notes import LevelCount, Notes, Open, measured, same_session
@@ -96,6 +97,8 @@ class Session:
         texts = [[text.name, text.size, text.digest] for text in self.texts]
         if self.settings.check:  # absent otherwise: sessions of before go on
             settings["check"] = True
+        if self.settings.anchor:
+            settings["anchor"] = self.settings.anchor
         held = self.held_out_ids and hashlib.blake2b(str(self.held_out_ids).encode(), digest_size=4).hexdigest()
         settings["held_out"] = held or None
         return Notes(secrets.token_hex(8), settings, texts, sizes, norms=[Series() for _ in sizes])
@@ -129,6 +132,7 @@ class Session:
         return self.result()
 
     def _run(self, stop: Event | None) -> None:
+        self._hold()
         if not self.resumed:
             self._score_held_out(None)
             self._save()  # a place that cannot be written shows before anything is read
@@ -136,6 +140,11 @@ class Session:
             self._document(self.texts[index], stop)
         self.notes.done = True
         self._save()
+
+    def _hold(self) -> None:
+        """Anchor the model to texts of its own making, if that is wanted."""
+        texts = own_texts(self.model, self.tokenizer, ANCHORS) if self.settings.anchor else []
+        set_anchor(self.model, [[self.tokenizer.eos_token_id, *ids] for ids in texts], self.settings.anchor)
 
     def _document(self, text: Text, stop: Event | None) -> None:
         notes = self.notes

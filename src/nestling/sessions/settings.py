@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ class Settings:
             attention; 0: never.
         probe: tokens at each document's beginning that are scored before and after it, 0 for none.
         control: score them by the model as it was before it read anything, too.
+        anchor: weight of the distance that texts of the model's own making may not go (`nestling.cms.anchor`), 0: none.
         check: score what is held out of each document (`nestling.sessions.check`), which `find_texts` must leave out.
         save_every: chunks between two checkpoints; 0: as often as costs a twentieth of the time.
     """
@@ -31,11 +33,14 @@ class Settings:
     control: bool = False
     check: bool = False
     save_every: int = 0
+    anchor: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("probe", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.anchor < math.inf:
+            raise ValueError(f"anchor must be finite and not negative (0 for none), not {self.anchor}")
 
 
 def check_model(model: PreTrainedModel) -> None:
