@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from nestling.sessions.check import EACH, LONGEST, Checker, check_page, held_out
+from nestling.sessions.check import EACH, LONGEST, PIECES, Checker, check_page, held_out
 
 WORDS = "the cat dog sat ran on under mat log quickly today and then".split()  # noqa: SIM905
 
@@ -54,15 +54,21 @@ def test_a_document_without_sentences_and_a_pipe(model, session, tmp_path):
         session(model, ["-"], piped=b"a", check=True)
 
 
-def test_an_anchored_session_harms_less(small_model, session, tmp_path, text):
-    """On texts that the model made and was not anchored to; its state goes on only with the same anchor."""
-    path, harm = tmp_path / "a.txt", {}
-    path.write_text(text[:300])
-    for weight in (0.0, 8.0):
-        row = session(small_model(), [path], state=f"{weight}", check=True, probe=0, anchor=weight).run()
-        found = row["documents"][0]["check"]["elsewhere"]
-        harm[weight] = found["after"]["bits_per_byte"] - found["without"]["bits_per_byte"]
-        assert row["settings"].get("anchor", 0.0) == weight
-    assert harm[8.0] < 0.8 * harm[0.0]
+def test_a_session_is_anchored_to_texts_that_harm_is_not_measured_on(model, session, tmp_path, monkeypatch):
+    path, asked = tmp_path / "a.txt", []
+    path.write_text("the dog ran. " * 5)
+
+    def made(model, tokenizer, seeds):
+        asked.extend(seeds)
+        return [[1, 2, 3]]
+
+    monkeypatch.setattr("nestling.sessions.session.own_texts", made)
+    states = {}
+    for weight in (0.0, 8.0, 0.0):
+        run = session(model, [path], state=f"{len(states)}", probe=0, anchor=weight)
+        assert run.run()["settings"].get("anchor", 0.0) == weight
+        states[len(states)] = run.cache.levels.levels[0].deltas[0]
+    assert asked and not set(asked) & set(range(PIECES)) and model.learner.anchor is None
+    assert states[0].equal(states[2]) and not states[0].equal(states[1])
     with pytest.raises(ValueError, match="anchor must be finite"):
-        session(small_model(), [path], state="other", anchor=float("nan"))
+        session(model, [path], state="other", anchor=float("nan"))
