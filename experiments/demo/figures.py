@@ -60,7 +60,9 @@ def curves(result: dict[str, Any], width: int) -> Figure:
             ax.plot([row[by] / scale for row in curve], smooth, color=COLOURS[name], lw=1, alpha=0.4)
             x, y = [row[by] / scale for row in rows], [row["bits"] for row in rows]
             ax.plot(x, y, color=COLOURS[name], ls=DASHES[name], marker="o", ms=4)
-            ends.append((x[-1], y[-1], f"{name} {y[-1]:.2f}", COLOURS[name]))
+            # named behind the last of all points: behind its own, a name would lie on the curve that goes on
+            ax.plot([x[-1], reach], [y[-1]] * 2, color=COLOURS[name], lw=1, ls=":", alpha=0.6)
+            ends.append((max(x[-1], reach), y[-1], f"{name} {y[-1]:.2f}", COLOURS[name]))
         ax.set_ylim(floor, ceiling)
         ax.set_xlim(0, reach * (1.2 if wide else 1.5))
         ax.axhline(entropy, color=MUTED, lw=1, ls=(0, (4, 3)))
