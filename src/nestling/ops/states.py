@@ -65,7 +65,7 @@ class _States(torch.autograd.Function):
     def backward(ctx, grad):
         weight, keep, add, found = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            definition = lambda *a: (chunk_states_reference(*a, None),)  # noqa: E731
+            definition = lambda w, g, h: (chunk_states_reference(w, g, h, None),)  # noqa: E731
             return tuple(differentiate(definition, (weight, keep, add), (grad,), ctx.needs_input_grad))
         grad = grad.contiguous().clone()
         for n in range(keep.shape[1] - 1, -1, -1):
