@@ -99,7 +99,7 @@ def test_fifty_steps(base, mode, double, tolerance):
 @SLOWLY
 def test_a_model_that_was_given_levels(base, llama, tmp_path):
     levels = [Level(chunk_size=4, lr=0.05), Level(chunk_size=8, lr=0.05, optimizer="m3")]
-    stacked = stack_levels(llama(), levels)
+    stacked = stack_levels(llama(), levels, placement="width")
     stacked.save_pretrained(tmp_path / "stacked")
     base = base.changed(**{"model.name": str(tmp_path / "stacked"), "model.options": {}, "data.tokenizer": "bytes"})
     configs = {trained: base.changed(trained=trained) for trained in ("all", "levels")}
