@@ -23,7 +23,6 @@ from nestling.cms.fast_linear import Delta, applied
 
 if TYPE_CHECKING:
     from nestling.cms.learner import Learner
-    from nestling.cms.learning_model import LearningMixin
 
 LIKELY = 64  # next tokens whose chances are kept one by one; the others are kept as a sum
 
@@ -63,10 +62,11 @@ def _rest(logs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def set_anchor(model: LearningMixin, texts: Iterable[Sequence[int]], weight: float) -> None:
+def set_anchor(model: Any, texts: Iterable[Sequence[int]], weight: float) -> None:
     """Let what the model learns from now on leave these texts as likely as they are to the model without its levels.
 
     Args:
+        model: with levels that learn.
         texts: ids of each, an end-of-text token first.  weight: 0 takes the anchor off.
 
     Raises:
@@ -91,21 +91,19 @@ def set_anchor(model: LearningMixin, texts: Iterable[Sequence[int]], weight: flo
 
 
 def anchored(
-    learner: Learner, grads: Sequence[Tensor], used: Sequence[Tensor], deltas: Sequence[Delta], layers: Any, at: int,
-    count: int,
-) -> list[Tensor]:  # fmt: skip
+    anchor: Anchor, learner: Learner, grads: Sequence[Tensor], used: Sequence[Tensor], deltas: Sequence[Delta],
+    layers: Any, at: int, count: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of a chunk's summed loss with the anchor's: of the chunk's `count` tokens, the `at`-th chunk.
 
     Args:
         used: the leaves that `deltas`, what each layer has learned, are made of.  layers: of the kinds of the cache.
     """
-    anchor, backbone = learner.anchor, learner.backbone
-    index = at % len(anchor.texts)
-    batch = used[0].shape[0]
+    backbone, index, batch = learner.backbone, at % len(anchor.texts), used[0].shape[0]
     with torch.enable_grad(), applied([m for i in learner.fast for m in learner.modules[i]], deltas):
         ids = anchor.texts[index].expand(batch, -1)
         fresh = [backbone.restored(layer, None) for layer in layers]
         logits = learner.above(backbone.run(backbone.embed(ids), fresh, 0, learner.first), fresh)
         far = anchor.distance(index, logits).sum()
         pulls = torch.autograd.grad(anchor.weight * count * far, used)
-    return [g + p for g, p in zip(grads, pulls, strict=True)]
+    return tuple(g + p for g, p in zip(grads, pulls, strict=True))

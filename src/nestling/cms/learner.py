@@ -264,7 +264,8 @@ class Learner:
             with torch.autocast(tokens.device.type, enabled=False):  # a backward pass has the types of its forward
                 grads = torch.autograd.grad(losses.sum(), used, create_graph=graph, retain_graph=outer)
             if self.anchor is not None and not outer and any(s.updates for s in levels):
-                grads = anchored(self, grads, used, deltas, layers, state.position // self.chunk_size, tokens.shape[1])
+                at = state.position // self.chunk_size
+                grads = anchored(self.anchor, self, grads, used, deltas, layers, at, tokens.shape[1])
         with torch.autocast(tokens.device.type, enabled=False), nullcontext() if graph else torch.no_grad():
             new, at = [], 0
             for i, old in zip(self.fast, levels, strict=True):
