@@ -99,3 +99,10 @@ def test_what_a_state_cannot_do_is_refused(make_model, ids):
     with pytest.raises(ValueError, match="'static' cannot hold what HopeForCausalLM has read"):
         generate(model, ids, cache_implementation="static")
     assert generate(model, ids, cache_implementation="offloaded") is not None
+
+
+def test_a_prompt_padded_on_the_right_is_refused_with_the_remedy(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    with pytest.raises(ValueError, match="pad a prompt on its left"):
+        generate(model, ids, attention_mask=mask)

@@ -193,7 +193,8 @@ def _begun_again(positions: Tensor, real: Tensor, seen: int, read: Sequence[int]
         wanted = f"go on at {read[row]}" if bool(starts[row, column]) else "go on by one"
         raise ValueError(
             f"position_ids must {wanted}, or begin a text anew at 0 inside a row: {where} (a state counts its own "
-            "tokens: leave position_ids out, or give every text a row of its own)"
+            "tokens: leave position_ids out, pad a prompt on its left (generate counts on from its last column, also "
+            "where that is padding), or give every text a row of its own)"
         )
     return again
 
