@@ -35,7 +35,6 @@ DATA = {
 # contenders that have not run on every stream or text, as the experiment's page says
 NOT_RUN = {
     "defaults": {c.name for c in find("defaults").defaults().contenders},
-    "choice": {"attention, plain"},
     "classes": {"2 levels", "fine-tuning, same weights, M3, in context"},
     "languages": {c.name for c in find("languages").defaults().contenders},
     "needles": {c.name for c in find("needles").defaults().contenders},
