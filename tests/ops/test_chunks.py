@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.ops import delta_rule_reference
-from nestling.ops.chunk import products, products_by_blocks
 from nestling.ops.chunks import delta_chunks
+from nestling.ops.products import products, products_by_blocks
 from nestling.ops.states import bounded, chunk_states, chunk_states_reference
 
 
