@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from experiments.choice import tasks
 from experiments.demo.text import standard_library
-from experiments.shared.models.drawn import size, train
+from experiments.shared.models.drawn import beside, size, train
 from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
@@ -112,6 +112,8 @@ class ChoiceJob(Job):
 
 
 class ChoiceWork(StudyWork):
+    anywhere = True
+
     def __init__(self, settings: Choice) -> None:
         super().__init__(settings, text().fingerprint)
 
@@ -130,8 +132,8 @@ class ChoiceWork(StudyWork):
         contender = self.settings.contender(job.contender)
         kind, *steps = job.task.split()
         if kind == "text":
-            return run_text(self.settings, contender, int(steps[0]), job.seed, progress)
-        return run_drawn(self.settings, contender, kind, job.seed, progress)
+            return run_text(self.settings, contender, int(steps[0]), job.seed, progress, self.device)
+        return run_drawn(self.settings, contender, kind, job.seed, progress, self.device)
 
     def result(self, row: dict[str, Any]) -> str:
         if "bits_per_byte" in row:
@@ -182,11 +184,11 @@ def text_config(settings: Choice, contender: ChoiceContender) -> HopeConfig:
 
 
 def run_drawn(
-    settings: Choice, contender: ChoiceContender, kind: str, seed: int, progress: Progress | None
+    settings: Choice, contender: ChoiceContender, kind: str, seed: int, progress: Progress | None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Parity or recall: accuracy by length or by pairs."""
     torch.manual_seed(seed)
-    model = HopeForCausalLM(small_config(settings, contender, kind))
+    model = HopeForCausalLM(small_config(settings, contender, kind)).to(device)
     steps = getattr(settings, f"{kind}_steps")
     generator, lengths = torch.Generator().manual_seed(seed), random.Random(seed)
     draw: Draw = tasks.parity if kind == "parity" else functools.partial(_pairs, keys=settings.recall_keys)
@@ -196,6 +198,7 @@ def run_drawn(
             lengths.randint(*settings.parity_lengths) if kind == "parity" else lengths.choice(settings.recall_pairs)
         )
         tokens, targets = draw(settings.batch_size, number, generator)
+        tokens, targets = tokens.to(device), targets.to(device)
         return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten(), ignore_index=tasks.IGNORED)
 
     losses = train(model, steps, settings.lr, settings.warmup, loss_of, progress)
@@ -212,21 +215,21 @@ def _pairs(count: int, number: int, generator: torch.Generator, keys: int) -> tu
 def accuracy(model: nn.Module, drawn: tuple[Tensor, Tensor]) -> float:
     """Share of the targets that the model names."""
     model.eval()
-    tokens, targets = drawn
+    tokens, targets = beside(model, drawn)
     found = torch.cat([model(part).logits.argmax(-1) for part in tokens.split(16)])
     asked = targets != tasks.IGNORED
     return (found == targets)[asked].double().mean().item()
 
 
 def run_text(
-    settings: Choice, contender: ChoiceContender, steps: int, seed: int, progress: Progress | None
+    settings: Choice, contender: ChoiceContender, steps: int, seed: int, progress: Progress | None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Language: bits per byte of held-out text."""
     torch.manual_seed(seed)
     model = HopeForCausalLM(text_config(settings, contender))
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig.from_dict({
-            "out": folder, "steps": steps, "seed": seed, "device": "cpu",
+            "out": folder, "steps": steps, "seed": seed, "device": device,
             "data": {"seq_len": settings.seq_len, "batch_size": settings.text_batch},
             "optim": {"name": "muon", "lr": contender.text_lr or settings.text_lr},
             "schedule": {"name": "wsd", "decay": settings.text_decay},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.languages.words import IGNORED, LANGUAGES, Language, batch
-from experiments.shared.models.drawn import fitted, size, train
+from experiments.shared.models.drawn import beside, fitted, size, train
 from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
@@ -75,8 +75,11 @@ class LanguageJob(Job):
 
 
 class LanguagesWork(StudyWork):
+    anywhere = True
+
     def run(self, job: LanguageJob, progress: Progress | None) -> dict[str, Any]:
-        return run(self.settings, self.settings.contender(job.contender), job.language, job.seed, progress)
+        contender = self.settings.contender(job.contender)
+        return run(self.settings, contender, job.language, job.seed, progress, self.device)
 
     def fingerprint(self, job: LanguageJob) -> str:
         """What decides a run: not for how many seeds its contender is run."""
@@ -142,16 +145,18 @@ class Scores(nn.Module):
 
 
 def run(
-    settings: Languages, contender: LanguageContender, name: str, seed: int, progress: Progress | None
-) -> dict[str, Any]:
+    settings: Languages, contender: LanguageContender, name: str, seed: int, progress: Progress | None,
+    device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
     """Train on words of the first bin; accuracy by bin, of whole words and of single letters."""
     torch.manual_seed(seed)
     language, rng = LANGUAGES[name], random.Random(seed)
-    model = build(settings, contender, len(language.letters) + 1)
+    model = build(settings, contender, len(language.letters) + 1).to(device)
     trained = next(iter(settings.bins.values()))
 
     def loss_of() -> Tensor:
         tokens, targets = batch(language, [language.draw(rng, *trained) for _ in range(settings.batch_size)])
+        tokens, targets = tokens.to(device), targets.to(device)
         told = targets != IGNORED
         return F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
 
@@ -173,7 +178,7 @@ def words(language: Language, seed: int, count: int, low: int, high: int) -> tup
 def accuracy(model: nn.Module, drawn: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Share of words with every set right, and of letters whose set is right."""
     model.eval()
-    tokens, targets = drawn
+    tokens, targets = beside(model, drawn)
     scores = torch.cat([model(part) for part in tokens.split(50)])
     told = (targets != IGNORED).all(-1)
     right = ((scores > 0) == (targets > 0.5)).all(-1)

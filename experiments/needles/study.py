@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.needles.tasks import TASKS, batch
-from experiments.shared.models.drawn import fitted, size, train
+from experiments.shared.models.drawn import beside, fitted, size, train
 from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
@@ -86,6 +86,8 @@ class NeedleJob(Job):
 class NeedlesWork(StudyWork):
     """Its books: one text to train on, another to test with, a byte a character."""
 
+    anywhere = True
+
     def __init__(self, settings: Needles, files: list[Path]) -> None:
         held_out = next((f for f in files if f.name == settings.test_text), files[-1])
         self.train_text = " ".join(_text(f) for f in files if f != held_out)
@@ -105,7 +107,7 @@ class NeedlesWork(StudyWork):
 
     def run(self, job: NeedleJob, progress: Progress | None) -> dict[str, Any]:
         contender = self.settings.contender(job.contender)
-        return run(self.settings, contender, job.task, job.seed, self.train_text, self.test_text, progress)
+        return run(self.settings, contender, job.task, job.seed, self.train_text, self.test_text, progress, self.device)
 
     def result(self, row: dict[str, Any]) -> str:
         return " / ".join(f"{100 * found['answers']:.1f}" for found in row["accuracy"].values())
@@ -139,17 +141,18 @@ def configuration(settings: Needles, contender: NeedleContender) -> HopeConfig:
 
 def run(
     settings: Needles, contender: NeedleContender, name: str, seed: int, train_text: str, test_text: str,
-    progress: Progress | None,
+    progress: Progress | None, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
     """Train up to one length; accuracy by multiple of it, of whole answers and of their bytes."""
     torch.manual_seed(seed)
     task, rng = TASKS[name], random.Random(seed)
-    model = HopeForCausalLM(configuration(settings, contender))
+    model = HopeForCausalLM(configuration(settings, contender)).to(device)
 
     lengths = [n for n in settings.shorter if n >= task.least] + [settings.length]
 
     def loss_of() -> Tensor:
-        tokens, targets, answers = batch(task, rng, settings.batch_size, rng.choice(lengths), train_text)
+        drawn = batch(task, rng, settings.batch_size, rng.choice(lengths), train_text)
+        tokens, targets, answers = (t.to(device) for t in drawn)
         loss = F.cross_entropy(model(tokens).logits.transpose(1, 2), targets, reduction="none")
         return loss[answers > 0].mean() + settings.straw_weight * loss[answers == 0].mean()
 
@@ -166,7 +169,7 @@ def run(
 def accuracy(model: nn.Module, drawn: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     """Share of answers of which every byte is named, each after the right ones before it, and of their bytes."""
     model.eval()
-    tokens, targets, answers = drawn
+    tokens, targets, answers = beside(model, drawn)
     right = torch.cat([model(part).logits.argmax(-1) for part in tokens.split(8)]) == targets
     numbers = range(1, int(answers.max()) + 1)
     whole = torch.stack([(right | (answers != number)).all(-1) for number in numbers])

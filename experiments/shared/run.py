@@ -13,6 +13,7 @@ from experiments.shared.scheduler import run_jobs
 from nestling.training.config import unknown
 from nestling.utils.files import write_text
 from nestling.utils.locks import sole_writer
+from nestling.utils.machine import find_device
 
 
 def run_experiment(
@@ -21,6 +22,7 @@ def run_experiment(
     *,
     data: str | Path | None = None,
     workers: int = 1,
+    device: str = "cpu",
     only: list[str] | None = None,
     time_limit: float | None = None,
     smoke: bool = False,
@@ -36,6 +38,7 @@ def run_experiment(
             experiment's own, for a smoke run `runs/NAME-smoke` here.
         data: the data's folder; None: the one of the experiment in the folder that NESTLING_DATA names.
         workers: processes of one thread each; 0 runs in this process.
+        device: where models are trained, "cpu" or "cuda"; several workers share one GPU.
         only: names of contenders; the others keep what results they have and are not run.
         time_limit: seconds after which no further run starts.
         smoke: a tiny version that takes seconds, in a folder of its own.
@@ -47,8 +50,8 @@ def run_experiment(
         The summary, with `missing` (runs still to do) and `failed` (errors by run).
 
     Raises:
-        ValueError: an unknown experiment, contender or option, no data, nothing to report on, a folder in which
-            another is running.
+        ValueError: an unknown experiment, contender, option or device, no data, nothing to report on, a folder in
+            which another is running.
     """
     experiment = find(name)
     if workers < 0:
@@ -60,6 +63,10 @@ def run_experiment(
         if wanted not in known:
             raise ValueError(unknown("contender", wanted, known))
     work = experiment.work(settings, data, smoke)
+    if device != "cpu":
+        if not work.anywhere:
+            raise ValueError(f"experiment {name!r} runs on a CPU only; leave --device out")
+        work.device = str(find_device(device, None))
     with sole_writer(folder):  # results are read, added to and reported on
         results = Results(folder / "results.jsonl")
         chosen = [c for c in settings.contenders if not only or c.name in only]

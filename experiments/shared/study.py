@@ -84,7 +84,7 @@ class StudyWork(Work):
         with one_thread():
             row = self.run(job, progress)
         head = {"kind": job.kind, "key": job.key, "fingerprint": self.fingerprint(job)}
-        return head | asdict(job) | row | {"seconds": time.thread_time() - started} | versions()
+        return head | asdict(job) | row | {"seconds": time.thread_time() - started} | versions(self.device)
 
     def reads(self, job: Any) -> str:
         """A fingerprint of the data that a job reads."""

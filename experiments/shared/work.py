@@ -35,7 +35,15 @@ Row = Callable[[Any], dict[str, Any] | None]  # the row of a job, None if there 
 
 
 class Work(ABC):
-    """Does jobs: a function of settings and job alone, on one thread. It travels to worker processes by pickle."""
+    """Does jobs: a function of settings and job alone, on one thread. It travels to worker processes by pickle.
+
+    Attributes:
+        device: where models and batches go. Results of two devices differ by rounding, so it decides no fingerprint.
+        anywhere: whether it heeds `device`.
+    """
+
+    device: str = "cpu"
+    anywhere: bool = False
 
     @abstractmethod
     def __call__(self, job: Any, progress: Progress | None = None) -> dict[str, Any]:
@@ -67,9 +75,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def versions() -> dict[str, str]:
-    """What a row was made with."""
-    return {"torch": torch.__version__, "nestling": __version__}
+def versions(device: str = "cpu") -> dict[str, str]:
+    """What a row was made with; a device is named unless it is a CPU."""
+    found = {"torch": torch.__version__, "nestling": __version__}
+    return found if device == "cpu" else found | {"device": torch.cuda.get_device_name(device)}
 
 
 def curve(losses: list[float], points: int) -> list[list[float]]:

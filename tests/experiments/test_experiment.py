@@ -125,6 +125,8 @@ def test_the_command(tmp_path, folder):
         (["quality", "--data", str(folder)], "test_text"),
         (["quality", "--data", str(folder), "-o", "test_text=book1.txt", "-o", "stepps=3"], "did you mean 'steps'"),
         (["quality", "--data", str(folder), "-o", "test_text=book1.txt", "--report-only"], "no results"),
+        (["span", "--device", "cuda"], "runs on a CPU only"),
+        (["languages", "--device", "cuda:99"], "not available here"),
     ]:
         failed = runner.invoke(app, ["eval", *arguments, *common[2:], "--out", str(tmp_path / "other")])
         assert failed.exit_code == 2, failed.output

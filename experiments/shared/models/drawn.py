@@ -35,6 +35,12 @@ def train(
     return losses
 
 
+def beside(model: nn.Module, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Tensors on the model's device; as they are if it has no parameters."""
+    device = next((p.device for p in model.parameters()), None)
+    return [t if device is None else t.to(device) for t in tensors]
+
+
 def size(model: nn.Module) -> int:
     """Numbers of a model's parameters."""
     return sum(p.numel() for p in model.parameters())

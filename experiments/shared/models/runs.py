@@ -29,18 +29,20 @@ def model_config(experiment: TrainingStudy, contender_name: str, vocab_size: int
 
 
 def execute(
-    experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None = None
+    experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
     """The result of a job as a row of JSON types; a function of the job and the settings alone (on one thread)."""
     with one_thread():
-        row = (_test if job.kind == "test" else _train)(experiment, job, texts, progress)
+        row = (_test if job.kind == "test" else _train)(experiment, job, texts, progress, device)
     head = {"kind": job.kind, "key": job.key, "fingerprint": experiment.fingerprint(job, texts.fingerprint)}
     head |= {"contender": job.contender, "lr": job.lr, "seed": job.seed, "precision": job.precision}
-    return head | row | versions()
+    return head | row | versions(device)
 
 
 class TrainingWork(Work):
     """The runs of a grid of language models; a worker process loads the text anew."""
+
+    anywhere = True
 
     def __init__(self, experiment: TrainingStudy, data: str | Path | None, smoke: bool = False) -> None:
         self.experiment, self.files = experiment, find_files(data, smoke)
@@ -51,7 +53,7 @@ class TrainingWork(Work):
         return load_texts(self.files, self.experiment.test_text, self.experiment.data)
 
     def __call__(self, job: TrainingJob, progress: Progress | None = None) -> dict[str, Any]:
-        return execute(self.experiment, job, self.texts, progress)
+        return execute(self.experiment, job, self.texts, progress, self.device)
 
     def fingerprint(self, job: TrainingJob) -> str:
         return self.experiment.fingerprint(job, self.corpus)
@@ -86,9 +88,11 @@ def _model(experiment: TrainingStudy, job: TrainingJob, texts: Texts) -> HopeFor
     return HopeForCausalLM(config)
 
 
-def _train(experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None) -> dict[str, Any]:
+def _train(
+    experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None, device: str
+) -> dict[str, Any]:
     model = _model(experiment, job, texts)
-    config = experiment.run_config(job).changed(device="cpu", out=str(Path(experiment.out) / "unused"))
+    config = experiment.run_config(job).changed(device=device, out=str(Path(experiment.out) / "unused"))
     trainer = Trainer(config, model=model, corpus=texts.corpus)
     started, losses, seconds, row_of_skips, longest = time.monotonic(), [], [], 0, 0
     while trainer.step < config.steps and row_of_skips < experiment.max_skips:
@@ -123,13 +127,16 @@ def _train(experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: 
     return row | {"seconds": time.monotonic() - started}
 
 
-def _test(experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None) -> dict[str, Any]:
+def _test(
+    experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None, device: str
+) -> dict[str, Any]:
     started = time.monotonic()
     path = weights_path(experiment, job, experiment.fingerprint(job, texts.fingerprint))
     if not path.exists():  # someone tidied up: the same run gives the same weights
-        _train(experiment, job, texts, progress)
+        _train(experiment, job, texts, progress, device)
     model = _model(experiment, job, texts)
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    model.to(device)
     row = _held_out(experiment, model, texts.test, job.precision)
     path.unlink()  # tested: the figures are what is kept
     return row | {"seconds": time.monotonic() - started}

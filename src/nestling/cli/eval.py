@@ -32,6 +32,9 @@ def main(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes of one thread each (0: run in this one).")] = 1,
+    device: Annotated[
+        str, typer.Option(help="Where models are trained: cpu, or cuda (several workers share one GPU).")
+    ] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Run only this contender (may be repeated).")] = None,
     time_limit: Annotated[
         float | None, typer.Option(help="Start no further run after so many minutes; go on later.")
@@ -90,6 +93,7 @@ def main(
         out,
         data=data,
         workers=workers,
+        device=device,
         only=only,
         time_limit=None if time_limit is None else 60 * time_limit,
         smoke=smoke,
