@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from nestling import Level
+from nestling.cms import inner_optimizers
 from nestling.cms.inner_optimizers import OPTIMIZERS, begin, update
 from nestling.optim import DGD, M3
 
@@ -92,3 +93,18 @@ def test_clip_and_decay_and_what_is_not_due():
     torch.testing.assert_close(moved[0][0], want)
     torch.testing.assert_close(written, torch.stack([(want - weights[0][0]).norm(), torch.zeros(()).double()]))
     assert torch.equal(moved[0][1], weights[0][1])
+
+
+def test_levels_orthogonalise_in_their_own_type_on_every_device(monkeypatch):
+    """An accelerator's default is bfloat16, whose rounding would grow from chunk to chunk."""
+    asked = []
+
+    def orthogonalize(matrix, **options):
+        asked.append(options["dtype"])
+        return matrix
+
+    monkeypatch.setattr(inner_optimizers, "orthogonalize", orthogonalize)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        inner_optimizers.spectral(Level(4, lr=0.1, optimizer="spectral"), [torch.ones(1, 3, 2, dtype=dtype)], {})
+        asked.append(inner_optimizers.m3_settings(torch.Size([3, 2]), 0.9, dtype).ns_dtype)
+    assert asked == [torch.float32, torch.float32, torch.float64, torch.float64, torch.float32, torch.float32]

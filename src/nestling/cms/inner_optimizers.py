@@ -55,7 +55,7 @@ def m3(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tensor], S
     for i, g in enumerate(grads):
         step = slots["count"][i] + 1
         state = {theirs: slots[ours][i] for theirs, ours in M3_SLOTS.items()}
-        direction, new = m3_reference(g, state, m3_settings(g.shape[1:], level.momentum), step)
+        direction, new = m3_reference(g, state, m3_settings(g.shape[1:], level.momentum, g.dtype), step)
         along.append(direction)
         found["count"].append(step)
         for theirs, ours in M3_SLOTS.items():
@@ -70,7 +70,8 @@ def spectral(level: Level, grads: list[Tensor], slots: Slots) -> tuple[list[Tens
         places.setdefault(g.shape, []).append(i)
     along = list(grads)
     for same in places.values():
-        for i, made in zip(same, orthogonalize(torch.stack([grads[i] for i in same])), strict=True):
+        together = torch.stack([grads[i] for i in same])
+        for i, made in zip(same, orthogonalize(together, dtype=_exact(together.dtype)), strict=True):
             along[i] = made
     return along, slots
 
@@ -98,11 +99,16 @@ def mean_singular_value(weight: Tensor) -> Tensor:
     return torch.where(size > 0, size, torch.ones_like(size))
 
 
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What levels orthogonalise in, on every device: bfloat16's rounding would grow from chunk to chunk."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @cache
-def m3_settings(shape: torch.Size, beta: float) -> M3Settings:
-    """The defaults of `nestling.optim.M3`, the fast momentum apart."""
+def m3_settings(shape: torch.Size, beta: float, dtype: torch.dtype) -> M3Settings:
+    """The defaults of `nestling.optim.M3`, the fast momentum and the orthogonalisation's type apart."""
     options = M3([torch.empty(1, 1)]).defaults
-    return settings_of(options | {"betas": (beta, *options["betas"][1:])}, shape, (), -2)
+    return settings_of(options | {"betas": (beta, *options["betas"][1:]), "ns_dtype": _exact(dtype)}, shape, (), -2)
 
 
 OPTIMIZERS: dict[str, tuple[Step, tuple[str, ...]]] = {
