@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class LevelsCache(DynamicCache):
         columns: read so far, padding included.
     """
 
+    layers: list[Any]
     levels: StreamState | None = None
     parts: tuple[Place, ...] = ()
     columns: int = 0

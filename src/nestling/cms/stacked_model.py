@@ -66,10 +66,10 @@ class StackedForCausalLM(LearningMixin, NeverCopied, PreTrainedModel, Generation
     def __init__(self, model: PreTrainedModel | StackedConfig, recipe: dict[str, Any] | None = None) -> None:
         nn.Module.__init__(self)  # the model is initialised: this one takes over what it has
         if isinstance(model, StackedConfig):  # as the library makes a model to load weights into it
-            vars(self).update(vars(model.build()))
+            self.__dict__.update(vars(model.build()))
             self.learner.backbone.model = self
         else:
-            vars(self).update(_class_settings(type(model), type(self)) | vars(model))
+            self.__dict__.update(_class_settings(type(model), type(self)) | vars(model))
             self.original, self.recipe = type(model), recipe
 
     def __getattr__(self, name: str) -> Any:

@@ -65,16 +65,16 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
 
 def load_saved(path: str | Path, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """The causal language model saved in a folder, as `kind` if given; CheckpointError if it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
     import nestling.models  # noqa: F401 - registers the model types
     from nestling.cms.files import is_stacked, load_stacked, own_weights
 
-    if kind is None:
-        from transformers import AutoModelForCausalLM as kind
     try:
         if is_stacked(path):
             return load_stacked(path)
         with no_bars():
-            model = kind.from_pretrained(path)
+            model = (kind or AutoModelForCausalLM).from_pretrained(path)
     except Exception as error:
         raise CheckpointError(f"the model in {path} cannot be loaded: {error}") from error
     own_weights(model)
