@@ -7,6 +7,8 @@ with other settings is linear attention, RetNet, DeltaNet, Gated DeltaNet, TTT a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -44,10 +46,10 @@ class SelfModifyingTitans(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 4, **options):
         super().__init__()
-        self.config = config = TitansConfig(dim, num_heads, **options)
+        config = TitansConfig(dim, num_heads, **options)
         self.num_heads, self.head_dim = config.num_heads, config.head_width
-        self.key, self.one_token = key_of(config), sizes_of(config)
-        self.rule, self.widths, self.groups = config.rule, config.widths(), groups_of(config)
+        self.rule, self.widths = config.rule, config.widths()
+        self._take(config)
         self.in_proj = nn.Linear(dim, sum(self.widths.values()), bias=False)
         self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(self.head_dim))
@@ -69,6 +71,23 @@ class SelfModifyingTitans(nn.Module):
             for g in self.groups
         )
         self.reset_parameters()
+
+    def _take(self, config: TitansConfig) -> None:
+        """Everything that depends on the chunk sizes."""
+        self.config, self.groups = config, groups_of(config)
+        self.key, self.one_token = key_of(config), sizes_of(config)
+
+    @contextmanager
+    def longer_chunks(self, factor: int) -> Iterator[None]:
+        """Inside, memories write once for so many times their chunk: for whole sequences, forward and backward, as a
+        state from outside counts other chunks."""
+        config, own = self.config, self.config.memory_chunk_size
+        main = None if own is None else own * factor
+        self._take(replace(config, chunk_size=config.chunk_size * factor, memory_chunk_size=main))
+        try:
+            yield
+        finally:
+            self._take(config)
 
     @torch.no_grad()
     def reset_parameters(self):

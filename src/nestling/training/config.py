@@ -134,17 +134,21 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate over the run, as a factor on `optim.lr`: "cosine", "wsd" (warm-up, stable, decay) or
-    "constant"."""
+    """What changes over the run: the learning rate, as a factor on `optim.lr`: "cosine", "wsd" (warm-up, stable, decay)
+    or "constant"; and how often memories write: with a `chunk_factor` above 1 their chunks are so many times as long in
+    the steps before `chunk_until`, which is cheaper, and then the model's own (the two stages of TNT)."""
 
     name: str = "cosine"
     warmup: float = 0.05  # fraction of the steps
     decay: float = 0.2  # wsd: fraction of the steps
     final: float = 0.1  # the factor at the end
+    chunk_factor: int = 1
+    chunk_until: float = 0.8  # fraction of the steps
 
     def __post_init__(self) -> None:
         _one_of(self, "name", ("cosine", "wsd", "constant"))
-        for name in ("warmup", "decay", "final"):
+        _positive(self, "chunk_factor")
+        for name in ("warmup", "decay", "final", "chunk_until"):
             _within(self, name, 0.0, 1.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -53,9 +55,38 @@ def freeze(model: nn.Module, schedule: Schedule | None, trained: str = "all") ->
         parameter.requires_grad_(parameter in chosen)
 
 
+def memories(model: nn.Module) -> list[SelfModifyingTitans]:
+    """The layers whose memories write chunk by chunk."""
+    return [module for module in model.modules() if isinstance(module, SelfModifyingTitans)]
+
+
+@contextmanager
+def longer_chunks(model: nn.Module, factor: int) -> Iterator[None]:
+    """Inside, all memories of the model write once for so many times their chunk."""
+    with ExitStack() as stack:
+        for layer in memories(model) if factor > 1 else ():
+            stack.enter_context(layer.longer_chunks(factor))
+        yield
+
+
+def check_factor(model: nn.Module, factor: int, window: int) -> None:
+    """Raise ValueError where `schedule.chunk_factor` would have no effect, or leave nothing to read."""
+    chunks = [group.chunk_size for layer in memories(model) for group in layer.groups]
+    if factor > 1 and not chunks:
+        raise ValueError(
+            f"schedule.chunk_factor {factor} makes the chunks of memories longer, and this {type(model).__name__} has "
+            "none: leave it out"
+        )
+    if factor > 1 and window <= factor * max(chunks):
+        raise ValueError(
+            f"schedule.chunk_factor {factor} makes a chunk of {factor * max(chunks)} tokens, and a window of {window} "
+            "has no second one in which a memory would be read: take a smaller factor, or a larger seq_len"
+        )
+
+
 def chunk_warnings(model: nn.Module, window: int) -> list[str]:
     """Memories whose chunk is not shorter than a training window: reading never begins a second chunk there."""
-    chunks = [g.chunk_size for m in model.modules() if isinstance(m, SelfModifyingTitans) for g in m.groups]
+    chunks = [group.chunk_size for layer in memories(model) for group in layer.groups]
     if window > max(chunks, default=0):
         return []
     return [

@@ -16,14 +16,14 @@ from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
-from nestling.training.levels import chunk_warnings, freeze, make_schedule
+from nestling.training.levels import check_factor, chunk_warnings, freeze, longer_chunks, make_schedule
 from nestling.training.metrics import Metrics
 from nestling.training.optimizers import LevelOptimizers
 from nestling.training.parallelize import find_mode, parallelize
 from nestling.training.progress import Silence, TrainingProgress
 from nestling.training.report import Report, Result
 from nestling.training.resume import check_same_run, find_checkpoint, writing_alone
-from nestling.training.schedules import lr_factor
+from nestling.training.schedules import chunk_factor, lr_factor
 from nestling.training.tokenizers import load_tokenizer
 from nestling.utils.machine import find_device, stop_requests
 from nestling.utils.ranks import find_ranks, process_group
@@ -92,6 +92,7 @@ class Trainer:
         self.model = self._make_model(model, source).to(self.device)
         self.model.train()
         self.warnings += chunk_warnings(self.model, config.data.seq_len)
+        check_factor(self.model, config.schedule.chunk_factor, config.data.seq_len)
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         self.schedule = make_schedule(self.model, config)
@@ -112,10 +113,11 @@ class Trainer:
         """Take one optimiser step; returns its figures."""
         config, started = self.config, time.perf_counter()
         accumulate = config.optim.accumulate
+        longer = chunk_factor(self.step, config.steps, config.schedule)
         loss = 0.0
         for micro in range(accumulate):
             window = self.batches[self.step * accumulate + micro].to(self.device)
-            with self._parallel.exchange(micro == accumulate - 1):
+            with self._parallel.exchange(micro == accumulate - 1), longer_chunks(self.model, longer):
                 part = token_losses(self._called, window, config.precision, self._apart).mean() / accumulate
                 part.backward()
             loss += part.item()

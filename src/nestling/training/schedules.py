@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a factor on its peak."""
+"""What changes over a run: the learning rate, as a factor on its peak, and the length of the memories' chunks."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
     decay = max(1, round(config.decay * steps))
     done = (step - (steps - 1 - decay)) / decay
     return 1 - (1 - config.final) * min(1.0, max(0.0, done))
+
+
+def chunk_factor(step: int, steps: int, config: ScheduleConfig) -> int:
+    """How many times as long as the model says the memories' chunks are at step `step` (from 0) of `steps`."""
+    return config.chunk_factor if step < round(config.chunk_until * steps) else 1
