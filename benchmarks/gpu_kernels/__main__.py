@@ -13,6 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
+from benchmarks.gpu_kernels import timing
 from benchmarks.gpu_kernels.checks import check, layers_agree
 from benchmarks.gpu_kernels.compiling import LAYERS, OTHER_WARPS, compile_all, compile_job
 from benchmarks.gpu_kernels.timing import TookTooLong, time_layer, time_step
@@ -51,13 +52,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--job", type=int)
     parser.add_argument("--item")
+    parser.add_argument("--go", type=Path, help="compile the item, and time it when this file is there")
     parser.add_argument("--seconds", type=float, default=170)
     options = parser.parse_args()
     if options.job is not None:
         compile_job(options.job)
         return
     if options.item is not None:
-        run_item(options.item)
+        run_item(options.item, options.go)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     end, found = time.time() + options.seconds, {}
@@ -115,8 +117,9 @@ def items() -> dict[str, tuple]:
     return found
 
 
-def run_item(name: str) -> None:
+def run_item(name: str, go: Path | None = None) -> None:
     function, options, seconds = items()[name]
+    timing.go, seconds = go, seconds if go is None else 600
     kernels.NARROW = options.pop("narrow", kernels.NARROW)
     found: dict = {}
     with contextlib.redirect_stdout(sys.stderr):

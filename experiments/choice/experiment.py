@@ -51,6 +51,8 @@ SECOND = HALF | UNIFORM | dict(qkv_conv_init="last")
 # a Transformer as it is published, without the convolution and the output gate that all others have
 PLAIN = dict(conv_size=0, output_gate=False)
 
+SMALL_HEADS = {"mixer": "window_attention", "window": 256, "head_size": 32}
+
 
 def defaults() -> Choice:
     """The experiment's settings."""
@@ -60,6 +62,15 @@ def defaults() -> Choice:
         # the two at the best of their rates on text; what else is compared had 0.007
         ChoiceContender("attention", "attention", head_size=32, text_lr=5e-3),
         ChoiceContender("hope", mixers=hope, text_lr=5e-3),
+        ChoiceContender("beside", mixers=[SMALL_HEADS, beside(HOPE)], text_lr=5e-3),
+        ChoiceContender("beside, heads of 64", mixers=[window, beside(HOPE)], text_lr=5e-3),
+        ChoiceContender("beside in both", mixers=[beside(HOPE)], text_lr=5e-3),
+        *(
+            ChoiceContender(
+                f"beside, {low} to {high}", mixers=[SMALL_HEADS, beside(HOPE | horizon(low, high))], text_lr=5e-3
+            )
+            for low, high in ((512, 8192), (2048, 32768))
+        ),
         ChoiceContender(
             "attention, plain", "attention", PLAIN, head_size=32, text_lr=5e-3, runs={"text 1000": [0, 1, 2]}
         ),
@@ -97,6 +108,16 @@ def defaults() -> Choice:
         ChoiceContender("plain keys + window", mixers=[_selfmod(PLAIN_KEYS | LONG), {"mixer": "window_attention"}]),
     ]
     return Choice(contenders=contenders, seeds=[0, 1, 2])
+
+
+def horizon(low: float, high: float) -> dict[str, Any]:
+    """Tokens after which what is written has decayed to 1 / e: of the first and of the last head."""
+    return {"horizon": [float(low), float(high)]}
+
+
+def beside(options: dict[str, Any]) -> dict[str, Any]:
+    """A memory and attention over a window in one layer, the attention's heads of 32."""
+    return {"mixer": "memory_and_attention", "window": 256} | options
 
 
 def _selfmod(options: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             for size, colour in zip(sizes, COLOURS):
                 axis.scatter([], [], s=16, color=colour, label=size)
             if sizes:
-                axis.legend(title="length" if task == "parity" else "pairs", fontsize=8)
+                axis.legend(title="length" if task.startswith("parity") else "pairs", fontsize=8)
             axis.set(title=task, xlabel="accuracy, %" if sizes else "bits per byte (lower is better)")
         axes[0].set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()

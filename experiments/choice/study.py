@@ -49,11 +49,11 @@ class ChoiceContender(Contender):
 
 @dataclass
 class Choice(Study):
-    """The numbers of the three tasks; "text 400" is language with 400 steps."""
+    """The numbers of the three tasks; "text 400" is language with 400 steps, "parity 2000" parity with that many."""
 
     name: str = "choice"
     contenders: list[ChoiceContender] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=lambda: ["parity", "recall", "text 1000"])
+    tasks: list[str] = field(default_factory=lambda: ["parity", "recall", "text 1000", "parity 2000", "recall 4000"])
     layers: int = 2
     # parity and recall: AdamW with warm-up and cosine
     width: int = 64
@@ -133,7 +133,7 @@ class ChoiceWork(StudyWork):
         kind, *steps = job.task.split()
         if kind == "text":
             return run_text(self.settings, contender, int(steps[0]), job.seed, progress, self.device)
-        return run_drawn(self.settings, contender, kind, job.seed, progress, self.device)
+        return run_drawn(self.settings, contender, job.task, job.seed, progress, self.device)
 
     def result(self, row: dict[str, Any]) -> str:
         if "bits_per_byte" in row:
@@ -154,11 +154,18 @@ def fields(contender: ChoiceContender, width: int, changes: dict[str, Any] | Non
     changed = {"num_attention_heads": max(1, width // contender.head_size), "hidden_size": width}
 
     def options(mixer: str, own: dict[str, Any]) -> dict[str, Any]:
-        return own if mixer.endswith("attention") else own | (changes or {})
+        return own if mixer in ("attention", "window_attention") else own | (changes or {})
 
     if not contender.mixers:
         return changed | {"mixer": contender.mixer, "mixer_options": options(contender.mixer, contender.options)}
-    return changed | {"mixers": [options(entry["mixer"], entry) for entry in contender.mixers]}
+    return changed | {"mixers": [sized(options(entry["mixer"], entry), width) for entry in contender.mixers]}
+
+
+def sized(entry: dict[str, Any], width: int) -> dict[str, Any]:
+    """A layer of a pattern; where it has a `head_size` of its own, as many heads as that gives."""
+    own = dict(entry)
+    size = own.pop("head_size", None)
+    return own if size is None else own | {"num_heads": max(1, width // size)}
 
 
 def small_config(settings: Choice, contender: ChoiceContender, kind: str) -> HopeConfig:
@@ -184,12 +191,13 @@ def text_config(settings: Choice, contender: ChoiceContender) -> HopeConfig:
 
 
 def run_drawn(
-    settings: Choice, contender: ChoiceContender, kind: str, seed: int, progress: Progress | None, device: str = "cpu"
+    settings: Choice, contender: ChoiceContender, task: str, seed: int, progress: Progress | None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Parity or recall: accuracy by length or by pairs."""
+    """Parity or recall, with the experiment's steps or so many: accuracy by length or by pairs."""
+    kind, *own = task.split()
     torch.manual_seed(seed)
     model = HopeForCausalLM(small_config(settings, contender, kind)).to(device)
-    steps = getattr(settings, f"{kind}_steps")
+    steps = int(own[0]) if own else getattr(settings, f"{kind}_steps")
     generator, lengths = torch.Generator().manual_seed(seed), random.Random(seed)
     draw: Draw = tasks.parity if kind == "parity" else functools.partial(_pairs, keys=settings.recall_keys)
 

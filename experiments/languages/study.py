@@ -41,7 +41,7 @@ class Languages(Study):
     parameters: int = 125_000
     lr: float = 3e-3
     warmup: int = 100
-    steps: int = 600
+    steps: int = 2000
     batch_size: int = 32
     bins: dict[str, list[int]] = field(default_factory=lambda: {"2-50": [2, 50], "52-100": [52, 100]})  # trained: first
     tested: int = 200  # words of a bin

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.choice.experiment import DELTA, HOPE
+from experiments.choice.experiment import DELTA, HOPE, beside
 from experiments.needles.report import plot, summarize, table
 from experiments.needles.study import NeedleContender, NeedleJob, Needles, NeedlesWork
 from experiments.shared.corpus import find_files
@@ -27,10 +27,13 @@ def defaults() -> Needles:
     def hope(window: int, **changes: Any) -> list[dict[str, Any]]:
         return [{"mixer": "selfmod"} | HOPE | changes, {"mixer": "window_attention", "window": window}]
 
+    small = {"mixer": "window_attention", "window": 64, "num_heads": 2}
     contenders = [
         NeedleContender("Hope, the default", mixers=hope(256)),
         NeedleContender("Hope, window 64", mixers=hope(64)),
         NeedleContender("Hope, window 64, long", mixers=hope(64, **LONG)),
+        NeedleContender("beside", mixers=[small | {"window": 256}, beside(HOPE)]),
+        NeedleContender("beside, window 64, long", mixers=[small, beside(HOPE | LONG) | {"window": 64}]),
         NeedleContender("Hope's memory alone", "selfmod", options=HOPE),
         NeedleContender("Hope's memory alone, long", "selfmod", options=HOPE | LONG),
         NeedleContender("attention", head_size=32),

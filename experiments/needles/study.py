@@ -45,8 +45,8 @@ class Needles(Study):
     parameters: int = 160_000
     lr: float = 5e-3
     warmup: int = 50
-    steps: int = 1500
-    batch_size: int = 8
+    steps: int = 3000
+    batch_size: int = 16
     length: int = 256  # bytes of a text in training, the most
     shorter: list[int] = field(default_factory=lambda: [96, 128, 192])  # as often each, where the needles have room
     times: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # of that length, in the tests

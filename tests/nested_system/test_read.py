@@ -51,7 +51,7 @@ def test_every_sequence_layer_is_read(make_hope, mixer):
     system = nestling.levels(make_hope(mixer=mixer, mixer_options={}))
     assert system.coverage.complete
     inner = [m for m in system.memories if m.lifetime == "context"]
-    assert all(m.frequency == ALWAYS for m in inner) == ("attention" in mixer and mixer != "linear_attention")
+    assert all(m.frequency == ALWAYS for m in inner) == (mixer in ("attention", "window_attention"))
     assert all("{" not in m.update and "  " not in m.update for m in inner)
     momentum = [m for m in inner if m.kind == "in-context momentum"]
     assert bool(momentum) == (mixer in ("selfmod", "titans", "titans_linear"))

@@ -7,6 +7,7 @@ import inspect
 from torch import nn
 
 from nestling.layers.attention import Attention
+from nestling.layers.beside import MemoryBesideAttention
 from nestling.layers.titans import SelfModifyingTitans
 from nestling.layers.titans_config import TitansConfig
 
@@ -18,6 +19,13 @@ _DELTA = dict(_STATIC, architecture="linear", objective="dot", dgd=True, step="l
 _TRACKING = dict(
     architecture="linear", objective="dot", momentum=False, erase_gate=True, erase_range=2.0, conv_size=0,
     chunk_size=16, horizon=(1024.0, 16384.0),
+)  # fmt: skip
+
+# the memory of the default Hope (decision D24): one gate for erase and write, which sees single tokens, as all else
+# does at first, and begins by turning values around
+_HOPE = dict(
+    _DELTA, qkv_conv=4, conv_for=("gate", "eta", "alpha"), conv_init="last", initial_scale=0.1, erase_gate=True,
+    erase_range=2.0, initial_erase=0.85, rate="gate",
 )  # fmt: skip
 
 MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
@@ -56,22 +64,9 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
             horizon=(1024.0, 16384.0),
         ),
     ),
-    # the memory of the default Hope (decision D24): one gate for erase and write, which sees single tokens, as all else
-    # does at first, and begins by turning values around
-    "hope_memory": (
-        SelfModifyingTitans,
-        dict(
-            _DELTA,
-            qkv_conv=4,
-            conv_for=("gate", "eta", "alpha"),
-            conv_init="last",
-            initial_scale=0.1,
-            erase_gate=True,
-            erase_range=2.0,
-            initial_erase=0.85,
-            rate="gate",
-        ),
-    ),
+    "hope_memory": (SelfModifyingTitans, _HOPE),
+    # the same beside attention over a window, their outputs added
+    "memory_and_attention": (MemoryBesideAttention, dict(_HOPE, window=256)),
     # gradient descent on the reconstruction of v by an MLP, no momentum, no decay
     "ttt": (SelfModifyingTitans, dict(_DESCENT, decay="none")),
     # the same with momentum and decay, deep and linear
@@ -92,7 +87,8 @@ FORMER: dict[int, dict[str, dict]] = {
     2: {"hope_memory": {"conv_init": "uniform", "qkv_conv_init": "last", "initial_erase": 0.5}}
 }
 
-_SETTINGS = {SelfModifyingTitans: TitansConfig}  # where a layer's options are listed, if not in its own signature
+# where a layer's options are listed, if not in its own signature
+_SETTINGS = {SelfModifyingTitans: (TitansConfig,), MemoryBesideAttention: (MemoryBesideAttention, TitansConfig)}
 _SIZES = ("dim", "num_heads")
 
 
@@ -108,7 +104,8 @@ def mixer_options(name: str) -> list[str]:
     if name not in MIXERS:
         raise ValueError(f"mixer {name!r} is unknown; known are {', '.join([*PATTERNS, *MIXERS])}")
     layer = MIXERS[name][0]
-    return [option for option in inspect.signature(_SETTINGS.get(layer, layer)).parameters if option not in _SIZES]
+    named = (option for part in _SETTINGS.get(layer, (layer,)) for option in inspect.signature(part).parameters)
+    return [option for option in dict.fromkeys(named) if option not in (*_SIZES, "options")]
 
 
 def build_mixer(name: str, dim: int, num_heads: int, **options) -> nn.Module:

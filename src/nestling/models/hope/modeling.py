@@ -17,6 +17,7 @@ from nestling.cms.blocks import ContinuumMemory
 from nestling.cms.cache import LevelsCache, check_plain
 from nestling.cms.learning_model import LearningMixin
 from nestling.cms.rows import rows_of
+from nestling.layers.beside import MemoryBesideAttention
 from nestling.models.hope.backbone import make_learner
 from nestling.models.hope.cache import check_cache
 from nestling.models.hope.configuration import HopeConfig
@@ -51,7 +52,8 @@ class HopeDecoderLayer(GradientCheckpointingLayer):
         """Each part by its own rule (the mixer knows its initial states and gate biases), its output scaled down."""
         for part in (self.norm, self.mixer, self.memory):
             part.reset_parameters()
-        for output in (self.mixer.out_proj, *(block.down_proj for block in self.memory.blocks)):
+        outputs = self.mixer.outputs if isinstance(self.mixer, MemoryBesideAttention) else (self.mixer.out_proj,)
+        for output in (*outputs, *(block.down_proj for block in self.memory.blocks)):
             output.weight.mul_(self.output_scale)
 
     # the state goes in and comes out as a value, by position: checkpointing drops a cache, and recomputes with values

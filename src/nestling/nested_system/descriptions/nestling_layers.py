@@ -19,6 +19,7 @@ describes(
     "nestling.models.hope.modeling.HopeForCausalLM",
     "nestling.models.hope.modeling.HopeModel",
     "nestling.models.hope.modeling.HopeDecoderLayer",
+    "nestling.layers.beside.MemoryBesideAttention",
 )(transparent)
 
 
