@@ -127,7 +127,7 @@ def bits_per_byte(model: nn.Module, tokenizer: Any, ids: list[int], context: int
     """Of a text after an end-of-text token, attention beginning anew after `context` tokens."""
     row, nats = [tokenizer.eos_token_id, *ids], 0.0
     for at in range(0, len(ids), context):
-        part = torch.tensor([row[at : at + context + 1]])
+        part = torch.tensor([row[at : at + context + 1]], device=model.device)
         logits = model(part[:, :-1], use_cache=False).logits[0].float()
         nats += F.cross_entropy(logits, part[0, 1:], reduction="sum").item()
     return nats / math.log(2) / max(1, len(tokenizer.decode(ids).encode()))
@@ -143,9 +143,12 @@ def speed(model: nn.Module, ids: torch.Tensor) -> float:
 class DefaultsWork(ContinualWork):
     """Reads texts; `folder` holds the data, None for a smoke run, whose texts every machine has."""
 
+    anywhere = True
+
     def __init__(self, settings: Defaults, folder: Path | None) -> None:
         super().__init__(settings)
         self.folder = folder or Path()
+        self.made: dict[str, list[list[int]]] = {}  # texts of each model's own making
         self.files = tuple([folder / "books" / name for name in BOOKS] if folder else find_files(None, smoke=True))
 
     def check(self, contenders: list[LearnerContender]) -> None:
@@ -171,17 +174,20 @@ class DefaultsWork(ContinualWork):
         score = functools.partial(bits_per_byte, tokenizer=tokenizer, context=settings.context)
         with torch.no_grad():
             model, cache, seconds = built(plain, contender, settings.context), None, None
-            row = torch.tensor([[tokenizer.eos_token_id, *ids]])
+            row = torch.tensor([[tokenizer.eos_token_id, *ids]], device=self.device)
             if contender.method == "levels":
                 if weight := contender.options.get("anchor"):
-                    made = own_texts(model, tokenizer, ANCHORS)
-                    set_anchor(model, [[tokenizer.eos_token_id, *found] for found in made], weight)
+                    if job.model not in self.made:  # the same for every text
+                        self.made[job.model] = own_texts(model, tokenizer, ANCHORS)
+                    made = [[tokenizer.eos_token_id, *found] for found in self.made[job.model]]
+                    set_anchor(model, made, weight)
                 began = time.thread_time()
                 _, cache = read(model, row)
                 model.finish(cache, row[:, :1])  # as `nestling learn` does
                 seconds = time.thread_time() - began
                 part = row[:, : settings.context]
                 plain_seconds = speed(plain, part) / part.shape[1] * row.shape[1]  # beside it, under the same load
+            timed = cache is not None and self.device == "cpu"  # of a GPU a thread's time says nothing
             with adapted(model, cache):
                 return {
                     "read": len(ids),
@@ -191,14 +197,14 @@ class DefaultsWork(ContinualWork):
                     "after_bits": score(model, ids=after) if len(after) == settings.after else None,
                     "other_bits": {name: score(model, ids=found) for name, found in other},
                     "state_bytes": 0 if cache is None else cache.nbytes,
-                    "reading_seconds": seconds,
-                    "plain_seconds": None if cache is None else plain_seconds,
+                    "reading_seconds": seconds if timed else None,
+                    "plain_seconds": plain_seconds if timed else None,
                 }
 
     def _model(self, name: str) -> tuple[nn.Module, Any]:
-        if name in FAMILIES:
-            return trained(name, self.settings.steps, self.files)
-        return pretrained(name, self.settings.dtype)
+        small = name in FAMILIES
+        found = trained(name, self.settings.steps, self.files) if small else pretrained(name, self.settings.dtype)
+        return found[0].to(self.device), found[1]
 
     def _ids(self, tokenizer: Any, source: Source, count: int) -> list[int]:
         text = source.text(self.folder, ROOM * count)

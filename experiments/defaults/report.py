@@ -30,11 +30,12 @@ def of_model(model: str, names: list[str], rows: dict[str, dict[str, Any]]) -> d
 def _cell(text: str, name: str, plain: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     harms = {key: bits - plain["other_bits"][key] for key, bits in found["other_bits"].items()}
     carried = None if found["after_bits"] is None else plain["after_bits"] - found["after_bits"]
+    speed = found["plain_seconds"] / found["reading_seconds"] if found["reading_seconds"] else None  # of a CPU only
     return {
         "text": text, "kind": found["text_kind"], "contender": name, "tokens": found["read"],
         "before": plain["text_bits"], "gain": plain["text_bits"] - found["text_bits"], "carried": carried,
         "harm": statistics.fmean(harms.values()), "worst_harm": max(harms.values()),
-        "state_bytes": found["state_bytes"], "of_plain": found["plain_seconds"] / found["reading_seconds"],
+        "state_bytes": found["state_bytes"], "of_plain": speed,
     }  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict
     if not cells:
         return None
     carried = [c["carried"] for c in cells if c["carried"] is not None]
+    times = [c["of_plain"] for c in cells if c["of_plain"] is not None]
     same = [reference[c["text"]]["gain"] for c in cells if c["text"] in reference]
     return {
         "contender": name,
@@ -55,7 +57,7 @@ def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict
         "worst_harm": max(c["worst_harm"] for c in cells),
         "longest": max(c["tokens"] for c in cells),
         "state_bytes": max(c["state_bytes"] for c in cells),
-        "of_plain": statistics.median(c["of_plain"] for c in cells),
+        "of_plain": statistics.median(times) if times else None,
     }
 
 
@@ -67,7 +69,7 @@ def table(summary: dict[str, Any]) -> str:
             rows.append([c["contender"], model["model"], f"{c['texts']}", f"{c['longest']:,}", f"{c['worse']}",
                          f"{c['gain']:.3f}", _number(c["default_gain"]), _number(c["carried"]), f"{c['harm']:.4f}",
                          f"{c['worst_harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}",
-                         f"{c['of_plain']:.2f}"])  # fmt: skip
+                         "-" if c["of_plain"] is None else f"{c['of_plain']:.2f}"])  # fmt: skip
         for c in model["cells"]:
             if c["contender"] == DEFAULT:
                 texts.append([model["model"], c["text"], c["kind"], f"{c['tokens']:,}", f"{c['before']:.3f}",

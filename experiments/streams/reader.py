@@ -80,7 +80,9 @@ class Reader:
         for at in range(0, row.shape[1] - 1, self.piece):
             part = row[:, at : at + self.piece + 1]
             if self.learns:
-                out = self.model(part[:, :-1], past_key_values=self.cache, use_cache=True, next_tokens=part[:, 1:][:, -1:])
+                out = self.model(
+                    part[:, :-1], past_key_values=self.cache, use_cache=True, next_tokens=part[:, 1:][:, -1:]
+                )
                 self.cache = out.past_key_values
                 if self.slow is not None:
                     self.slow.follow(self.cache)

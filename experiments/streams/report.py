@@ -69,10 +69,16 @@ def table(summary: dict[str, Any]) -> str:
     text = markdown(["levels", "model", "tokens", "gain", "above default", "gain, first sight", "gain, return",
                      "learned", "kept", "kept, above default", "known at the end", "harm", "largest harm",
                      "state, MB"], rows, left=2)  # fmt: skip
-    text += f"\nBits per byte below the same model without levels, mean ± standard deviation over {len(summary['seeds'])} "
-    text += f"streams of their own order and parts: five domains of {summary['first']:,} tokens, then {summary['back']:,} "
+    text += (
+        f"\nBits per byte below the same model without levels, mean ± standard deviation over {len(summary['seeds'])} "
+    )
+    text += (
+        f"streams of their own order and parts: five domains of {summary['first']:,} tokens, then {summary['back']:,} "
+    )
     text += "others of each of the first two. Gain: while reading, of what comes next. Above default: the difference, "
-    text += "stream by stream. Learned, kept: on parts never read, in a fresh context, right after their domain and when "
+    text += (
+        "stream by stream. Learned, kept: on parts never read, in a fresh context, right after their domain and when "
+    )
     text += "all five were read (all domains but the last); known at the end: all domains, after the return. Harm: the "
     text += "rise on two novels that nobody reads, at the end; the largest of one of them at any time in any stream.\n"
     return text

@@ -86,7 +86,7 @@ class StreamsJob(Job):
 class StreamsWork(ContinualWork):
     """Reads streams; `folder` holds the data, None for a smoke run, whose texts every machine has."""
 
-    device = "cpu"
+    anywhere = True
 
     def __init__(self, settings: Streams, folder: Path | None) -> None:
         super().__init__(settings)
@@ -124,7 +124,7 @@ class StreamsWork(ContinualWork):
                 other.append([self._bits(model, tokenizer, p) for p in others])
 
         ask()
-        for n, length in enumerate(len(p) for p in parts[0]):
+        for length in (len(p) for p in parts[0]):
             for start in range(at, at + length, settings.window):
                 row = ids[:, start : min(start + settings.window, at + length) + 1]
                 lost = reader.read(row.to(self.device)).double().sum(1).tolist()
@@ -144,11 +144,12 @@ class StreamsWork(ContinualWork):
             "other": other,  # [time][text][stream]
             "state_bytes": reader.nbytes // len(streams),
             "wall_seconds": time.perf_counter() - began,
-            "device": self.device,
         }
 
     def _model(self, name: str) -> tuple[nn.Module, Any]:
-        found = trained(name, self.settings.steps, self.files) if name == BYTES else pretrained(name, self.settings.dtype)
+        found = (
+            trained(name, self.settings.steps, self.files) if name == BYTES else pretrained(name, self.settings.dtype)
+        )
         return found[0].to(self.device), found[1]
 
     def _bits(self, model: nn.Module, tokenizer: Any, rows: Tensor) -> list[float]:

@@ -65,7 +65,9 @@ def tokens(place: str, folder: Path, tokenizer: Any, share: float, count: int) -
     begin = text.find("\n", int(share * len(text))) + 1
     ids = tokenizer(text[begin : begin + ROOM * count], add_special_tokens=False)["input_ids"][:count]
     if len(ids) < count:
-        raise ValueError(f"{place} holds {len(ids):,} tokens from {share:.2f} of it on; {count:,} are wanted: read less")
+        raise ValueError(
+            f"{place} holds {len(ids):,} tokens from {share:.2f} of it on; {count:,} are wanted: read less"
+        )
     return ids
 
 

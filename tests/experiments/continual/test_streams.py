@@ -1,0 +1,108 @@
+"""The experiment with long streams: its parts, its slow level, its figures."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from experiments.shared.continual.study import LearnerContender
+from experiments.streams import report, texts
+from experiments.streams.experiment import defaults, plan, summarize
+from experiments.streams.reader import Reader
+from nestling.training.tokenizers import byte_tokenizer
+
+LEVEL = {"chunk_size": 16, "lr": 0.05, "optimizer": "spectral", "rank": 4, "decay": 0.1}
+
+
+def test_parts_follow_each_other_and_tuning_reads_elsewhere(tmp_path):
+    tokenizer, places = byte_tokenizer(), texts.SMOKE
+    orders = set()
+    for seed in (0, 1, 2, texts.TUNING_SEED):
+        found = texts.draw(places, tmp_path, tokenizer, seed, (96, 64, 32))
+        orders.add(tuple(d.name for d in found))
+        for domain in found:
+            text = texts.whole(places[domain.name], str(tmp_path))
+            at = text.index(tokenizer.decode(domain.first + domain.back + domain.probe)) / len(text)
+            assert [len(domain.first), len(domain.back), len(domain.probe)] == [96, 64, 32]
+            assert (at > 0.5) == (seed >= texts.TUNING_SEED)
+    assert len(orders) > 1
+    with pytest.raises(ValueError, match="read less"):
+        texts.tokens("python/shelve.py", tmp_path, tokenizer, 0.9, 10**6)
+
+
+@pytest.fixture
+def plain(model):
+    return AutoModelForCausalLM.from_pretrained(model).eval().requires_grad_(False)
+
+
+def streams(count):
+    return torch.tensor([[1, *b"the cat sat on the mat; "], [1, *b"a bird sang in the tree "]]).repeat(1, count)
+
+
+def test_losses_are_of_the_next_token_and_a_context_is_bounded(plain):
+    row = streams(3)[:, :65]
+    none = Reader(plain, LearnerContender("no levels", "none"), 32)
+    lost = none.read(row)
+    logs = torch.cat([plain(row[:, at : at + 32]).logits for at in (0, 32)], 1).log_softmax(-1)
+    assert torch.allclose(lost, -logs.gather(-1, row[:, 1:, None])[..., 0], atol=1e-5)
+    still = Reader(plain, LearnerContender("still", "levels", [LEVEL | {"lr": 1e-9}], {}, {}), 32)
+    assert torch.allclose(still.read(row), lost, atol=1e-5)
+    assert none.nbytes == 0
+
+
+def test_a_slow_average_that_never_moves_is_one_level_and_one_that_follows_at_once_keeps_all(plain):
+    """Share 0: the fast level alone. Share 1 at every chunk: what is learned never fades."""
+    row = streams(6)[:, :129]
+
+    def learned(options, level=LEVEL):
+        reader = Reader(plain, LearnerContender("x", "levels", [level], {}, options), 64)
+        reader.read(row)
+        return reader, reader.cache.levels.levels[0].deltas
+
+    for options, same in (({"slow": 32, "share": 0.0}, LEVEL), ({"slow": 16, "share": 1.0}, LEVEL | {"decay": 0.0})):
+        reader, found = learned(options)
+        _, expected = learned({}, same)
+        assert max(float(d.abs().max()) for d in expected) > 1e-3
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert reader.nbytes == reader.cache.nbytes + sum(d.nbytes for d in found)
+
+
+def test_with_sessions_the_slow_level_alone_stays(plain):
+    reader = Reader(
+        plain, LearnerContender("x", "levels", [LEVEL], {}, {"slow": 32, "share": 0.5, "sessions": True}), 64
+    )
+    reader.read(streams(6)[:, :129])
+    before = reader.cache.levels.levels[0].deltas
+    reader.end_part()
+    after = reader.cache.levels.levels[0].deltas
+    assert all(torch.equal(a, s) for a, s in zip(after, reader.slow.held, strict=True))
+    assert not torch.equal(before[0], after[0])
+    reader.read(streams(6)[:, 128:])  # it goes on
+
+
+def test_figures_are_differences_to_the_model_without_levels(tmp_path):
+    settings = defaults().changed(seeds=[0, 1])
+
+    def row(job):
+        gain = {report.BASE: 0.0, report.DEFAULT: 0.2}.get(job.contender, 0.1)
+        learns = job.contender != report.BASE
+        times = range(8 if learns else 1)
+        return {
+            "tokens": 196_608, "state_bytes": 7_000_000, "wall_seconds": 9.0,
+            "windows": [[2.0 - gain, 3.0 - 2 * gain]] * (settings.sight + 8),
+            "known": [[[2.0 - gain * t, 2.0 - gain * t]] * 5 for t in times],
+            "other": [[[1.0 + 0.01 * t, 1.0]] * 2 for t in times],
+        }  # fmt: skip
+
+    summary = summarize(settings, settings.contenders, row)
+    assert len(plan(settings, settings.contenders, row)) == 2 * len(settings.contenders)
+    first = {c["contender"]: c for c in summary["found"][0]["contenders"]}
+    default, other = first[report.DEFAULT], first["2 levels"]
+    assert default["stream"]["values"] == pytest.approx([0.2, 0.4])
+    assert other["stream above default"]["values"] == pytest.approx([-0.1, -0.2])
+    assert default["learned"]["mean"] == pytest.approx(0.2 * (1 + 2 + 3 + 4) / 4)
+    assert default["kept"]["mean"] == pytest.approx(0.2 * 5) and default["end"]["mean"] == pytest.approx(0.2 * 7)
+    assert default["harm"]["values"] == pytest.approx([0.07, 0.0]) and default["worst harm"] == pytest.approx(0.07)
+    assert "| default | smollm2-135m | 196,608 | 0.300 ± 0.141 |" in report.table(summary)
+    report.plot(summary, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
