@@ -19,7 +19,7 @@ from experiments.streams.texts import DOMAINS, ELSEWHERE
 from nestling.cms.defaults import CHUNK, FADE, RANK, RATE
 
 GROUP = "Continual learning"
-QUESTION = "Streams of 200,000 tokens, domain after domain and back: do several levels beat one?"
+QUESTION = "Streams of 100,000 tokens, domain after domain and back: do several levels beat one?"
 ENTRIES = "found"
 
 DATA = "a folder with `books` and `bible`; the experiment's README says where they come from"
@@ -37,11 +37,13 @@ def defaults() -> Streams:
         levels(report.DEFAULT),
         levels("slow average", slow=512, share=0.02),
         levels("slow average, sessions", slow=512, share=0.02, sessions=True),
+        levels("faster average, sessions", slow=512, share=0.1, sessions=True),
+        levels("sessions", slow=512, share=0.0, sessions=True),
         levels("2 levels", {}, slow),
+        levels("AdamW, rank 16", {"chunk_size": CHUNK, "lr": 3e-3, "optimizer": "adamw", "decay": 0.0}),
         levels("3 levels", {}, slow, {"chunk_size": 4096}),
         levels("one level, ten times slower", {"lr": RATE / 10, "decay": FADE / 10}),
         levels("one level, twice the rank", {"rank": 2 * RANK}),
-        levels("AdamW, rank 16", {"chunk_size": CHUNK, "lr": 3e-3, "optimizer": "adamw", "decay": 0.0}),
     ])  # fmt: skip
 
 

@@ -33,8 +33,8 @@ class Streams(ContinualStudy):
     models: list[str] = field(default_factory=lambda: [SMOLLM2, BYTES])
     steps: int = 300  # of training of the byte model
     texts: str = "judged"  # or smoke
-    first: int = 32_768  # of each of the five domains
-    back: int = 16_384  # of the first two, at the end
+    first: int = 16_384  # of each of the five domains
+    back: int = 8192  # of the first two, at the end
     context: int = 1024  # after which attention begins anew
     probe: int = 1024  # of every domain, never read
     window: int = 4096  # of which a loss is kept

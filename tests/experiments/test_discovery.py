@@ -38,6 +38,7 @@ NOT_RUN = {
     "classes": {"2 levels", "fine-tuning, same weights, M3, in context"},
     "languages": {c.name for c in find("languages").defaults().contenders},
     "needles": {c.name for c in find("needles").defaults().contenders},
+    "streams": {c.name for c in find("streams").defaults().contenders},
 }
 
 
