@@ -29,6 +29,12 @@ def check_names(contenders: Iterable[Contender]) -> None:
         raise ValueError(f"contenders must have names of their own; {', '.join(twice)} occurs twice")
 
 
+def without_stages(schedule: dict[str, Any]) -> dict[str, Any]:
+    """A schedule's values as a fingerprint takes them: a single stage is what all rows had before there were two."""
+    one = schedule["chunk_factor"] == 1
+    return {k: v for k, v in schedule.items() if not (one and k.startswith("chunk_"))}
+
+
 @dataclass
 class Study(Settings, ABC):
     """A comparison; `out` is its folder. Its kinds say what a contender is and add their numbers."""

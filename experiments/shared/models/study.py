@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.shared.study import Contender, check_names
+from experiments.shared.study import Contender, check_names, without_stages
 from experiments.shared.work import Job
 from nestling.training.config import TrainConfig
 
@@ -115,6 +115,7 @@ class TrainingStudy(TrainConfig):
         for name in (*MACHINE, "trained"):  # every contender trains all its weights
             run.pop(name, None)
         run["data"] = {k: v for k, v in run["data"].items() if k in ("seq_len", "batch_size")}
+        run["schedule"] = without_stages(run["schedule"])
         contender = dataclasses.asdict(self.contender(job.contender)) | {"seeds": None}
         own = {
             k: getattr(self, k) for k in ("eval_windows", "position_bins", "long_context", "max_skips", "curve_points")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from experiments.shared.optimizers.contenders import OptimizerContender, make
 from experiments.shared.optimizers.search import propose
 from experiments.shared.optimizers.study import OptimizerStudy, OptimizerWork
+from experiments.shared.study import without_stages
 from experiments.shared.work import Job, Progress, Row, curve
 from nestling.training.config import ScheduleConfig, unknown
 from nestling.training.schedules import lr_factor
@@ -70,6 +71,7 @@ class Comparison(OptimizerStudy):
 
     def decisive(self, job: ComparisonJob) -> dict[str, Any]:
         values = super().decisive(job)
+        values["schedule"] = without_stages(values["schedule"])
         for name in ("models", "searched", "search_seed"):
             values.pop(name)
         model = self.model(job.model)
