@@ -39,7 +39,7 @@ def streams(count, length=21):
     return [torch.randint(31, (1 + i % 2, length), generator=generator) for i in range(count)]
 
 
-@pytest.mark.parametrize("count, reads", [(2, 30), pytest.param(4, 100, marks=SLOW)])
+@pytest.mark.parametrize("count, reads", [(2, 12), pytest.param(4, 100, marks=SLOW)])
 def test_threads_read_as_if_one_after_the_other(model, count, reads):
     """So many threads and reads of each, one of them through `adapted` now and then: bit for bit as in a row."""
     texts = streams(10, 13)

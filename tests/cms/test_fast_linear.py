@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nestling.cms.fast_linear import JOIN, FastLinear, applied
+from slowly import examples
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     batch=st.integers(1, 3), tokens=st.sampled_from([1, JOIN - 1, JOIN, 40]), own=st.booleans(), fixed=st.booleans(),
     watched=st.booleans(), bias=st.booleans(),

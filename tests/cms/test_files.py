@@ -15,6 +15,7 @@ from nestling.cli.main import app
 from nestling.cms.files import OLD_FORMAT, OLD_RECIPE, load_stacked, save_stacked
 from nestling.generation import load_state, save_state
 from nestling.training.build import load_saved
+from slowly import some
 
 LEVELS = [Level(4, lr=0.5, optimizer="momentum"), Level(8, lr=0.25, optimizer="adamw", clip=1.0)]
 
@@ -25,9 +26,12 @@ def read(model, ids, cache=None):
     return out.logits, out.past_key_values
 
 
-@pytest.mark.parametrize("dtype, tied, shard", [(torch.float32, True, "1KB"), (torch.bfloat16, False, "1GB")])
-@pytest.mark.parametrize("placement", ["depth", "width"])
-def test_a_model_from_disk_is_what_was_saved(make, ids, tmp_path, placement, tied, dtype, shard):
+KINDS = [(torch.float32, True, "1KB"), (torch.bfloat16, False, "1GB")]
+
+
+@some("placement, kind", [("depth", KINDS[0]), ("width", KINDS[1])], ("depth", "width"), KINDS)
+def test_a_model_from_disk_is_what_was_saved(make, ids, tmp_path, placement, kind):
+    dtype, tied, shard = kind
     plain = AutoModelForCausalLM.from_config(make(tie_word_embeddings=tied).config, dtype=dtype).eval()
     frozen = Level(math.inf)
     model = stack_levels(plain, [*LEVELS, frozen], placement, blocks=[0, 1, 3], width=3)

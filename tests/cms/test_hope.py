@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nestling import HopeConfig, HopeForCausalLM
 from nestling.generation import load_state, save_state
+from slowly import examples
 from streams import read
 
 LEVELS = [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": 8, "lr": 0.2}, {"chunk_size": None}]
@@ -40,7 +41,7 @@ def test_without_a_rate_it_is_the_model_without_fast_levels_bit_for_bit(ids, mix
     assert not torch.equal(read(plain, ids)[0], want)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 40), max_size=4, unique=True),
     mixer=st.sampled_from(["attention", "selfmod", "hybrid"]),

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from nestling import HopeConfig, HopeForCausalLM, stack_levels
 from nestling.cms import learner
+from slowly import some
 
 LEVELS = [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": 8, "lr": 0.2, "optimizer": "momentum"}]
 
@@ -71,9 +72,12 @@ def models(make, kind, meta_grad):
     return HopeForCausalLM(config).double()
 
 
-@pytest.mark.parametrize("meta_grad", ["full", "first_order", "none"])
-@pytest.mark.parametrize("kind", ["stacked", "attention", "selfmod"])
-@pytest.mark.parametrize("parts", [1, 2])
+@some(
+    "kind, meta_grad, parts",
+    [(kind, "full", 2) for kind in ("stacked", "attention", "selfmod")]
+    + [("stacked", "full", 1), ("selfmod", "first_order", 1), ("attention", "none", 2)],
+    ("stacked", "attention", "selfmod"), ("full", "first_order", "none"), (1, 2),
+)  # fmt: skip
 def test_the_gradients_are_the_same(make, ids, kind, meta_grad, parts):
     model, ids = models(make, kind, meta_grad), ids[:, :27]
     loss, want = outer(model, ids, False, parts)

@@ -1,8 +1,6 @@
 """Rows of a batch keep their own boundaries: what a row reads and learns is what it would alone."""
 
 import copy
-import itertools
-import os
 
 import pytest
 import torch
@@ -14,17 +12,11 @@ from nestling import HopeConfig, HopeForCausalLM, Level, stack_levels
 from nestling.cms import LevelsCache, learning_model, merge
 from nestling.cms.fast_linear import Factors
 from nestling.generation import load_state, save_state
+from slowly import examples, some
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)
 HYBRID = [{"mixer": "selfmod", "chunk_size": 4}, {"mixer": "window_attention", "window": 6}]
 KINDS = ("depth", "width", "low rank", "context", "selfmod", "nested hybrid")
-
-
-def some(names, chosen, *others):
-    """These cases; all of them where slow tests are asked for."""
-    every = list(itertools.product(*others)) if len(others) > 1 else list(*others)
-    every = every if "NESTLING_SLOW_TESTS" in os.environ else chosen
-    return pytest.mark.parametrize(names, every)
 
 
 def make_model(kind, original, **changes):
@@ -79,7 +71,7 @@ def assert_learned_alike(model, cache, row, alone):
         torch.testing.assert_close(got, want, **CLOSE)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(data=st.data())
 @torch.no_grad()
 def test_what_a_row_learns_is_what_it_would_learn_alone(models, data):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nestling import Level, stack_levels
 from nestling.cms.inner_optimizers import OPTIMIZERS
+from slowly import examples
 from streams import read
 
 TWO = [Level(4, lr=0.5), Level(8, lr=0.25)]
@@ -52,7 +53,7 @@ def test_one_boundary_is_a_step_by_hand(make, ids):
     torch.testing.assert_close(got, torch.cat([first.logits, second.logits], 1), rtol=1e-10, atol=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 40), max_size=5, unique=True),
     placement=st.sampled_from(["depth", "width"]),

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from nestling import Level, stack_levels
 from nestling.cms.surprise import PATIENCE, begin_surprise, is_due
+from slowly import examples
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(share=st.floats(0.05, 0.8), seed=st.integers(0, 99), scale=st.floats(1e-3, 1e3))
 def test_updates_come_as_often_as_asked(share, seed, scale):
     level = Level(4, surprise=share)

@@ -2,11 +2,11 @@
 
 import copy
 
-import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from nestling import HopeConfig, HopeForCausalLM, Level, stack_levels
+from slowly import some
 
 
 def build(kind, make):
@@ -19,7 +19,7 @@ def build(kind, make):
     return HopeForCausalLM(config).double()
 
 
-@pytest.mark.parametrize("kind", ["stacked", "hope", "hope with levels"])
+@some("kind", ["stacked", "hope with levels"], ["stacked", "hope", "hope with levels"])
 def test_two_by_four_accumulated_is_a_batch_of_eight(kind, make, tmp_path):
     """Also where rows are padded, so that small batches hold unequal numbers of tokens."""
     generator = torch.Generator().manual_seed(1)

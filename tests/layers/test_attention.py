@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from nestling.layers.attention import Attention
 from nestling.layers.convolution import ShortConvolution
+from slowly import examples
 
 
 def layer(**options):
@@ -73,7 +74,7 @@ def test_equals_the_definition(options):
         torch.testing.assert_close(out, definition(attention, row), rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(data=st.data(), window=st.sampled_from([None, 1, 4, 20]), conv_size=st.sampled_from([0, 1, 4]))
 @torch.no_grad()
 def test_padding_and_cuts_anywhere_change_nothing(data, window, conv_size):

@@ -9,6 +9,7 @@ from nestling.layers import titans_scan
 from nestling.layers.mixers import build_mixer
 from nestling.layers.titans_scan import MemoryScan
 from nestling.ops import compiled
+from slowly import examples
 
 NAMES = (
     "linear_attention", "retnet", "deltanet", "gated_deltanet", "gated_deltanet_conv", "gated_deltanet_tracking",
@@ -30,7 +31,7 @@ def outcome(layer, x, cut, mask):
     return results + list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(
     name=st.sampled_from(NAMES), tokens=st.integers(2, 30), cut=st.integers(1, 29), chunk=st.integers(1, 6),
     limit=st.sampled_from([8.0, 0.05]), segment=st.sampled_from([0, 9]), padded=st.booleans(),

@@ -11,6 +11,7 @@ from nestling.layers.titans_reference import self_modifying_titans_reference
 from nestling.memory import FastWeights, LinearMemory, MLPMemory, UpdateRule
 from nestling.memory.rule import Context, advance
 from nestling.ops.chunk import decay_table
+from slowly import examples
 
 DIM = 6
 CHOICES = {
@@ -56,7 +57,7 @@ def possible(o):
     return o | {"adaptive": tuple(name for name in o["adaptive"] if learns.get(name, True))}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_any_settings_equal_the_definition(data, seed):
     """Values, gradients and a split, of settings drawn at random."""

@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 from nestling.layers import SelfModifyingTitans
 from nestling.layers.mixers import MIXERS, build_mixer
+from slowly import some
 
 DIM, HEADS = 8, 2
 ATTENTION = ("attention", "window_attention")  # their state is keys and values
@@ -40,8 +41,13 @@ def test_finite_values_and_gradients(name, kind):
     assert finite(y, state, x.grad, [p.grad for p in layer.parameters()])
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ATTENTION])
-@pytest.mark.parametrize("kind", ["random", "constant"])
+MEMORIES = [name for name in MIXERS if name not in ATTENTION]
+
+
+@some(
+    "name, kind", [(n, "random") for n in MEMORIES] + [("selfmod", "constant"), ("hope_memory", "constant")],
+    MEMORIES, ("random", "constant"),
+)  # fmt: skip
 def test_finite_over_20_000_tokens(name, kind):
     """In training, the loss at the end of a long text: values, state, and gradients through all of its chunks."""
     layer = build(name, chunk_size=128)

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nestling.layers.mixers import MIXERS, build_mixer
 from nestling.layers.titans import SelfModifyingTitans
+from slowly import examples
 
 DIM = 8
 OPTIONS = {
@@ -54,7 +55,7 @@ def in_pieces(layer, x, cuts):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(cuts=st.lists(st.integers(1, 27), max_size=4), seed=st.integers(0, 99))
 def test_any_split_is_one_pass(name, cuts, seed):
     layer = build(seed, **OPTIONS[name])
@@ -102,7 +103,7 @@ def masked(batch, columns, lengths, seed):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(lengths=st.lists(st.integers(0, 19), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_padding_anywhere_counts_for_nothing(name, lengths, seed):
     """Padding between, before and after the real tokens, with any content: every row as if alone without it."""
@@ -123,7 +124,7 @@ def test_padding_anywhere_counts_for_nothing(name, lengths, seed):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(
     lengths=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=4),
     seed=st.integers(0, 99),

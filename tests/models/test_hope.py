@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from nestling.models import HopeConfig, HopeForCausalLM, HopeModel
 from nestling.models.hope.cache import HopeCacheLayer, cache_bytes, detach_cache
+from slowly import examples
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -65,7 +66,7 @@ def test_plain_attention_with_one_level_is_llama():
         torch.testing.assert_close(hope(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(data=st.data())
 @torch.no_grad()
 def test_a_text_in_pieces_is_one_pass(mixer_models, data):

@@ -9,6 +9,7 @@ from nestling.ops import delta_rule_reference
 from nestling.ops.chunks import delta_chunks
 from nestling.ops.products import products, products_by_blocks
 from nestling.ops.states import bounded, chunk_states, chunk_states_reference
+from slowly import examples
 
 
 def weighed(results):
@@ -26,7 +27,7 @@ def make(count, tokens, out, inp, seed):
     return [t.requires_grad_() for t in args]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(
     count=st.integers(1, 3), chunks=st.integers(1, 4), size=st.integers(1, 7), out=st.integers(1, 4),
     inp=st.integers(1, 4), after=st.booleans(), erases=st.booleans(), seed=st.integers(0, 99),

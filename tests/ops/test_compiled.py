@@ -9,6 +9,7 @@ from nestling.layers import SelfModifyingTitans
 from nestling.ops import compiled
 from nestling.ops.chunk import Chunk, decay_table, delta_chunk
 from nestling.ops.compiled import build
+from slowly import examples
 
 pytestmark = pytest.mark.skipif(
     build.native() is None, reason="needs a C++ compiler (g++, clang++ or $CXX): PyTorch's forms are tested alone"
@@ -33,7 +34,7 @@ def random(*shape, unit=False):
     return x.requires_grad_()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     memories=st.integers(1, 4), read=st.integers(0, 4), tokens=st.integers(1, 35), out=st.integers(1, 9),
     inner=st.integers(1, 9), momentum=st.booleans(), erase=st.booleans(), anchor=st.booleans(), after=st.booleans(),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nestling.ops.conv import short_convolution, taps_reference
 from nestling.ops.unit import unit, unit_reference
+from slowly import examples
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -19,7 +20,7 @@ def same(function, definition, args):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(
     batch=st.integers(1, 3), tokens=st.integers(1, 9), width=st.integers(1, 20), taps=st.integers(1, 5),
     seed=st.integers(0, 99),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nestling.ops import delta_rule, delta_rule_reference
 from nestling.ops.chunk import Chunk, decay_table, delta_chunk
+from slowly import examples
 
 pytestmark = pytest.mark.usefixtures("form")
 
@@ -64,7 +65,7 @@ def assert_same(args, tolerance=1e-9, **options):
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     lead=st.sampled_from([(), (1,), (2, 3)]), tokens=st.integers(0, 21), out=st.integers(1, 5), inp=st.integers(1, 5),
     momentum=st.booleans(), queries=st.booleans(), read=st.sampled_from(["after", "before"]),
@@ -89,7 +90,7 @@ def test_finite_at_the_edges(decay, zero_keys):
     assert_same(args, chunk_size=32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(tokens=st.integers(1, 30), split=st.integers(0, 30), seed=st.integers(0, 10**6))
 def test_split_and_carried_state(tokens, split, seed):
     split = min(split, tokens)

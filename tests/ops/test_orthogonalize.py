@@ -17,6 +17,7 @@ from nestling.ops.orthogonalize import (
     orthogonalize_reference,
     table,
 )
+from slowly import examples
 
 module = importlib.import_module("nestling.ops.orthogonalize")
 BANDS = re.findall(r"^    (\w+) +(\d+) +(\S+) +(\S+) \.\. (\S+)$", module.__doc__, re.MULTILINE)
@@ -52,7 +53,7 @@ def test_the_slope_of_the_documentation():
     assert round(table("muon", 5)[0][0] ** 5) == 485
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     name=st.sampled_from(BANDS),
     side=st.integers(1, 12),
@@ -84,7 +85,7 @@ def test_singular_vectors_stay_and_values_go_into_the_band(name, side, aspect, p
     assert not len(well) or well.min() >= low - tolerance
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     batch=st.sampled_from([(), (3,), (2, 2)]),

@@ -7,6 +7,7 @@ from torch import nn
 from nestling.optim import DeepMomentum
 from nestling.optim.deep_memory import MLP
 from nestling.optim.memories import L2, DotProduct
+from slowly import examples
 
 
 def run(optimizer, parameter, gradients):
@@ -31,7 +32,7 @@ def test_with_an_mlp_it_is_not():
     assert (ours - run(torch.optim.SGD([q], 0.1, momentum=0.9), q, gradients)).norm() > 0.05 * ours.norm()
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_a_write_is_a_gradient_step_on_the_written_objective(rows, columns, hidden, l2):
     """NL Eq. 50: all weights of m follow alpha m - rate * gradient, W1 and W2 counted from their start, by autograd."""

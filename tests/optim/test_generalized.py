@@ -9,6 +9,7 @@ from torch import nn
 from nestling.optim import DGD, DeltaMomentum
 from nestling.optim.generalized import Loss, Retention, generalized_step
 from nestling.optim.generalized_gd import GeneralizedGD
+from slowly import examples
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_the_same_form_on_a_momentum_is_momentum_and_delta_momentum():
     assert torch.allclose(optimizer.state[p]["momentum"], memory[0])
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.floats(0, 2))
 def test_the_closed_form_is_the_minimum_and_the_inner_steps_find_it(samples, inputs, outputs, states, erase):
     torch.set_default_dtype(torch.float64)

@@ -10,6 +10,7 @@ from torch import nn
 
 from nestling.optim import M3
 from nestling.training.muon import Muon
+from slowly import examples
 
 SHAPES = [(4, 6), (4, 6), (6, 4), (5, 5), (3, 4, 6), (4, 2, 3, 3), (7,), ()]
 
@@ -124,7 +125,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(options=OPTIONS)
 def test_the_batched_form_is_the_definition(options):
     (ours, batched), (theirs, definition) = (make(names=True, foreach=f, **options) for f in (True, False))

@@ -15,6 +15,7 @@ from nestling.optim.base import MemoryOptimizer
 from nestling.optim.closed_forms import elementwise_memory, matrix_power, outer_memory
 from nestling.optim.memories import L2, DotProduct, GradientMemory, Matrix, as_rows, recall
 from nestling.optim.preconditioners import Map
+from slowly import examples
 
 SHAPES = [(5,), (4, 3), (3, 2, 2, 2), ()]
 
@@ -124,7 +125,7 @@ def test_keys_and_values_are_settings():
     assert torch.allclose(p, expected)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.sampled_from(["identity", "unit"]))
 def test_a_write_is_a_gradient_step_on_the_written_objective(rows, columns, l2, features):
     """m <- alpha m - grad L for a matrix memory whose rows of keys are stored under the unit vectors."""

@@ -1,7 +1,6 @@
 """Optimisers on parameters that FSDP2 shards unevenly over two processes: the weights of one process."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nestling.optim import M3, DeepMomentum, DeltaMomentum, PreconditionedMomentum
 from nestling.optim.division import make_plan
 from processes import on_ranks
+from slowly import ASKED
 
-ASKED = pytest.mark.skipif("NESTLING_SLOW_TESTS" not in os.environ, reason="processes: NESTLING_SLOW_TESTS=1 runs it")
+SLOWLY = pytest.mark.skipif(not ASKED, reason="processes: NESTLING_SLOW_TESTS=1 runs it")
 OPTIMIZERS = {
     "M3": lambda model: M3(model, 0.05, periods=(1, 2), weight_decay=0.1),
     "M3, single": lambda model: M3(model, 0.05, periods=(1, 2), foreach=False),
@@ -88,10 +88,10 @@ def check(names):
 
 
 def test_sharded_training_is_that_of_one_process():
-    on_ranks(2, check, list(OPTIMIZERS))
+    on_ranks(2, check, list(OPTIMIZERS) if ASKED else ["M3", "M3, literal, in rows", "M3, in columns", "delta"])
 
 
-@ASKED
+@SLOWLY
 @pytest.mark.parametrize("world", [3, 4, 8])  # of 8 ranks some hold nothing
 def test_on_more_processes(world):
     on_ranks(world, check, list(OPTIMIZERS))

@@ -1,6 +1,6 @@
 """A run on several processes (gloo) is the run of one: losses, weights, checkpoints."""
 
-import os
+import itertools
 import signal
 import time
 from pathlib import Path
@@ -18,8 +18,8 @@ from nestling.training.parallelize import find_mode
 from nestling.training.tokenizers import byte_tokenizer
 from nestling.utils.ranks import Ranks
 from processes import Command, as_torchrun, on_ranks
+from slowly import ASKED
 
-ASKED = "NESTLING_SLOW_TESTS" in os.environ
 SLOWLY = pytest.mark.skipif(not ASKED, reason="processes: NESTLING_SLOW_TESTS=1 runs it")
 FAST = [{"chunk_size": 4, "lr": 0.05}, {"chunk_size": 8, "lr": 0.05, "optimizer": "adamw"}, {"chunk_size": None}]
 SLOW = [{"chunk_size": None}, {"chunk_size": 3 * 128}]  # 3 steps of 2 x 4 x 16 tokens
@@ -29,6 +29,11 @@ CASES = {
     "fast levels, no gradient of some": {"cms_levels": FAST, "cms_meta_grad": "none"},
 }
 OPTIMIZERS = {"adamw": {}, "m3": {"periods": [1, 2]}, "nestling.optim.DeltaMomentum": {}}
+ALL = {mode: list(itertools.product(CASES, OPTIMIZERS)) for mode in ("ddp", "fsdp")}
+SOME = {  # of every mode, case and optimiser; each optimiser on shards is in tests/optim/test_sharded.py
+    "ddp": [("fast levels", "m3"), ("fast levels, no gradient of some", "adamw")],
+    "fsdp": [("slow level", "adamw"), ("fast levels", "m3"), ("fast levels", "nestling.optim.DeltaMomentum")],
+}
 
 
 @pytest.fixture
@@ -64,16 +69,22 @@ def compare(
             assert max(errors) < tolerance, (name, mode, errors)
 
 
+def compare_all(runs: dict[tuple[str, str, str], tuple[dict, list[float]]], steps: int) -> None:
+    """On every rank, of (mode, ...): a configuration and the losses that one process has with it."""
+    for (mode, *rest), (values, expected) in runs.items():
+        name = ", ".join(rest)
+        compare({name: values}, steps, {name: expected}, modes=(mode,))
+
+
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=SLOWLY)])
 def test_losses_are_those_of_one_process(base, world):
-    configs = {}
-    for case, options in CASES.items():
-        for name, own in OPTIMIZERS.items() if case == "fast levels" or ASKED else [("adamw", {})]:
-            options = {**base.model.options, **options}
-            changed = base.changed(**{"model.options": options, "optim.name": name, "optim.options": own})
-            configs[f"{case}, {name}"] = changed
-    expected = {name: losses(config, 4) for name, config in configs.items()}
-    on_ranks(world, compare, {name: config.to_dict() for name, config in configs.items()}, 4, expected)
+    runs = {}
+    for mode, cases in ALL.items() if ASKED else SOME.items():
+        for case, name in cases:
+            options = {**base.model.options, **CASES[case]}
+            changed = base.changed(**{"model.options": options, "optim.name": name, "optim.options": OPTIMIZERS[name]})
+            runs[mode, case, name] = changed.to_dict(), losses(changed, 4)
+    on_ranks(world, compare_all, runs, 4)
 
 
 def go_on(values: dict, steps: int, expected: list[float]) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.demo.config import HOPE, TRANSFORMER
 from experiments.demo.report import build
+from slowly import some
 
 VOID = {"meta", "input", "br"}
 
@@ -86,7 +87,7 @@ def test_table_shows_the_result(page):
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("bits", [1.0, 4.5, 7.9])
+@some("bits", [1.0, 7.9], [1.0, 4.5, 7.9])
 def test_figures_have_room_wherever_the_losses_end(result, bits):
     """Far below the frequencies of the bytes, at them, or above: nothing falls out of the axes."""
     for model in result["models"].values():
