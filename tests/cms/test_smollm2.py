@@ -22,9 +22,15 @@ def smollm2():
         pytest.skip(str(error))
     import gguf
 
-    parsed, reader = [], gguf.GGUFReader
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, *args):
+            parsed.append(args)
+            super().__init__(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "GGUFReader", lambda *args: parsed.append(args) or reader(*args))
+        patch.setattr(gguf, "GGUFReader", Counted)
         before = gguf.GGUFReader
         loaded = load_pretrained(SMOLLM2)
         assert len(parsed) == 1  # of three times that transformers would
