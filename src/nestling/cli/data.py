@@ -40,6 +40,9 @@ def main(
     Two sources, the second read three times an epoch, with a tokenizer of your own:
       nestling data web.jsonl books/ --weight 1 --weight 3 --tokenizer my-tokenizer --out tokens
 
+    Two folders that a run reads three to one by tokens, however large they are:
+      nestling train web-tokens book-tokens --share 3 --share 1 --out runs/mixed
+
     Nothing reaches a text from the one before it in a window:
       nestling train tokens --out runs/texts -o data.documents=apart
     """

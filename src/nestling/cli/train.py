@@ -65,6 +65,9 @@ def main(
         model_("--set", metavar="NAME=VALUE", help="Change the model's configuration, e.g. mixer=attention."),
     ] = None,
     tokenizer: Annotated[str | None, data(help="bytes, bpe:SIZE, or a Hugging Face tokenizer's folder.")] = None,
+    share: Annotated[
+        list[float] | None, data(help="Once for each TEXT: its part of the tokens that are read, e.g. 3 and 1.")
+    ] = None,
     val: Annotated[list[str] | None, data(help="Held-out text instead of a part of TEXT.")] = None,
     val_fraction: Annotated[float | None, data(help="The part of every file held out.")] = None,
     seq_len: Annotated[int | None, data(help="Tokens of one window.")] = None,
@@ -102,6 +105,9 @@ def main(
     A folder of texts, two files held out, a tokenizer trained on the data:
       nestling train texts/ --val a.txt --val b.txt --tokenizer bpe:4096 --out runs/texts
 
+    Three quarters of all tokens from one source, a quarter from another, however large each is:
+      nestling train web/ books/ --share 3 --share 1 --out runs/mixed
+
     Go on with a run that was killed, or make it longer:
       nestling train --out runs/book --resume --steps 4000
 
@@ -132,6 +138,7 @@ def main(
         "data.tokenizer": tokenizer,
         "trained": trained,
         "data.text": text or None,
+        "data.shares": share or None,
         "data.val_text": val or None,
         "data.val_fraction": val_fraction,
         "data.seq_len": seq_len,

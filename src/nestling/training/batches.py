@@ -7,7 +7,9 @@ import functools
 import numpy as np
 import torch
 
-from nestling.training.data import Tokens
+from nestling.training.data import Mixture, Tokens
+
+BLOCK = 1000  # windows in which the shares of a mixture come out
 
 
 class Batches:
@@ -55,6 +57,43 @@ class Batches:
         last = len(self.tokens) - 1 - self._num_windows * self.seq_len  # the largest phase that fits
         phase = int(generator.integers(0, min(last, self.seq_len - 1) + 1))
         return phase, generator.permutation(self._num_windows)
+
+
+class MixedBatches:
+    """Windows of several streams, each in its share: after any number of windows it is right to within two.
+
+    Of every 1,000 windows a stream has as many as its share says, spread evenly from a random place on; it reads them
+    as `Batches` does. Arguments: those of `Batches`.
+    """
+
+    def __init__(self, mixture: Mixture, seq_len: int, batch_size: int, seed: int = 0, rank: int = 0, ranks: int = 1):
+        self._streams = [Batches(t, seq_len, batch_size, seed + i, rank, ranks) for i, t in enumerate(mixture.sources)]
+        self.seq_len, self.batch_size, self.seed, self._rows = seq_len, batch_size, seed, self._streams[0]._rows
+        whole = np.floor(np.multiply(mixture.shares, BLOCK)).astype(int)
+        short = np.argsort(whole - np.multiply(mixture.shares, BLOCK), kind="stable")[: BLOCK - whole.sum()]
+        whole[short] += 1  # the largest remainders
+        self._counts = whole
+        self._block = functools.lru_cache(maxsize=2)(self._draw)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """This process's rows of batch `index`, [batch_size / ranks, seq_len + 1], int64."""
+        places = [self.place(index * self.batch_size + row) for row in self._rows]
+        return torch.cat([windows(self._streams[i].tokens, [start], self.seq_len) for i, start in places])
+
+    def place(self, sequence: int) -> tuple[int, int]:
+        """Which stream the window of the given number is of, and where it starts there."""
+        block, number = divmod(sequence, BLOCK)
+        sources, numbers = self._block(block)
+        source = int(sources[number])
+        return source, self._streams[source].start(block * int(self._counts[source]) + int(numbers[number]))
+
+    def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The stream of every window of a block, and which of the block's windows of that stream it is."""
+        generator = np.random.default_rng([self.seed, block, BLOCK])
+        numbers = np.concatenate([np.arange(count) for count in self._counts])
+        sources = np.repeat(np.arange(len(self._counts)), self._counts)
+        order = np.argsort((numbers + generator.random(len(self._counts))[sources]) / self._counts[sources])
+        return sources[order], numbers[order]
 
 
 def windows(tokens: Tokens, starts: list[int], seq_len: int) -> torch.Tensor:

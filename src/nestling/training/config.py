@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -89,11 +90,15 @@ class DataConfig:
     it the last `val_fraction` of every file and of a data set's rows is held out (`val_split="tail"`), or whole files
     (`val_split="documents"`). A folder of `nestling data` is named alone and brings its tokenizer and held-out text.
 
+    `shares`, one for each of `text`, says in which proportion they are read whatever their sizes: [3, 1] takes three
+    quarters of all windows, so of all tokens, from the first. Folders of `nestling data` can be mixed so.
+
     `documents` "joined" lets a window go on from one text into the next; with "apart" every text of a window begins
     anew: no state, attention or level reaches it from the text before (positions begin again at 0).
     """
 
     text: list[str] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
     val_text: list[str] = field(default_factory=list)
     val_fraction: float = 0.05
     val_split: str = "tail"
@@ -111,6 +116,12 @@ class DataConfig:
         _within(self, "val_fraction", 0.0, 0.9)
         _one_of(self, "val_split", ("tail", "documents"))
         _one_of(self, "documents", ("joined", "apart"))
+        usable = all(map(math.isfinite, self.shares)) and min(self.shares, default=1) >= sum(self.shares) / 1000 >= 0
+        if self.shares and not (usable and min(self.shares) > 0 and len(self.shares) == len(self.text)):
+            raise ValueError(
+                f"shares must be {len(self.text)} numbers above 0, one for each text and none below a thousandth of "
+                f"all; got {self.shares}"
+            )
 
 
 @dataclass

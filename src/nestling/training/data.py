@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,11 +45,27 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Token streams and the share of the windows that each is read in; the shares sum to 1."""
+
+    sources: tuple[Tokens, ...]
+    shares: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Average bytes of text per token, of what is read."""
+        return sum(share * tokens.bytes_per_token for share, tokens in zip(self.shares, self.sources))
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Tokens to train on, tokens held out, their tokenizer, and a fingerprint of all three."""
 
-    train: Tokens
-    val: Tokens
+    train: Tokens | Mixture
+    val: Tokens | Mixture
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
     folder: Path
@@ -65,6 +81,8 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = 
     Raises:
         ValueError: no text, an empty or too short one, a file that is not UTF-8 under a tokenizer other than bytes.
     """
+    if config.shares:
+        return _mixed(config, tokenizer)
     if any(map(is_prepared, config.text)):
         return _load_prepared(config, tokenizer)
     split = split_documents(config)
@@ -85,12 +103,30 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = 
     return _opened(folder, _manifest(folder), tokenizer, key, config)
 
 
+def _mixed(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> Corpus:
+    """Every text as a stream of its own, cached as such, with one tokenizer."""
+    if tokenizer is None and config.tokenizer.startswith("bpe"):  # trained on all of them
+        tokenizer = load_corpus(replace(config, shares=[])).tokenizer
+    parts: list[Corpus] = []
+    for text in config.text:
+        try:
+            parts.append(load_corpus(replace(config, text=[text], shares=[]), tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from error
+        tokenizer = parts[0].tokenizer
+    shares = tuple(share / sum(config.shares) for share in config.shares)
+    key = hashlib.sha256(json.dumps([[part.fingerprint for part in parts], shares]).encode()).hexdigest()[:16]
+    train, val = (Mixture(tuple(getattr(part, name) for part in parts), shares) for name in ("train", "val"))
+    return Corpus(train, parts[0].val if config.val_text else val, parts[0].tokenizer, key, parts[0].folder)
+
+
 def _load_prepared(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> Corpus:
     """The tokens of a folder that `nestling data` has made."""
     if len(config.text) > 1 or config.val_text:
         raise ValueError(
             f"a folder of nestling data is read alone and brings its held-out text: {', '.join(config.text)} "
-            f"{'and val_text ' if config.val_text else ''}cannot be mixed here; prepare the texts together (--weight)"
+            f"{'and val_text ' if config.val_text else ''}cannot be mixed here; say the share of "
+            "each (--share), or prepare the texts together (--weight)"
         )
     folder = expand(config.text[0], "TEXT")
     manifest, own = read_manifest(folder), tokenizers.load_tokenizer(folder / "tokenizer")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.training.batches import spread, windows
-from nestling.training.data import Tokens
+from nestling.training.data import Mixture, Tokens
 from nestling.utils.ranks import Ranks
 
 
@@ -71,7 +71,7 @@ def autocast(device: torch.device, precision: str):
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Tokens | Mixture,
     *,
     seq_len: int,
     batch_size: int,
@@ -84,7 +84,8 @@ def evaluate(
 
     Args:
         model: a causal language model in the Hugging Face convention; its training mode is restored.
-        tokens: the held-out stream; shorter than a window is fine, shorter than two tokens a ValueError.
+        tokens: the held-out stream; shorter than a window is fine, shorter than two tokens a ValueError. Of a mixture
+            each stream is evaluated, on its share of the batches, and the losses count by their shares.
         seq_len: tokens predicted per window, each window read afresh.
         batch_size: windows at once.
         max_batches: at most so many batches; None: every window that fits.
@@ -93,6 +94,18 @@ def evaluate(
         apart: see `token_losses`.
     """
     ranks = ranks or Ranks()
+    if isinstance(tokens, Mixture):
+        shortest = max(1, min(seq_len, *(len(stream) - 1 for stream in tokens.sources)))
+        found = [
+            evaluate(
+                model, stream, seq_len=shortest, batch_size=batch_size, precision=precision, ranks=ranks, apart=apart,
+                max_batches=None if max_batches is None else max(1, round(share * max_batches)),
+            )
+            for share, stream in zip(tokens.shares, tokens.sources)
+        ]  # fmt: skip
+        loss_at = torch.stack([share * one.loss_at for share, one in zip(tokens.shares, found)]).sum(0)
+        loss, total = float(loss_at.mean()), sum(one.tokens for one in found)
+        return Evaluation(loss, bits_per_byte(loss, tokens), total, loss_at)
     if len(tokens) < 2:
         raise ValueError(
             f"{len(tokens)} held-out tokens are too few to evaluate; hold out more (data.val_fraction or data.val_text)"
@@ -117,6 +130,6 @@ def evaluate(
     return Evaluation(loss, bits_per_byte(loss, tokens), seq_len * len(starts), loss_at)
 
 
-def bits_per_byte(loss: float, tokens: Tokens) -> float:
+def bits_per_byte(loss: float, tokens: Tokens | Mixture) -> float:
     """Nats per token as bits per byte of the text the tokens stand for."""
     return loss / math.log(2) / max(tokens.bytes_per_token, 1e-9)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nestling.training import checkpoint, shards
-from nestling.training.batches import Batches
+from nestling.training.batches import Batches, MixedBatches
 from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
-from nestling.training.data import Corpus, load_corpus
+from nestling.training.data import Corpus, Mixture, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
 from nestling.training.levels import check_factor, chunk_warnings, freeze, longer_chunks, make_schedule
 from nestling.training.metrics import Metrics
@@ -98,7 +98,8 @@ class Trainer:
         self.schedule = make_schedule(self.model, config)
         freeze(self.model, self.schedule, config.trained)
         data = config.data
-        self.batches = Batches(self.corpus.train, data.seq_len, data.batch_size, config.seed, ranks.rank, ranks.size)
+        kind = MixedBatches if isinstance(self.corpus.train, Mixture) else Batches
+        self.batches = kind(self.corpus.train, data.seq_len, data.batch_size, config.seed, ranks.rank, ranks.size)
         return state
 
     def _restore_random(self, state: dict) -> None:
