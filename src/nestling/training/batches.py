@@ -60,7 +60,7 @@ class Batches:
 
 
 class MixedBatches:
-    """Windows of several streams, each in its share: after any number of windows it is right to within two.
+    """Windows of several streams, each in its share: after any number of windows it is right to within three.
 
     Of every 1,000 windows a stream has as many as its share says, spread evenly from a random place on; it reads them
     as `Batches` does. Arguments: those of `Batches`.
@@ -69,10 +69,8 @@ class MixedBatches:
     def __init__(self, mixture: Mixture, seq_len: int, batch_size: int, seed: int = 0, rank: int = 0, ranks: int = 1):
         self._streams = [Batches(t, seq_len, batch_size, seed + i, rank, ranks) for i, t in enumerate(mixture.sources)]
         self.seq_len, self.batch_size, self.seed, self._rows = seq_len, batch_size, seed, self._streams[0]._rows
-        whole = np.floor(np.multiply(mixture.shares, BLOCK)).astype(int)
-        short = np.argsort(whole - np.multiply(mixture.shares, BLOCK), kind="stable")[: BLOCK - whole.sum()]
-        whole[short] += 1  # the largest remainders
-        self._counts = whole
+        self._edges = np.cumsum(mixture.shares)
+        self._edges[-1] = 1.0
         self._block = functools.lru_cache(maxsize=2)(self._draw)
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -85,15 +83,21 @@ class MixedBatches:
         block, number = divmod(sequence, BLOCK)
         sources, numbers = self._block(block)
         source = int(sources[number])
-        return source, self._streams[source].start(block * int(self._counts[source]) + int(numbers[number]))
+        return source, self._streams[source].start(int(numbers[number]))
+
+    def _read(self, blocks: int) -> np.ndarray:
+        """Windows of each stream in so many blocks: the shares, rounded so that their sum is right."""
+        return np.diff(np.rint(self._edges * (blocks * BLOCK)).astype(np.int64), prepend=0)
 
     def _draw(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The stream of every window of a block, and which of the block's windows of that stream it is."""
+        """The stream of every window of a block, and its number among that stream's windows."""
         generator = np.random.default_rng([self.seed, block, BLOCK])
-        numbers = np.concatenate([np.arange(count) for count in self._counts])
-        sources = np.repeat(np.arange(len(self._counts)), self._counts)
-        order = np.argsort((numbers + generator.random(len(self._counts))[sources]) / self._counts[sources])
-        return sources[order], numbers[order]
+        before = self._read(block)
+        counts = self._read(block + 1) - before
+        numbers = np.concatenate([np.arange(count) for count in counts])
+        sources = np.repeat(np.arange(len(counts)), counts)
+        order = np.argsort((numbers + generator.random(len(counts))[sources]) / counts[sources])
+        return sources[order], (before[sources] + numbers)[order]
 
 
 def windows(tokens: Tokens, starts: list[int], seq_len: int) -> torch.Tensor:
