@@ -36,6 +36,10 @@ from experiments.shared.continual.study import ContinualStudy, ContinualWork, Le
 from experiments.shared.data import find_data
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
 from experiments.shared.work import Progress, Row
+from nestling.cms.anchor import set_anchor
+from nestling.cms.defaults import default_levels
+from nestling.sessions.check import ANCHORS, own_texts
+from nestling.sessions.sleep import shuffled
 
 GROUP = "Continual learning"
 QUESTION = "Documents read once: can it answer when they are gone?"
@@ -77,6 +81,9 @@ def defaults() -> Knowledge:
         LearnerContender(BASE, "none"),
         LearnerContender("in context", "context"),
         LearnerContender("1 level", "levels", one),
+        LearnerContender("default", "levels"),
+        LearnerContender("default, sleep", "levels", options={"sleep": 1}),
+        LearnerContender("default, sleep, anchored", "levels", options={"sleep": 1, "anchor": 16.0}),
         LearnerContender("2 levels", "levels", levels(2e-4, 64, 256)),
         LearnerContender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
         LearnerContender("1 level, width", "levels", levels(5e-4, 64), WIDTH),
@@ -88,20 +95,27 @@ def defaults() -> Knowledge:
 
 
 def taught(
-    model: nn.Module, settings: Knowledge, contender: LearnerContender, ids: Tensor
+    model: nn.Module, settings: Knowledge, contender: LearnerContender, turns: list[Tensor]
 ) -> tuple[nn.Module, Any, list[int]]:
-    """Let a contender learn from the documents [1, T]: the model, its cache without context (levels), and updates."""
+    """Let a contender learn from the documents [1, T], and with sleep from each further turn: the model, its cache
+    without context (levels), and updates."""
     if contender.method == "levels":
-        model = learner(model, LearnerContender(contender.name, "levels", contender.levels,
-                                         {"context": settings.context} | contender.stack))  # fmt: skip
-        _, cache = read(model, ids)
+        own = contender.levels or [level.to_dict() for level in default_levels(model.config)]
+        model = learner(model, replace(contender, levels=own, stack={"context": settings.context} | contender.stack))
+        if weight := contender.options.get("anchor"):
+            made = own_texts(model, pretrained(settings.model, settings.dtype)[1], ANCHORS)
+            set_anchor(model, [[model.config.eos_token_id, *found] for found in made], weight)
+        cache = None
+        for turn in turns:
+            _, cache = read(model, turn, cache)
+            cache.forget_context()
+            cache.tail = None
         updates = [level.updates if level else 0 for level in cache.levels.levels]
-        cache.forget_context()
         return model, cache, updates
     if contender.method == "finetune":
         model = learner(model, contender)
         tuned = owned(model) if contender.levels else list(model.parameters())
-        losses, _ = finetune(model, pieces(ids, contender.options["size"]), contender.options["lr"], tuned)
+        losses, _ = finetune(model, pieces(turns[0], contender.options["size"]), contender.options["lr"], tuned)
         return model, None, [len(losses)]
     return model, None, []
 
@@ -164,6 +178,12 @@ class KnowledgeWork(ContinualWork):
         super().__init__(settings, f"{file.name} {file.stat().st_size}")
         self.file = file
 
+    def reads(self, job: StreamJob) -> str:
+        """The default's levels too, which a contender does not name."""
+        contender = self.settings.contender(job.contender)
+        default = contender.method == "levels" and not contender.levels
+        return f"{self.data} {default_levels(None)}" if default else self.data
+
     def run(self, job: StreamJob, progress: Progress | None) -> dict[str, Any]:
         settings, contender = self.settings, self.settings.contender(job.contender)
         plain, tokenizer = pretrained(settings.model, settings.dtype)
@@ -172,9 +192,12 @@ class KnowledgeWork(ContinualWork):
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         world = biographies.build(settings.people, settings.paraphrases, job.seed)
-        documents = torch.tensor([encode(BETWEEN.join(world.texts) + BETWEEN)])
+        text = BETWEEN.join(world.texts) + BETWEEN
+        documents = torch.tensor([encode(text)])
+        slept = [shuffled(text, turn + 1) + BETWEEN for turn in range(contender.options.get("sleep", 0))]
         started = time.thread_time()
-        model, cache, updates = taught(plain, settings, contender, documents)
+        turns = [documents, *(torch.tensor([encode(t)]) for t in slept)]
+        model, cache, updates = taught(plain, settings, contender, turns)
         seconds = time.thread_time() - started
         parts, size = other(
             self.file, (settings.model, settings.dtype, settings.other_parts, settings.other_length), job.seed

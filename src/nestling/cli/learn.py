@@ -54,6 +54,13 @@ def main(
             "less harm elsewhere, less gain, twice the time."
         ),
     ] = 0.0,
+    sleep: Annotated[
+        int,
+        typer.Option(
+            help="After the last document read all again so many times, sentences shuffled: far more is known "
+            "afterwards, and more is harmed elsewhere (see --anchor)."
+        ),
+    ] = 0,
     save_every: Annotated[
         int, typer.Option(help="Chunks between two checkpoints; 0: as often as costs a twentieth of the time.")
     ] = 0,
@@ -90,6 +97,9 @@ def main(
     What it knew before and after, as a page, with a text it never learns from:
       nestling learn runs/smol notes/ --state my.state --control --held-out other.txt --page session.html
 
+    Read a notebook, then sleep on it, so that questions are answered in other words than its own:
+      nestling learn runs/smol notes/ --sleep 2 --anchor 16
+
     Was anything learned, and what did it cost? On sentences that were not read:
       nestling learn runs/smol notes/ --check check.md
 
@@ -102,6 +112,7 @@ def main(
     from nestling.sessions import Session, Settings, Stopped, find_texts
     from nestling.sessions.check import check_page, open_rest
     from nestling.sessions.progress import ReadingProgress
+    from nestling.sessions.sleep import with_sleep
     from nestling.utils.locks import sole_writer
     from nestling.utils.machine import stop_requests
 
@@ -116,6 +127,7 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     texts = find_texts(text, pattern) if check is None else find_texts(text, pattern, open_rest)
+    texts = with_sleep(texts, sleep)
     loaded, tokenizer = load_model(model, device)
     loaded = loaded.to(getattr(torch, dtype))
     ids = None if held_out is None else _held_out(held_out, tokenizer, probe)

@@ -42,10 +42,15 @@ class Held:
     sentence: str
 
 
+def sentences(text: str) -> list[str]:
+    """A text cut behind each sentence or line; together they are the text."""
+    ends = [0, *(found.end() for found in _END.finditer(text)), len(text)]
+    return [text[a:b] for a, b in zip(ends, ends[1:]) if a < b]
+
+
 def held_out(text: str) -> tuple[str, list[Held]]:
     """A text without some of its sentences, spread over it, and those; the same for the same text."""
-    ends = [0, *(found.end() for found in _END.finditer(text)), len(text)]
-    parts = [text[a:b] for a, b in zip(ends, ends[1:]) if a < b]
+    parts = sentences(text)
     fit = [i for i in range(1, len(parts)) if SHORTEST <= len(parts[i].strip()) <= LONGEST and parts[i - 1].strip()]
     chosen: list[int] = []
     for i in fit[EACH // 2 :: max(EACH, -(-len(fit) // MOST))]:

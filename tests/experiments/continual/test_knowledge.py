@@ -91,7 +91,7 @@ def test_learning_leaves_the_model_it_began_from_alone(settings):
     ids = torch.randint(200, (1, 100), generator=torch.Generator().manual_seed(0))
     prompt = ids[:, :9]
     for contender in settings.contenders:
-        model, cache, updates = taught(plain, settings, contender, ids)
+        model, cache, updates = taught(plain, settings, contender, [ids])
         with adapted(model, cache):
             same = torch.equal(model(prompt).logits, plain(prompt).logits)
         learns = contender.method in ("levels", "finetune")
