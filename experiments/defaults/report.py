@@ -106,4 +106,4 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                               alpha=0.8, markersize=5)  # fmt: skip
                 axis.axhline(0, color="0.3", linewidth=1)
                 axis.set(xscale="log", title=f"{model['model']}: {key}", xlabel="tokens read", ylabel="bits per byte")
-        axes[0].legend(fontsize=8)
+        axes[-1].legend(fontsize=7, loc="lower right")
