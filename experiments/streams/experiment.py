@@ -64,7 +64,7 @@ def summarize(settings: Streams, contenders: list[LearnerContender], row: Row) -
     found = []
     for model in settings.models:
         rows = {c.name: r for c in contenders if (r := row(StreamsJob(c.name, model)))}
-        if report.BASE in rows:
+        if report.BASE in rows and len(rows) > 1:
             found.append({"model": model, "contenders": report.of_model(rows, len(settings.places[0]), settings.sight)})
     facts = {k: getattr(settings, k) for k in ("first", "back", "context", "probe", "window", "seeds")}
     return {"experiment": "streams", **facts, "found": found}
