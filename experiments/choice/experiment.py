@@ -41,8 +41,8 @@ BY_TOKEN = PLAIN_KEYS | LONG | TIED
 SHORT, UNIFORM = dict(horizon=[128.0, 2048.0]), dict(conv_init="uniform")
 # k and v are memories whose rate begins near zero: the layer begins as the static one
 ADAPTIVE = dict(adaptive=["k", "v"], projection_rate=0.02, retain="initial")
-# the default Hope, every option written out: its convolutions begin near the identity, its erase sees single tokens and
-# begins by turning values around
+# the memory of the default Hope, every option written out: its convolutions begin near the identity, its erase sees
+# single tokens and begins by turning values around
 HALF = TRACKING | SHORT | dict(tied_write=True, conv_for=["gate", "eta", "alpha"], qkv_conv_init=None)
 HOPE = HALF | dict(initial_erase=0.85)
 # until it was seen to lose parity in `languages`: the convolution in front of the gates was drawn at random
@@ -57,11 +57,12 @@ SMALL_HEADS = {"mixer": "window_attention", "window": 256, "head_size": 32}
 def defaults() -> Choice:
     """The experiment's settings."""
     window = {"mixer": "window_attention", "window": 256}
-    hope, half, second = ([_selfmod(options), window] for options in (HOPE, HALF, SECOND))
+    third, half, second = ([_selfmod(options), window] for options in (HOPE, HALF, SECOND))
     contenders = [
         # the two at the best of their rates on text; what else is compared had 0.007
         ChoiceContender("attention", "attention", head_size=32, text_lr=5e-3),
-        ChoiceContender("hope", mixers=hope, text_lr=5e-3),
+        ChoiceContender("hope", mixers=[window, beside(HOPE | horizon(2048, 32768))], text_lr=5e-3),
+        ChoiceContender("third default", mixers=third, text_lr=5e-3),
         ChoiceContender("beside", mixers=[SMALL_HEADS, beside(HOPE)], text_lr=5e-3),
         ChoiceContender("beside, heads of 64", mixers=[window, beside(HOPE)], text_lr=5e-3),
         ChoiceContender("beside in both", mixers=[beside(HOPE)], text_lr=5e-3),
@@ -75,7 +76,7 @@ def defaults() -> Choice:
             "attention, plain", "attention", PLAIN, head_size=32, text_lr=5e-3, runs={"text 1000": [0, 1, 2]}
         ),
         ChoiceContender("attention, lr 0.007", "attention", head_size=32, runs={"text 1000": [0, 1]}),
-        ChoiceContender("hope, erase from a half", mixers=half, text_lr=5e-3),
+        ChoiceContender("third default, erase from a half", mixers=half, text_lr=5e-3),
         ChoiceContender("second default", mixers=second, text_lr=5e-3),
         ChoiceContender("second default, lr 0.007", mixers=second, runs={"text 1000": [0]}),
         ChoiceContender("gated deltanet, conv", options=DELTA),

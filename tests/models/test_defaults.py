@@ -74,12 +74,12 @@ def test_a_model_saved_with_the_first_defaults_is_what_it_was(tmp_path, left_out
 def test_the_first_defaults_stay_available():
     first = HopeConfig(defaults=1, hidden_size=8)
     assert (first.mixer, first.num_attention_heads) == ("selfmod", 4)
-    with pytest.raises(ValueError, match="defaults must be one of 1, 2, 3; got 4"):
-        HopeConfig(defaults=4)
+    with pytest.raises(ValueError, match="defaults must be one of 1, 2, 3, 4; got 5"):
+        HopeConfig(defaults=5)
 
 
 def test_the_second_defaults_differ_in_what_a_convolution_begins_as(tmp_path):
-    second, third = HopeConfig(defaults=2, hidden_size=8), HopeConfig(hidden_size=8)
+    second, third = (HopeConfig(defaults=version, hidden_size=8) for version in (2, 3))
     assert second.mixer_names == third.mixer_names
     second.save_pretrained(tmp_path)
     assert HopeConfig.from_pretrained(tmp_path).defaults == 2
@@ -91,18 +91,33 @@ def test_the_second_defaults_differ_in_what_a_convolution_begins_as(tmp_path):
     assert named.layer_mixer(1)[1]["conv_init"] == "last"  # what is written stays
 
 
-def test_the_default_alternates_memories_and_a_window(tmp_path):
-    config = HopeConfig(hidden_size=128, num_hidden_layers=3, mixer_options={"chunk_size": 8, "num_kv_heads": 1})
-    assert (config.defaults, config.mixer, config.num_attention_heads) == (3, "hope", 2)
+@pytest.mark.parametrize("defaults", [2, 3])
+def test_earlier_defaults_alternate_memories_and_a_window(defaults):
+    config = HopeConfig(hidden_size=128, num_hidden_layers=3, defaults=defaults)
     assert config.mixer_names == ["hope_memory", "window_attention", "hope_memory"]
-    assert config.layer_mixer(2) == ("hope_memory", {"num_heads": 2, "chunk_size": 8})
-    assert config.layer_mixer(1) == ("window_attention", {"num_heads": 2, "window": 256, "num_kv_heads": 1})
+    assert config.state_signature() == json.dumps(
+        {"hidden_size": 128, "mixer": "hope", "mixer_options": {}, "num_attention_heads": 2, "num_hidden_layers": 3}
+    )  # as states on disk have it
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_the_last_layer_of_the_default_has_a_memory(layers):
+    names = HopeConfig(hidden_size=8, num_hidden_layers=layers).mixer_names
+    assert names[-1::-2] == ["memory_and_attention"] * len(names[-1::-2])
+    assert names[-2::-2] == ["window_attention"] * len(names[-2::-2])
+
+
+def test_the_default_is_a_window_and_a_memory_beside_one(tmp_path):
+    config = HopeConfig(hidden_size=128, num_hidden_layers=4, mixer_options={"chunk_size": 8, "num_kv_heads": 1})
+    assert (config.defaults, config.mixer, config.num_attention_heads) == (4, "hope", 2)
+    assert config.layer_mixer(1) == ("memory_and_attention", {"num_heads": 2, "chunk_size": 8, "num_kv_heads": 1})
+    assert config.layer_mixer(2) == ("window_attention", {"num_heads": 2, "window": 256, "num_kv_heads": 1})
     config.save_pretrained(tmp_path)
     again = HopeConfig.from_pretrained(tmp_path)
     assert again.mixer_names == config.mixer_names and again.state_signature() == config.state_signature()
     with pytest.raises(ValueError, match="no layer of mixer 'hope' has an option chunks"):
         HopeConfig(mixer_options={"chunks": 3})
-    with pytest.raises(ValueError, match="pattern of layers .* hope_memory, window_attention"):
+    with pytest.raises(ValueError, match="pattern of layers .* window_attention, memory_and_attention"):
         build_mixer("hope", 8, 1)
 
 
@@ -113,7 +128,7 @@ def test_heads_have_64_channels_where_the_width_allows(width, heads):
 
 def test_chunks_of_the_default_memory_are_only_a_way_to_compute():
     torch.manual_seed(0)
-    layers = [build_mixer(PATTERNS["hope"][0]["mixer"], 16, 2, chunk_size=size).double() for size in (4, 64)]
+    layers = [build_mixer(PATTERNS["hope"][-1]["mixer"], 16, 2, chunk_size=size).double() for size in (4, 64)]
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(2, 50, 16, dtype=torch.float64)
     torch.testing.assert_close(layers[0](x)[0], layers[1](x)[0], rtol=1e-10, atol=1e-10)

@@ -30,7 +30,7 @@ class MemoryBesideAttention(nn.Module):
         dim, num_heads: model width D; heads of the memory.
         attention_heads, attention_head_dim: heads of the attention and their channels; None: twice the memory's heads,
             dim / attention_heads channels.
-        window, rope_theta, qk_norm: of the attention, as `Attention` has them.
+        num_kv_heads, window, rope_theta, qk_norm: of the attention, as `Attention` has them.
         options: the memory's, the fields of `TitansConfig`.
 
     Call: as `SelfModifyingTitans`; the state is that of both.
@@ -41,14 +41,16 @@ class MemoryBesideAttention(nn.Module):
 
     def __init__(
         self, dim: int, num_heads: int, *, attention_heads: int | None = None, attention_head_dim: int | None = None,
-        window: int = 256, rope_theta: float = 10_000.0, qk_norm: bool = False, **options: Any,
+        num_kv_heads: int | None = None, window: int = 256, rope_theta: float = 10_000.0, qk_norm: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self.memory = SelfModifyingTitans(dim, num_heads, **options)
         heads = 2 * num_heads if attention_heads is None else attention_heads
         self.attention = Attention(
-            dim, heads, head_dim=attention_head_dim, window=window, rope_theta=rope_theta, qk_norm=qk_norm
-        )
+            dim, heads, num_kv_heads=num_kv_heads, head_dim=attention_head_dim, window=window, rope_theta=rope_theta,
+            qk_norm=qk_norm,
+        )  # fmt: skip
         self.num_heads = num_heads
         self.reset_parameters()
 

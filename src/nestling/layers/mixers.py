@@ -65,8 +65,9 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
         ),
     ),
     "hope_memory": (SelfModifyingTitans, _HOPE),
-    # the same beside attention over a window, their outputs added
-    "memory_and_attention": (MemoryBesideAttention, dict(_HOPE, window=256)),
+    # the same beside attention over a window, their outputs added: what is near is the attention's, so the memory keeps
+    # for longer
+    "memory_and_attention": (MemoryBesideAttention, dict(_HOPE, window=256, horizon=(2048.0, 32768.0))),
     # gradient descent on the reconstruction of v by an MLP, no momentum, no decay
     "ttt": (SelfModifyingTitans, dict(_DESCENT, decay="none")),
     # the same with momentum and decay, deep and linear
@@ -77,15 +78,29 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     "window_attention": (Attention, dict(window=128)),
 }
 
-# names that stand for one sequence layer after another, by decoder layer, again and again (decision D24)
+# names that stand for one sequence layer after another, by decoder layer, again and again; the last decoder layer has
+# the last of them (decision D24)
 PATTERNS: dict[str, tuple[dict, ...]] = {
-    "hope": ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256}),
+    "hope": ({"mixer": "window_attention", "window": 256}, {"mixer": "memory_and_attention"}),
 }
 
-# what a name stood for in configurations saved with earlier defaults, as changes of its options (decision D24)
+# what a pattern stood for in configurations saved with earlier defaults, beginning in the first decoder layer
+_ALTERNATING = ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256})
+FORMER_PATTERNS: dict[int, dict[str, tuple[dict, ...]]] = {2: {"hope": _ALTERNATING}, 3: {"hope": _ALTERNATING}}
+# the same of a sequence layer, as changes of its options
 FORMER: dict[int, dict[str, dict]] = {
     2: {"hope_memory": {"conv_init": "uniform", "qkv_conv_init": "last", "initial_erase": 0.5}}
 }
+
+
+def pattern_of(name: str, defaults: int, layers: int) -> tuple[dict, ...]:
+    """The sequence layers that a pattern's name stands for in a model of so many, from the first; they repeat."""
+    if former := FORMER_PATTERNS.get(defaults, {}).get(name):
+        return former
+    entries = PATTERNS[name]
+    first = -layers % len(entries)
+    return entries[first:] + entries[:first]
+
 
 # where a layer's options are listed, if not in its own signature
 _SETTINGS = {SelfModifyingTitans: (TitansConfig,), MemoryBesideAttention: (MemoryBesideAttention, TitansConfig)}

@@ -43,7 +43,10 @@ def test_both_train_on_the_same_text_for_equal_steps(demo):
     """Same size within 2%, same steps, and losses that are theirs."""
     hope, transformer = demo.result["models"][HOPE], demo.result["models"][TRANSFORMER]
     assert abs(hope["parameters"] - transformer["parameters"]) <= 0.02 * hope["parameters"]
-    assert (hope["mixers"], transformer["mixers"]) == (["hope_memory", "window_attention"], ["attention", "attention"])
+    assert (hope["mixers"], transformer["mixers"]) == (
+        ["window_attention", "memory_and_attention"],
+        ["attention", "attention"],
+    )
     steps = [row["step"] for row in hope["curve"]]
     assert steps == [row["step"] for row in transformer["curve"]] == list(range(1, demo.result["steps"] + 1))
     assert 6 <= demo.result["steps"] <= 12

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from nestling.cms.blocks import ACTIVATIONS, VARIANTS
-from nestling.layers.mixers import FORMER, PATTERNS, build_mixer, mixer_options
+from nestling.layers.mixers import FORMER, PATTERNS, build_mixer, mixer_options, pattern_of
 from nestling.memory.rule import META_GRADS
 from nestling.models.hope.cache import LAYER_TYPE
 from nestling.schedule import Level, check_order
 from nestling.utils.auto_classes import KnownByFile, NeverCopied
 
 # the sequence layer of a configuration that names none, by the version of the defaults (decision D24)
-DEFAULT_MIXERS = {1: "selfmod", 2: "hope", 3: "hope"}
+DEFAULT_MIXERS = {1: "selfmod", 2: "hope", 3: "hope", 4: "hope"}
 
 # what Hugging Face itself hands to a configuration besides its fields
 _PASSED_ON = {
@@ -52,8 +52,9 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
         num_hidden_layers: decoder layers.
         num_attention_heads: heads of the sequence layer. None: heads of 64 channels, or 4 with `defaults` 1.
         intermediate_size: hidden width of each level's MLP; None is 8/3 of the width, up to a multiple of 32.
-        mixer: the sequence layer: "hope" alternates memories and attention over a window, "selfmod" is the paper's
-            layer, "attention" Hope-Attention; the baselines by their names. None: what `defaults` says.
+        mixer: the sequence layer: "hope" is attention over a window in one layer, and with a memory beside it in the
+            next, "selfmod" the paper's layer, "attention" Hope-Attention; the baselines by their names. None: what
+            `defaults` says.
         mixer_options: keyword arguments of the sequence layer; of a pattern such as "hope", each goes to the layers
             that take it.
         mixers: instead of the two, a sequence layer for each decoder layer, or a shorter list that repeats (decision
@@ -77,9 +78,9 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
             weights by their own widths.
         tie_word_embeddings: one matrix for embedding and output.
         max_position_embeddings: longest text the model may see; None sets no limit.
-        defaults: version of the defaults: 1 when the mixer was "selfmod", 2 when the convolution in front of the
-            gates of "hope" was drawn at random and its erase began at a half, 3 now. None: 3, and 1 for a saved
-            configuration that does not say, so that it loads as what it was.
+        defaults: version of the defaults: 1 when the mixer was "selfmod", 2 and 3 when "hope" alternated memories and
+            attention (in 2 the convolution in front of the gates was drawn at random and the erase began at a half),
+            4 now. None: 4, and 1 for a saved configuration that does not say, so that it loads as what it was.
 
     Raises:
         ValueError, TypeError: a value out of range, an unknown option, a field of another type.
@@ -190,7 +191,7 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
             return [{"mixer": entry} if isinstance(entry, str) else entry for entry in self.mixers]
         if self.mixer not in PATTERNS:
             return [self.mixer_options | {"mixer": self.mixer}]
-        entries = PATTERNS[self.mixer]
+        entries = pattern_of(self.mixer, self.defaults, self.num_hidden_layers)
         taken = [{"num_heads", *mixer_options(entry["mixer"])} for entry in entries]
         if unknown := set(self.mixer_options) - set().union(*taken):
             known = "; ".join(f"{e['mixer']} takes {', '.join(sorted(own))}" for e, own in zip(entries, taken))
@@ -249,6 +250,7 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
     def state_signature(self) -> str:
         """What decides the shape and the meaning of a state: two models that share it can share a cache."""
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads"]
+        names += ["defaults"] if self.defaults > 3 else []  # before, states were alike, and are on disk
         names += ["mixer", "mixer_options"] if self.mixers is None else ["mixers"]
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
 
