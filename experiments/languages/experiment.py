@@ -22,9 +22,10 @@ MATRIX = dict(
 DELTA = MATRIX | dict(decay="none", conv_init="uniform")
 NEGATIVE = dict(erase_gate=True, erase_range=2.0, tied_write=True, rate="gate")
 TRACKING = MATRIX | NEGATIVE | dict(tied_write=False, decay="learned")
-HOPE = TRACKING | dict(
-    tied_write=True, horizon=[128.0, 2048.0], conv_for=["gate", "eta", "alpha"], initial_erase=0.85
-)  # fmt: skip
+TIED = TRACKING | dict(tied_write=True, horizon=[4096.0, 65536.0])
+HALF = TIED | dict(horizon=[128.0, 2048.0], conv_for=["gate", "eta", "alpha"])
+HOPE = HALF | dict(initial_erase=0.85)
+SECOND = HALF | dict(conv_init="uniform", qkv_conv_init="last")
 FIRST = dict(
     architecture="mlp", skip="outer", adaptive=["k", "v", "eta", "alpha"], gates="linear", objective="l2", dgd=True,
     gated_erase=False, step="joint", erase_gate=False, self_targets=True, momentum=True, decay="learned",
@@ -37,17 +38,29 @@ def defaults() -> Languages:
     """The experiment's settings."""
     linear = MATRIX | dict(decay="none", dgd=False, rate="one", step="plain", conv_init="uniform")
     window = {"mixer": "window_attention", "window": 256}
-    beside = {"mixer": "memory_and_attention", "window": 256} | HOPE
+    beside = {"mixer": "memory_and_attention", "window": 256} | HOPE | dict(horizon=[2048.0, 32768.0])
     contenders = [
-        LanguageContender("Hope, the default", mixers=[{"mixer": "selfmod"} | HOPE, window]),
-        LanguageContender("Hope, beside", mixers=[window | {"num_heads": 2}, beside]),
+        LanguageContender("Hope", mixers=[window, beside]),
+        LanguageContender("Hope, 2000 steps", mixers=[window, beside], runs=[0], steps=2000),
+        LanguageContender("third default", mixers=[{"mixer": "selfmod"} | HOPE, window]),
+        LanguageContender(
+            "third default, 2000 steps", mixers=[{"mixer": "selfmod"} | HOPE, window], runs=[0], steps=2000
+        ),
         LanguageContender("Hope, matrix memory", options=TRACKING),
+        LanguageContender(
+            "Hope, matrix memory + window", mixers=[{"mixer": "selfmod"} | TIED, {"mixer": "window_attention"}]
+        ),
+        LanguageContender("Hope, erase from a half", mixers=[{"mixer": "selfmod"} | HALF, window], runs=[0]),
+        LanguageContender("Hope, second default", mixers=[{"mixer": "selfmod"} | SECOND, window], runs=[0]),
         LanguageContender("Hope, first default", options=FIRST, head_size=32, runs=[0]),
+        LanguageContender("Hope, matrix memory, 2000 steps", options=TRACKING, runs=[0], steps=2000),
         LanguageContender("Transformer", "attention", head_size=32),
+        LanguageContender("Transformer, 2000 steps", "attention", head_size=32, runs=[0], steps=2000),
         LanguageContender("linear attention", options=linear),
         LanguageContender("DeltaNet", options=DELTA),
         LanguageContender("DeltaNet, eigenvalues to -1", options=DELTA | NEGATIVE),
         LanguageContender("LSTM", "lstm"),
+        LanguageContender("LSTM, 2000 steps", "lstm", runs=[0], steps=2000),
     ]
     return Languages(contenders=contenders, seeds=[0, 1, 2])
 

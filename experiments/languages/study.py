@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,13 +22,17 @@ from nestling.models.hope import HopeConfig
 
 @dataclass
 class LanguageContender(Contender):
-    """A sequence layer with its options, or a pattern of them, or "lstm"; `runs`: its seeds, all if it is empty."""
+    """A sequence layer with its options, or a pattern of them, or "lstm"; `runs`: its seeds, all if it is empty.
+
+    steps: of training; None: the experiment's.
+    """
 
     mixer: str = "selfmod"
     options: dict[str, Any] = field(default_factory=dict)
     mixers: list[dict[str, Any]] = field(default_factory=list)
     head_size: int = 64
     runs: list[int] = field(default_factory=list)
+    steps: int | None = None
 
 
 @dataclass
@@ -41,13 +47,13 @@ class Languages(Study):
     parameters: int = 125_000
     lr: float = 3e-3
     warmup: int = 100
-    steps: int = 2000
+    steps: int = 600
     batch_size: int = 32
     bins: dict[str, list[int]] = field(default_factory=lambda: {"2-50": [2, 50], "52-100": [52, 100]})  # trained: first
     tested: int = 200  # words of a bin
 
     def smoke(self) -> Languages:
-        few = [asdict(c) | {"head_size": 8, "runs": []} for c in self.contenders]
+        few = [asdict(c) | {"head_size": 8, "runs": [], "steps": None} for c in self.contenders]
         return self.changed(
             contenders=few, languages=["parity", "a^n b^n"], width=16, parameters=40_000, batch_size=4, tested=6,
             steps=3, bins={"2-12": [2, 12], "14-20": [14, 20]}, seeds=[0],
@@ -83,12 +89,11 @@ class LanguagesWork(StudyWork):
 
     def fingerprint(self, job: LanguageJob) -> str:
         """What decides a run: not for how many seeds its contender is run."""
-        kept = self.settings
-        self.settings = kept.changed(contenders=[asdict(c) | {"runs": []} for c in kept.contenders])
-        try:
-            return super().fingerprint(job)
-        finally:
-            self.settings = kept
+        contender = asdict(self.settings.contender(job.contender)) | {"runs": []}
+        if contender["steps"] is None:
+            contender.pop("steps")
+        text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def result(self, row: dict[str, Any]) -> str:
         return " / ".join(f"{100 * found['words']:.1f}" for found in row["accuracy"].values())
@@ -160,7 +165,7 @@ def run(
         told = targets != IGNORED
         return F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
 
-    losses = train(model, settings.steps, settings.lr, settings.warmup, loss_of, progress)
+    losses = train(model, contender.steps or settings.steps, settings.lr, settings.warmup, loss_of, progress)
     found = {
         bin_: accuracy(model, words(language, 10_000 + seed, settings.tested, *span))
         for bin_, span in settings.bins.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.choice.experiment import DELTA, HOPE, beside
+from experiments.choice.experiment import DELTA, HOPE, beside, horizon
 from experiments.needles.report import plot, summarize, table
 from experiments.needles.study import NeedleContender, NeedleJob, Needles, NeedlesWork
 from experiments.shared.corpus import find_files
@@ -24,17 +24,16 @@ LONG = dict(horizon=[4096.0, 65536.0])
 def defaults() -> Needles:
     """The experiment's settings."""
 
-    def hope(window: int, **changes: Any) -> list[dict[str, Any]]:
+    def third(window: int, **changes: Any) -> list[dict[str, Any]]:
         return [{"mixer": "selfmod"} | HOPE | changes, {"mixer": "window_attention", "window": window}]
 
+    window = {"mixer": "window_attention", "window": 256}
     small = {"mixer": "window_attention", "window": 64, "num_heads": 2}
     contenders = [
-        NeedleContender("Hope, the default", mixers=hope(256)),
-        NeedleContender("Hope, window 64", mixers=hope(64)),
-        NeedleContender("Hope, window 64, long", mixers=hope(64, **LONG)),
-        NeedleContender("beside", mixers=[small | {"window": 256}, beside(HOPE)]),
-        NeedleContender("beside, window 64, long", mixers=[small, beside(HOPE | LONG) | {"window": 64}]),
-        NeedleContender("Hope's memory alone", "selfmod", options=HOPE),
+        NeedleContender("Hope", mixers=[window, beside(HOPE | horizon(2048, 32768))]),
+        NeedleContender("Hope, window 64, long", mixers=[small, beside(HOPE | LONG) | {"window": 64}]),
+        NeedleContender("third default", mixers=third(256)),
+        NeedleContender("third default, window 64, long", mixers=third(64, **LONG)),
         NeedleContender("Hope's memory alone, long", "selfmod", options=HOPE | LONG),
         NeedleContender("attention", head_size=32),
         NeedleContender("attention over 64", "window_attention", options={"window": 64}, head_size=32),
