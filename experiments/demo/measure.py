@@ -92,8 +92,9 @@ def memory_over_text(model: PreTrainedModel, ids: np.ndarray, length: int) -> di
     losses = torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:], reduction="none") / math.log(2)
     layers = []
     for i, mixer in enumerate(mixers):
-        if hasattr(mixer, "inspect"):
-            seen = mixer.inspect(inputs[i])
+        memory = getattr(mixer, "memory", mixer)  # it may stand beside attention
+        if hasattr(memory, "inspect"):
+            seen = memory.inspect(inputs[i])
             layers.append({name: _rounded(seen[name][0].mean(0)) for name in FIGURES})
     return {"text": piece.tolist(), "bits": [None, *_rounded(losses)], "layers": layers}
 

@@ -26,8 +26,10 @@ class ModelWorker:
 
     def describe(self) -> dict[str, Any]:
         """Parameters and settings."""
+        from nestling.layers import SelfModifyingTitans
+
         model = self.trainer.model
-        groups = getattr(model.model.layers[0].mixer, "groups", ())
+        groups = next((m.groups for m in model.modules() if isinstance(m, SelfModifyingTitans)), ())
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
             "mixers": model.config.mixer_names,

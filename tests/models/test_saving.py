@@ -75,7 +75,7 @@ def test_a_pattern_of_one_is_the_mixer():
         ({"mixer": "attention", "mixer_options": {"window": 0}}, ValueError, "window"),
         ({"mixer_options": {"chunk_size": 0}}, ValueError, "chunk_size"),
         ({"mixer_options": {"chunk_size": torch.tensor(3)}}, TypeError, "mixer_options"),
-        ({"num_attention_heads": 7}, ValueError, "num_heads 7"),
+        ({"num_attention_heads": 7}, ValueError, r"num_heads \(7\)"),
         ({"hiden_size": 64}, ValueError, "did you mean hidden_size"),
         ({"conv_size": 4}, ValueError, "no option 'conv_size'"),
         ({"hidden_size": "64"}, TypeError, "hidden_size"),

@@ -9,7 +9,7 @@ from nestling.models import sizes
 @pytest.mark.parametrize("name", sizes.NAMES)
 def test_parameters_are_what_the_name_says(name):
     unit = {"m": 1e6, "b": 1e9}
-    expected = {"tiny": 1.55e6, "mini": 3.7e6}.get(name) or float(name[:-1]) * unit[name[-1]]
+    expected = {"tiny": 1.9e6, "mini": 4.2e6}.get(name) or float(name[:-1]) * unit[name[-1]]
     count = sizes.parameters(sizes.config(name))
     assert abs(count / expected - 1) < 0.05, count
 

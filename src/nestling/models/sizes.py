@@ -12,12 +12,12 @@ from nestling.models.hope import HopeConfig, HopeForCausalLM
 _SIZES: dict[str, tuple[int, int, int, int | None]] = {
     "tiny": (256, 192, 3, None),
     "mini": (256, 256, 4, None),
-    "10m": (256, 384, 5, None),
-    "35m": (32_000, 448, 7, 1536),
-    "125m": (32_000, 768, 12, 2304),
-    "350m": (32_000, 1024, 24, None),
-    "760m": (32_000, 1536, 24, None),
-    "1.3b": (32_000, 2048, 24, 4864),
+    "10m": (256, 384, 5, 672),
+    "35m": (32_000, 448, 7, 992),
+    "125m": (32_000, 768, 12, 1664),
+    "350m": (32_000, 1024, 24, 1728),
+    "760m": (32_000, 1536, 24, 2560),
+    "1.3b": (32_000, 2048, 24, 3200),
 }
 
 NAMES = tuple(_SIZES)
@@ -26,7 +26,7 @@ NAMES = tuple(_SIZES)
 def config(name: str, **overrides: Any) -> HopeConfig:
     """The configuration of a named size, its fields changed by `overrides`.
 
-    "tiny" (1.5M parameters) and "mini" (3.7M) read bytes and train on a CPU; the others are named by their parameters
+    "tiny" (1.9M parameters) and "mini" (4.2M) read bytes and train on a CPU; the others are named by their parameters
     ("760m" and "1.3b" are the paper's).
 
     Raises:
