@@ -54,7 +54,7 @@ def test_json_is_the_whole_system(call):
 def test_optimisers_by_name(call, name):
     found = system(call("inspect", "tiny", "--optimizer", name, "--lr", "0.5", "--json"))
     assert found.coverage.complete
-    assert "lr 0.5" in found["model.layers.0.mixer.in_proj"].solver.rate
+    assert "lr 0.5" in found["model.layers.0.mixer.memory.in_proj"].solver.rate
 
 
 def test_slow_levels_with_the_tokens_of_a_step(call):
@@ -90,7 +90,7 @@ def test_a_run_and_a_configuration(call, trained, tmp_path):
     folder = trained / "checkpoints" / "step-00000004"
     assert system(call("inspect", folder, "--json")) == run == system(call("inspect", folder / "config.json", "--json"))
     measured = system(call("inspect", trained, "--measure", "--tokens", "8", "--json"))
-    assert measured["model.layers.0.mixer.memory"].measured.updates == 8
+    assert measured["model.layers.0.mixer.memory.memory"].measured.updates == 8
     config = {
         "model_type": "gpt2",
         "n_embd": 8,

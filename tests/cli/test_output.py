@@ -44,7 +44,7 @@ def invoke(monkeypatch, stdout, *arguments):
 def test_generate_keeps_the_state_when_stdout_fails(call, trained, tmp_path, monkeypatch, capfd, code):
     state, whole = tmp_path / "a.state", tmp_path / "b.state"
     options = ["-n", 12, "--greedy"]
-    assert invoke(monkeypatch, Failing(10, code), "generate", trained, "-p", "the cat", *options, "--state", state) == 1
+    assert invoke(monkeypatch, Failing(3, code), "generate", trained, "-p", "the cat", *options, "--state", state) == 1
     monkeypatch.undo()
     errors = capfd.readouterr().err
     assert errors == ("" if code == errno.EPIPE else "error: No space left on device\n")
