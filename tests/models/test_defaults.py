@@ -100,6 +100,12 @@ def test_earlier_defaults_alternate_memories_and_a_window(defaults):
     )  # as states on disk have it
 
 
+@pytest.mark.parametrize(("width", "heads"), [(8, 2), (10, 1), (66, 1), (128, 4), (200, 4), (204, 6)])
+def test_attention_beside_a_memory_has_an_even_number_of_channels(width, heads):
+    attention = HopeConfig(hidden_size=width, num_hidden_layers=2).build_layer_mixer(1).attention
+    assert attention.num_heads == heads and attention.head_dim % 2 == 0
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 def test_the_last_layer_of_the_default_has_a_memory(layers):
     names = HopeConfig(hidden_size=8, num_hidden_layers=layers).mixer_names

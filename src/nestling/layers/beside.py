@@ -29,7 +29,7 @@ class MemoryBesideAttention(nn.Module):
     Args:
         dim, num_heads: model width D; heads of the memory.
         attention_heads, attention_head_dim: heads of the attention and their channels; None: twice the memory's heads,
-            dim / attention_heads channels.
+            or as many where their channels would be odd; dim / attention_heads channels.
         num_kv_heads, window, rope_theta, qk_norm: of the attention, as `Attention` has them.
         options: the memory's, the fields of `TitansConfig`.
 
@@ -46,7 +46,8 @@ class MemoryBesideAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.memory = SelfModifyingTitans(dim, num_heads, **options)
-        heads = 2 * num_heads if attention_heads is None else attention_heads
+        twice = 2 * num_heads if dim % (4 * num_heads) == 0 else num_heads  # rotary positions turn pairs of channels
+        heads = twice if attention_heads is None else attention_heads
         self.attention = Attention(
             dim, heads, num_kv_heads=num_kv_heads, head_dim=attention_head_dim, window=window, rope_theta=rope_theta,
             qk_norm=qk_norm,
