@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import processes
+import slowly
 
 torch.set_num_threads(1)
 processes.fork_instead_of_spawn()
@@ -44,6 +45,13 @@ def form(request):
         pytest.skip("needs a C++ compiler (g++, clang++ or $CXX): PyTorch's forms are tested alone")
     with compiled.disabled() if request.param == "torch" else nullcontext():
         yield request.param
+
+
+def pytest_collection_modifyitems(config, items):
+    """What takes long and has a sibling that stays waits for NESTLING_SLOW_TESTS=1."""
+    for item in items:
+        if not slowly.ASKED and item.nodeid.removeprefix("tests/").startswith(slowly.LONG):
+            item.add_marker(pytest.mark.skip(reason="takes long: NESTLING_SLOW_TESTS=1 runs it"))
 
 
 def pytest_configure(config):
