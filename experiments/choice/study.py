@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import random
 import statistics
 import tempfile
@@ -120,13 +118,13 @@ class ChoiceWork(StudyWork):
     def reads(self, job: ChoiceJob) -> str:
         return self.data if job.task.startswith("text") else ""
 
-    def fingerprint(self, job: ChoiceJob) -> str:
-        contender = asdict(self.settings.contender(job.contender))
+    def compared(self, job: ChoiceJob) -> dict[str, Any]:
+        """Not for how many seeds it is run; the text's rate on text only."""
+        contender = super().compared(job)
         contender.pop("runs")
         if contender["text_lr"] is None or not job.task.startswith("text"):
             contender.pop("text_lr")
-        text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return contender
 
     def run(self, job: ChoiceJob, progress: Progress | None) -> dict[str, Any]:
         contender = self.settings.contender(job.contender)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,13 +85,12 @@ class LanguagesWork(StudyWork):
         contender = self.settings.contender(job.contender)
         return run(self.settings, contender, job.language, job.seed, progress, self.device)
 
-    def fingerprint(self, job: LanguageJob) -> str:
-        """What decides a run: not for how many seeds its contender is run."""
-        contender = asdict(self.settings.contender(job.contender)) | {"runs": []}
+    def compared(self, job: LanguageJob) -> dict[str, Any]:
+        """Not for how many seeds it is run."""
+        contender = super().compared(job) | {"runs": []}
         if contender["steps"] is None:
             contender.pop("steps")
-        text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return contender
 
     def result(self, row: dict[str, Any]) -> str:
         return " / ".join(f"{100 * found['words']:.1f}" for found in row["accuracy"].values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,12 +97,11 @@ class NeedlesWork(StudyWork):
     def reads(self, job: NeedleJob) -> str:
         return "" if TASKS[job.task].haystack == "noise" else self.data
 
-    def fingerprint(self, job: NeedleJob) -> str:
-        """What decides a run: not for how many seeds its contender is run."""
-        contender = asdict(self.settings.contender(job.contender))
+    def compared(self, job: NeedleJob) -> dict[str, Any]:
+        """Not for how many seeds it is run."""
+        contender = super().compared(job)
         contender.pop("runs")
-        text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return contender
 
     def run(self, job: NeedleJob, progress: Progress | None) -> dict[str, Any]:
         contender = self.settings.contender(job.contender)

@@ -96,9 +96,12 @@ class StudyWork(Work):
         """A fingerprint of the data that a job reads."""
         return self.data
 
+    def compared(self, job: Any) -> dict[str, Any]:
+        """The contender's fields that decide a job's result."""
+        return asdict(self.settings.contender(job.contender))
+
     def fingerprint(self, job: Any) -> str:
-        contender = asdict(self.settings.contender(job.contender))
-        text = json.dumps([self.settings.decisive(job), contender, self.reads(job)], sort_keys=True)
+        text = json.dumps([self.settings.decisive(job), self.compared(job), self.reads(job)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def describe(self, job: Any, row: dict[str, Any]) -> str:
