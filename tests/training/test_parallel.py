@@ -12,7 +12,6 @@ from nestling.cms import stack_levels
 from nestling.schedule import Level
 from nestling.training import TrainConfig, Trainer, checkpoint
 from nestling.training.build import build_model, load_saved
-from nestling.training.config import ParallelConfig
 from nestling.training.metrics import read_metrics
 from nestling.training.parallelize import find_mode
 from nestling.training.tokenizers import byte_tokenizer
@@ -128,14 +127,14 @@ def test_options_of_fsdp(base, options, tolerance):
 
 
 def test_what_does_not_fit_is_refused():
-    several = Ranks(0, 2)
+    run = TrainConfig()
     with pytest.raises(ValueError, match="2 processes run: use ddp or fsdp"):
-        find_mode(ParallelConfig("none"), several)
+        find_mode(run.changed(**{"parallel.mode": "none"}), Ranks(0, 2))
     with pytest.raises(ValueError, match="needs the processes of torchrun"):
-        find_mode(ParallelConfig("fsdp"), Ranks())
+        find_mode(run.changed(**{"parallel.mode": "fsdp"}), Ranks())
     with pytest.raises(ValueError, match=r"parallel.offload and parallel.param_dtype are for parallel.mode fsdp"):
-        find_mode(ParallelConfig(offload=True), Ranks())
-    assert find_mode(ParallelConfig(), Ranks()) == "none"
+        find_mode(run.changed(**{"parallel.offload": True}), Ranks())
+    assert find_mode(run, Ranks()) == "none"
 
 
 BRIEF = [(2, "fsdp"), (4, "fsdp"), (1, "none")]

@@ -39,6 +39,9 @@ def main(
             help="Under torchrun: ddp (auto takes it) or fsdp, which spreads weights and optimiser over the processes."
         ),
     ] = None,
+    sequence_ranks: Annotated[
+        int | None, run(help="Under torchrun: so many processes cut each window, and hand the model's state on.")
+    ] = None,
     precision: Annotated[str | None, run(help="float32, or bf16 (mixed).")] = None,
     compile: Annotated[bool | None, run(help="Use torch.compile.")] = None,
     gradient_checkpointing: Annotated[
@@ -117,6 +120,9 @@ def main(
     On two processes (GPUs where there are any), each with a part of the model; the result is that of one process:
       torchrun --nproc-per-node 2 -m nestling train texts/ --parallel fsdp --out runs/texts
 
+    Long texts on four processes: two cut every window of 8,192 tokens, and two such pairs share the batch:
+      torchrun --nproc-per-node 4 -m nestling train texts/ --seq-len 8192 --sequence-ranks 2 --out runs/long
+
     Any option by its full name (see run.json in a run's folder):
       nestling train book.txt --out runs/book -o schedule.warmup=0.1 -o optim.clip=0.5
     """
@@ -131,6 +137,7 @@ def main(
         "device": device,
         "threads": threads,
         "parallel.mode": parallel,
+        "parallel.sequence": sequence_ranks,
         "precision": precision,
         "compile": compile,
         "gradient_checkpointing": gradient_checkpointing,

@@ -189,13 +189,19 @@ class ParallelConfig:
     state; FSDP2), "none", or "auto": ddp where there are several processes. `param_dtype` is the type in which fsdp
     gathers and computes with weights, "float32" or "bf16"; they are kept, and gradients summed, in float32. `offload`
     keeps fsdp's parts in the CPU's memory.
+
+    `sequence` ranks read a slice of each window of their rows and hand the model's state on; the other ranks share the
+    batch (ddp). They read `rows` windows at once: the fewer, the less they wait for each other.
     """
 
     mode: str = "auto"
     param_dtype: str = "float32"
     offload: bool = False
+    sequence: int = 1
+    rows: int = 1
 
     def __post_init__(self) -> None:
+        _positive(self, "sequence", "rows")
         _one_of(self, "mode", ("auto", "none", "ddp", "fsdp"))
         _one_of(self, "param_dtype", ("float32", "bf16"))
 

@@ -50,7 +50,11 @@ def token_losses(model: nn.Module, window: Tensor, precision: str = "float32", a
     positions = {} if apart is None else {"position_ids": positions_apart(ids, apart)}
     with autocast(window.device, precision):
         logits = model(input_ids=ids, use_cache=False, **positions).logits
-    targets = window[:, 1:]
+    return losses_of(logits, window[:, 1:])
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of every prediction, in nats: logits [B, T, V] and targets [B, T] -> [B, T], at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from nestling.training.batches import Batches, MixedBatches
 from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, Mixture, load_corpus
-from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate, token_losses
+from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate
 from nestling.training.levels import check_factor, chunk_warnings, freeze, longer_chunks, make_schedule
 from nestling.training.metrics import Metrics
 from nestling.training.optimizers import LevelOptimizers
@@ -62,8 +63,9 @@ class Trainer:
         self._known = checkpoint.list_checkpoints(config.out)
         state = self.ranks.together(lambda: self._prepare(model, corpus, source))
         self._plain = copy.deepcopy(self.model).to("meta") if self.mode == "fsdp" else None
-        self._parallel = parallelize(self.model, self.mode, config.parallel, self.device)
-        self._called = torch.compile(self.model) if config.compile else self._parallel.called
+        self._parallel = parallelize(self.model, self.mode, config, self.device)
+        if config.compile:
+            self._parallel = replace(self._parallel, called=torch.compile(self.model))
         shared = torch.distributed.group.WORLD if self.mode == "ddp" else None
         self.optimizers = self.ranks.together(lambda: LevelOptimizers(self.model, config.optim, self.schedule, shared))
         self.step = self.tokens = self.skipped = 0
@@ -79,7 +81,7 @@ class Trainer:
     def _prepare(self, model: PreTrainedModel | None, corpus: Corpus | None, source: Path | None) -> dict | None:
         """Text and model, whole on this rank, and the state they resume from; every fault of the input shows here."""
         config, ranks = self.config, self.ranks
-        self.mode = find_mode(config.parallel, ranks, config.compile)
+        self.mode = find_mode(config, ranks)
         self.device = find_device(config.device, ranks.local if ranks.size > 1 else None)
         own = Path(config.model.name)
         tokenizer = (
@@ -93,13 +95,14 @@ class Trainer:
         self.model.train()
         self.warnings += chunk_warnings(self.model, config.data.seq_len)
         check_factor(self.model, config.schedule.chunk_factor, config.data.seq_len)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing and config.parallel.sequence == 1:  # else slices are read again
             self.model.activation_checkpointing_enable()
         self.schedule = make_schedule(self.model, config)
         freeze(self.model, self.schedule, config.trained)
         data = config.data
         kind = MixedBatches if isinstance(self.corpus.train, Mixture) else Batches
-        self.batches = kind(self.corpus.train, data.seq_len, data.batch_size, config.seed, ranks.rank, ranks.size)
+        row, rows = (number // config.parallel.sequence for number in (ranks.rank, ranks.size))
+        self.batches = kind(self.corpus.train, data.seq_len, data.batch_size, config.seed, row, rows)
         return state
 
     def _restore_random(self, state: dict) -> None:
@@ -118,10 +121,9 @@ class Trainer:
         loss = 0.0
         for micro in range(accumulate):
             window = self.batches[self.step * accumulate + micro].to(self.device)
-            with self._parallel.exchange(micro == accumulate - 1), longer_chunks(self.model, longer):
-                part = token_losses(self._called, window, config.precision, self._apart).mean() / accumulate
-                part.backward()
-            loss += part.item()
+            with longer_chunks(self.model, longer):
+                last = micro == accumulate - 1
+                loss += self._parallel.backward(window, accumulate, last, config.precision, self._apart)
         loss = self.ranks.mean(loss)
         factor = lr_factor(self.step, config.steps, config.schedule)
         done = self.optimizers.step(self.tokens, self.tokens + config.tokens_per_step, factor)

@@ -1,4 +1,4 @@
-"""A model over several processes: DDP, or FSDP2 (`fully_shard`). The model itself knows nothing of it."""
+"""A model over several processes: DDP, FSDP2 (`fully_shard`), or windows in slices. The model itself knows nothing of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from nestling.training.config import ParallelConfig
+from nestling.training.config import TrainConfig
+from nestling.training.evaluation import token_losses
+from nestling.training.sequence import SequencePipeline
 from nestling.utils.ranks import Ranks
 
 
@@ -21,16 +23,34 @@ class Parallel:
 
     called: Any
     mode: str = "none"
+    pipeline: SequencePipeline | None = None
 
-    def exchange(self, wanted: bool):
+    def backward(self, windows: Tensor, parts: int, last: bool, precision: str, apart: int | None) -> float:
+        """Add the gradients of the mean loss of windows [B, T + 1], one of so many parts of a step, the last or not.
+
+        Returns:
+            The loss / parts, to be averaged over the ranks.
+        """
+        if self.pipeline is not None:
+            part = self.pipeline.backward(windows, parts)
+            if last:
+                self.pipeline.exchange()
+            return part
+        with self._exchange(last):
+            loss = token_losses(self.called, windows, precision, apart).mean() / parts
+            loss.backward()
+        return loss.item()
+
+    def _exchange(self, wanted: bool):
         """A context for a forward and backward pass whose gradients are exchanged, or stay here for a later one."""
         if self.mode == "fsdp":
             self.called.set_requires_gradient_sync(wanted)
         return self.called.no_sync() if self.mode == "ddp" and not wanted else nullcontext()
 
 
-def find_mode(config: ParallelConfig, ranks: Ranks, compiled: bool = False) -> str:
-    """ "none", "ddp" or "fsdp"; ValueError for what the processes that run do not fit."""
+def find_mode(run: TrainConfig, ranks: Ranks) -> str:
+    """ "none", "ddp" or "fsdp"; ValueError for what the processes that run, or the run, do not fit."""
+    config = run.parallel
     started = dist.is_available() and dist.is_initialized()
     mode = config.mode if config.mode != "auto" else "ddp" if ranks.size > 1 else "none"
     if mode == "none" and ranks.size > 1:
@@ -43,12 +63,32 @@ def find_mode(config: ParallelConfig, ranks: Ranks, compiled: bool = False) -> s
         )
     if mode != "fsdp" and (config.offload or config.param_dtype != "float32"):
         raise ValueError(f"parallel.offload and parallel.param_dtype are for parallel.mode fsdp; this is {mode}")
-    if mode != "none" and compiled:
+    if mode != "none" and run.compile:
         raise ValueError(f"compile was not made to go with parallel.mode {mode}: leave one of them out")
+    if config.sequence > 1:
+        _check_sequence(run, mode, ranks)
     return mode
 
 
-def parallelize(model: nn.Module, mode: str, config: ParallelConfig, device: torch.device) -> Parallel:
+def _check_sequence(run: TrainConfig, mode: str, ranks: Ranks) -> None:
+    count = run.parallel.sequence
+    if ranks.size % count:
+        raise ValueError(
+            f"parallel.sequence {count} must divide the number of processes, and {ranks.size} run: start a multiple of "
+            f"{count} with torchrun, or give --sequence-ranks 1"
+        )
+    if mode == "fsdp":
+        raise ValueError(f"parallel.sequence {count} goes with parallel.mode ddp, not with fsdp: choose one of them")
+    if run.data.documents == "apart":
+        raise ValueError(
+            f'parallel.sequence {count} hands a state over every cut, and data.documents "apart" begins anew inside a '
+            "window: choose one of them"
+        )
+    if run.data.seq_len < count:
+        raise ValueError(f"data.seq_len {run.data.seq_len} cannot be cut into parallel.sequence {count} slices")
+
+
+def parallelize(model: nn.Module, mode: str, run: TrainConfig, device: torch.device) -> Parallel:
     """Spread a model over the ranks, before its optimiser is made.
 
     With fsdp every decoder layer (`_no_split_modules`) is gathered when it runs. A model whose levels learn in the
@@ -57,6 +97,11 @@ def parallelize(model: nn.Module, mode: str, config: ParallelConfig, device: tor
     """
     if mode == "none":
         return Parallel(model)
+    config = run.parallel
+    if config.sequence > 1:
+        again = run.gradient_checkpointing
+        pipeline = SequencePipeline(model, config.sequence, config.rows, device, run.precision, again)
+        return Parallel(model, mode, pipeline)
     learns = _learns(model)
     if mode == "ddp":
         ids = [device.index] if device.type == "cuda" else None

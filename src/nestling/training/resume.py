@@ -15,7 +15,7 @@ from nestling.utils.ranks import Ranks
 # in a resumed run
 MAY_CHANGE = (
     *("out", "steps", "device", "threads", "compile", "gradient_checkpointing", "logging", "data.cache_dir"),
-    *("parallel.mode", "parallel.offload"),
+    *("parallel.mode", "parallel.offload", "parallel.sequence", "parallel.rows"),
 )
 
 
