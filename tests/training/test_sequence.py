@@ -16,12 +16,13 @@ from training.test_parallel import FAST, losses, trainer
 
 SMALL = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
 CASES = {
-    "a window's keys, and a memory beside them": {"mixer_options": {"window": 20, "chunk_size": 8}},
+    "a window's keys, and a memory beside them": {"mixer_options": {"window": 12, "chunk_size": 4}},
     "weights of deep memories, and an open chunk": {"mixer": "selfmod", "mixer_options": {"chunk_size": 4}},
-    "a matrix": {"mixer": "gated_deltanet", "mixer_options": {"chunk_size": 8}},
+    "a matrix": {"mixer": "gated_deltanet", "mixer_options": {"chunk_size": 4}},
     "all keys": {"mixer": "attention"},
     "levels that learn": {"cms_levels": FAST, "cms_meta_grad": "full", "num_hidden_layers": 1},
 }
+READ_AGAIN = list(CASES)[1:2]
 WORLDS = [2, pytest.param(4, marks=pytest.mark.skipif(not ASKED, reason="NESTLING_SLOW_TESTS=1 runs it"))]
 
 
@@ -34,7 +35,7 @@ def model_of(options: dict) -> HopeForCausalLM:
 
 def windows() -> torch.Tensor:
     """Three windows of an odd length: no cut lies between two chunks."""
-    return torch.randint(0, 32, (3, 46), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 32, (3, 30), generator=torch.Generator().manual_seed(0))
 
 
 def by_name(model: HopeForCausalLM) -> dict[str, torch.Tensor | None]:
@@ -45,7 +46,7 @@ def compare(expected: dict[str, tuple[float, dict]]) -> None:
     """On every rank: the loss and gradients of one process."""
     ranks = find_ranks()
     for name, (loss, gradients) in expected.items():
-        for rows, recompute in ((2, False), (1, True)):
+        for rows, recompute in ((2, False), (1, True)) if name in READ_AGAIN else ((2, False),):
             model = model_of(CASES[name])
             pipeline = SequencePipeline(model, ranks.size, rows, torch.device("cpu"), "float32", recompute)
             found = ranks.mean(pipeline.backward(windows()))
@@ -78,10 +79,10 @@ def go_on(values: dict, steps: int, expected: list[float]) -> None:
 def test_a_run_and_its_continuation_in_one_process(config):
     levels = [{"chunk_size": None}, {"chunk_size": 2 * 128}]
     config = config.changed(**{"model.options": {**config.model.options, "cms_levels": levels}, "optim.name": "m3"})
-    config = config.changed(**{"steps": 8, "data.batch_size": 4, "optim.accumulate": 2, "schedule.chunk_factor": 1})
-    expected = losses(config, 4)
-    on_ranks(2, go_on, config.changed(**{"parallel.sequence": 2}).to_dict(), 3, expected[:3])
-    go_on(config.to_dict(), 1, expected[3:4])
+    config = config.changed(**{"steps": 8, "data.batch_size": 4, "optim.accumulate": 2})
+    expected = losses(config, 3)
+    on_ranks(2, go_on, config.changed(**{"parallel.sequence": 2}).to_dict(), 2, expected[:2])
+    go_on(config.to_dict(), 1, expected[2:3])
 
 
 @pytest.mark.skipif(not ASKED, reason="NESTLING_SLOW_TESTS=1 runs it")
