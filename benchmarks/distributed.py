@@ -1,6 +1,7 @@
 """What an optimiser's step costs on several processes: bytes sent, multiply-adds and time, here and on paper.
 
 python -m benchmarks.distributed --json benchmarks/results/distributed.json    # 2 and 4 gloo processes
+python -m benchmarks.distributed --only sequence --json benchmarks/results/distributed.json    # renews a part of it
 python -m benchmarks.distributed --tables benchmarks/results/distributed.json  # the tables of docs/distributed.md
 """
 
@@ -12,6 +13,7 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +23,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import sequence_parallel
 from nestling.bench.optim import shapes
 from nestling.ops.orthogonalize import multiply_adds
 from nestling.optim import M3, DeltaMomentum
 from nestling.optim.division import make_plan
 
-WIDTH, LAYERS, STEPS = 256, 4, 9  # of the model measured; the first step is not counted
+WIDTH, LAYERS, STEPS = 256, 4, 6  # of the model measured; the first step is not counted
 PAPER_WIDTH, PAPER_LAYERS, PAPER_RANKS = 2048, 24, (8, 16, 64, 256, 1024)
 BASE = "AdamW"
 LR = 1e-3
@@ -140,12 +143,17 @@ def model(mode: str, ranks: int) -> list[nn.Parameter]:
     return [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in parameters]
 
 
-def measured(ranks: int, folder: Path) -> list[dict]:
-    """The rows of so many processes; the work of each and the largest."""
+def start(work: Callable[..., None], ranks: int, folder: Path, *arguments: object) -> None:
+    """Run work(rank, ranks, port, folder, ...) in so many processes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    mp.spawn(measure, (ranks, port, folder), nprocs=ranks)
+    mp.spawn(work, (ranks, port, folder, *arguments), nprocs=ranks)
+
+
+def measured(ranks: int, folder: Path) -> list[dict]:
+    """The rows of so many processes; the work of each and the largest."""
+    start(measure, ranks, folder)
     of_ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     rows = of_ranks[0]
     for i, row in enumerate(rows):
@@ -182,22 +190,19 @@ def on_paper() -> list[dict]:
     return rows
 
 
-def tables(result: dict) -> str:
-    """Both tables in Markdown; the first only where something was measured."""
-    lines = []
-    if result["rows"]:
-        heads = ("processes", "mode", "optimiser", "bytes sent per parameter", "work of a rank", "time / AdamW's")
-        lines += [f"| {' | '.join(heads)} |", "| ---: | --- | --- | ---: | ---: | ---: |"]
-        whole = {(r["mode"], r["optimizer"]): r.get("products") for r in result["one"]}
-        for row in result["rows"]:
-            start = f"| {row['ranks']} | {row['mode']} | {row['optimizer']} |"
-            if "failed" in row:
-                lines.append(f"{start} refused | - | - |")
-                continue
-            base = whole[row["mode"], row["optimizer"]]
-            share = f"{row['products'] / base:.2f}" if base else "-"
-            lines.append(f"{start} {row['bytes_per_parameter']:.2f} | {share} | {row['times_adamw']:.1f} |")
-        lines.append("")
+def tables(result: dict) -> dict[str, str]:
+    """The tables of the page in Markdown, by name."""
+    heads = ("processes", "mode", "optimiser", "bytes sent per parameter", "work of a rank", "time / AdamW's")
+    lines = [f"| {' | '.join(heads)} |", "| ---: | --- | --- | ---: | ---: | ---: |"]
+    whole = {(r["mode"], r["optimizer"]): r.get("products") for r in result["one"]}
+    for row in result["rows"]:
+        begin = f"| {row['ranks']} | {row['mode']} | {row['optimizer']} |"
+        if "failed" in row:
+            lines.append(f"{begin} refused | - | - |")
+            continue
+        base = whole[row["mode"], row["optimizer"]]
+        share = f"{row['products'] / base:.2f}" if base else "-"
+        lines.append(f"{begin} {row['bytes_per_parameter']:.2f} | {share} | {row['times_adamw']:.1f} |")
     heads = (
         "ranks",
         "work of the busiest",
@@ -207,39 +212,53 @@ def tables(result: dict) -> str:
         "M3 under DDP, MB",
         "DDP, MB",
     )
-    lines += [f"| {' | '.join(heads)} |", f"|{' ---: |' * len(heads)}"]
+    paper = [f"| {' | '.join(heads)} |", f"|{' ---: |' * len(heads)}"]
     for row in result["paper"]:
         figures = [row["m3_fsdp_mb"], row["fsdp_mb"], row["m3_ddp_mb"], row["ddp_mb"]]
         texts = [f"{row['ranks']:,}", f"{row['work']:.4f}", f"{row['teraflops']:.3f}", *(f"{x:,.0f}" for x in figures)]
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)
+        paper.append(f"| {' | '.join(texts)} |")
+    return {"optimisers": "\n".join(lines), "distributed": "\n".join(paper)} | sequence_parallel.tables(
+        result["sequence"]
+    )
+
+
+def machine() -> dict:
+    """What was measured on, and how busy it was."""
+    return {"cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tables", type=Path)
+    parser.add_argument("--only", choices=("optimizers", "sequence"))
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     arguments = parser.parse_args()
     if arguments.tables:
-        print(tables(json.loads(arguments.tables.read_text())))
+        for name, table in tables(json.loads(arguments.tables.read_text())).items():
+            print(f"<!-- {name} -->\n\n{table}\n")
         return
     import tempfile
 
+    renewed = arguments.only and arguments.json and arguments.json.is_file()
+    result = json.loads(arguments.json.read_text()) if renewed else {}
+
+    def keep(found: dict) -> None:
+        result.update(found)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
-        before = os.getloadavg()[0]
-        one = measured(1, Path(folder))
-        rows = [row for ranks in arguments.ranks for row in measured(ranks, Path(folder))]
-    machine = {
-        "cores": os.cpu_count(),
-        "load_before": before,
-        "load_after": os.getloadavg()[0],
-        "torch": torch.__version__,
-    }
-    result = {"machine": machine, "width": WIDTH, "layers": LAYERS, "one": one, "rows": rows, "paper": on_paper()}
-    print(tables(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        if arguments.only != "sequence":
+            keep({"width": WIDTH, "layers": LAYERS, "paper": on_paper(), "machine": machine(), "rows": []})
+            keep({"one": measured(1, Path(folder))})
+            for ranks in arguments.ranks:
+                keep({"rows": result["rows"] + measured(ranks, Path(folder)), "after": machine()})
+        if arguments.only != "optimizers":
+            before, found = machine(), sequence_parallel.measured(start, Path(folder))
+            keep({"sequence": {"machine": before, "after": machine()} | found})
+    if {"rows", "sequence"} <= result.keys():
+        print("\n\n".join(tables(result).values()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nestling.models.hope import HopeConfig, HopeForCausalLM
-from nestling.training import TrainConfig, Trainer, checkpoint
+from nestling.training import TrainConfig, checkpoint
 from nestling.training.evaluation import token_losses
 from nestling.training.handover import Spec, joined, parted, put_together, taken_apart
 from nestling.training.parallelize import find_mode

@@ -1,7 +1,7 @@
 """A model's state as bytes, from the process that made it to the one that goes on with it.
 
-A cache is any object: it is pickled with its tensors taken out, and these travel as one buffer. So nothing here knows of
-layers: whatever state a model carries from call to call can be handed over.
+A cache is any object: it is pickled with its tensors taken out, and these travel as one buffer. So nothing here knows
+of layers: whatever state a model carries from call to call can be handed over.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model over several processes: DDP, FSDP2 (`fully_shard`), or windows in slices. The model itself knows nothing of it."""
+"""A model over several processes: DDP, FSDP2, or windows in slices. The model itself knows nothing of it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Sequence parallelism: windows are cut over a row of ranks, and the state a model carries from call to call travels.
 
-Rank s of a row of N reads slice s of every window. It begins with the state that rank s - 1 ended with and hands its own
-on; in the backward pass the gradient of a state travels the other way. The windows of a batch are a pipeline: while rank
-1 reads its slice of the first, rank 0 reads the second. Rank s takes the oldest window back as soon as N - s of them are
-read (one forward, one backward), so of M + N - 1 moments N - 1 are idle.
+Rank s of a row of N reads slice s of every window. It begins with the state that rank s - 1 ended with and hands its
+own on; in the backward pass the gradient of a state travels the other way. The windows of a batch are a pipeline: while
+rank 1 reads its slice of the first, rank 0 reads the second. Rank s takes the oldest window back as soon as N - s of
+them are read (one forward, one backward), so of M + N - 1 moments N - 1 are idle.
 """
 
 from __future__ import annotations
