@@ -217,9 +217,8 @@ def tables(result: dict) -> dict[str, str]:
         figures = [row["m3_fsdp_mb"], row["fsdp_mb"], row["m3_ddp_mb"], row["ddp_mb"]]
         texts = [f"{row['ranks']:,}", f"{row['work']:.4f}", f"{row['teraflops']:.3f}", *(f"{x:,.0f}" for x in figures)]
         paper.append(f"| {' | '.join(texts)} |")
-    return {"optimisers": "\n".join(lines), "distributed": "\n".join(paper)} | sequence_parallel.tables(
-        result["sequence"]
-    )
+    found = {"distributed": "\n".join(paper)} | ({"optimisers": "\n".join(lines)} if result["rows"] else {})
+    return found | sequence_parallel.tables(result["sequence"])
 
 
 def machine() -> dict:

@@ -177,4 +177,5 @@ def tables(result: dict) -> dict[str, str]:
     for row in result["paper"]:
         figures = (f"{row[name]:,.1f}" for name in (*MIXERS, "ring"))
         paper.append(f"| {row['size']} | {' | '.join(figures)} |")
-    return {"sequence": "\n".join(measured), "memory": "\n".join(memory), "ring": "\n".join(paper)}
+    found = {"ring": "\n".join(paper)}
+    return found | ({"sequence": "\n".join(measured), "memory": "\n".join(memory)} if result["rows"] else {})
