@@ -37,6 +37,8 @@ def defaults() -> Streams:
         levels(report.DEFAULT),
         levels("slow average, sessions", slow=512, share=share, sessions=True),
         levels("one level, nothing fades", {"decay": 0.0}),
+        levels("snapshots", snapshots=True),
+        levels("snapshots, nothing fades", {"decay": 0.0}, snapshots=True),
         levels("slow average", slow=512, share=share),
         levels("AdamW, rank 16", {"chunk_size": CHUNK, "lr": 3e-3, "optimizer": "adamw", "decay": 0.0}),
         levels("2 levels", {}, middle),

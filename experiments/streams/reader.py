@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 from experiments.shared.continual.streams import adapted, learner
 from experiments.shared.continual.study import LearnerContender
 from nestling.cms.defaults import default_blocks, default_levels
+from nestling.sessions.snapshots import FIRST
 
 PIECE = 512  # tokens of one call
 
@@ -54,12 +53,56 @@ class Slow:
         return sum(t.nbytes for t in self.held)
 
 
-class Reader:
-    """Reads B streams a piece at a time; `context` tokens after which attention begins anew."""
+class Snapshots:
+    """What the level of each stream had learned at the end of every text; a stream goes on with what predicts best.
 
-    def __init__(self, plain: nn.Module, contender: LearnerContender, context: int) -> None:
+    It is the choice of `nestling learn --snapshots`, of each stream for itself: nothing learned, or one of them, by the
+    loss of the first tokens of a text in a fresh context.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[tuple[Tensor, ...]] = []  # of each text, then of the layers, [B, o, r]
+        self.due = False  # whether a text has begun of which FIRST tokens were not read yet
+
+    def keep(self, cache: Any) -> None:
+        """A text has ended."""
+        self.held.append(cache.levels.levels[0].deltas)
+        self.due = True
+
+    def losses(self, reader: Reader, rows: Tensor) -> Tensor:
+        """Nats of rows [B, n] by every candidate in a fresh context, nothing learned first: [candidates, B, n]."""
+        return torch.stack([reader.losses(rows, self._with(reader.cache, held)) for held in self._candidates()])
+
+    def recall(self, reader: Reader, rows: Tensor) -> None:
+        """Put every stream's level to what predicts its row of the first tokens [B, n] best."""
+        best = self.losses(reader, rows).sum(2).argmin(0)
+        streams, candidates = torch.arange(len(rows)), self._candidates()
+        deltas = tuple(torch.stack(layer)[best, streams] for layer in zip(*candidates, strict=True))
+        reader.cache = self._with(reader.cache, deltas)
+        self.due = False
+
+    def _candidates(self) -> list[tuple[Tensor, ...]]:
+        return [tuple(torch.zeros_like(d) for d in self.held[0]), *self.held]
+
+    def _with(self, cache: Any, deltas: tuple[Tensor, ...]) -> Any:
+        cache, state = cache.fork(), cache.levels
+        cache.levels = replace(state, levels=(replace(state.levels[0], deltas=deltas),))
+        return cache
+
+    @property
+    def nbytes(self) -> int:
+        """Of what it holds."""
+        return sum(t.nbytes for held in self.held for t in held)
+
+
+class Reader:
+    """Reads B streams a piece at a time; `context` tokens after which attention begins anew, `start` opens a text."""
+
+    def __init__(self, plain: nn.Module, contender: LearnerContender, context: int, start: int = 0) -> None:
         self.cache: Any = None
         self.slow: Slow | None = None
+        self.snapshots = Snapshots() if contender.options.get("snapshots") else None
+        self.start = start
         self.options, self.piece, self.learns = contender.options, context, contender.method == "levels"
         if not self.learns:
             self.model = plain
@@ -76,6 +119,13 @@ class Reader:
     @torch.no_grad()
     def read(self, row: Tensor) -> Tensor:
         """The loss of each token in nats [B, n] of row [B, n + 1], whose first token comes before them."""
+        if self.snapshots is not None and self.snapshots.due:  # the first tokens count as the levels stand
+            head = self._read(row[:, : FIRST + 1])
+            self.snapshots.recall(self, row[:, 1 : FIRST + 1])
+            return torch.cat([head, self._read(row[:, FIRST:])], 1)
+        return self._read(row)
+
+    def _read(self, row: Tensor) -> Tensor:
         losses = []
         for at in range(0, row.shape[1] - 1, self.piece):
             part = row[:, at : at + self.piece + 1]
@@ -95,17 +145,33 @@ class Reader:
         """A text has ended: with sessions, the fast level begins anew."""
         if self.slow is not None and self.options.get("sessions"):
             self.slow.begin(self.cache)
+        if self.snapshots is not None:
+            self.snapshots.keep(self.cache)
 
-    @contextmanager
-    def known(self) -> Iterator[nn.Module]:
-        """Inside, the model answers row b by what stream b has learned, in a fresh context."""
-        with adapted(self.model, self.cache) as model:
-            yield model
+    @torch.no_grad()
+    def known(self, rows: Tensor) -> Tensor:
+        """Nats [B, n] of rows in a fresh context, by what the streams have learned.
+
+        Of snapshots the one that predicts the first tokens best answers the others; the first are answered by nothing
+        learned, as the choice would otherwise see what it is asked.
+        """
+        if self.snapshots is None or not self.snapshots.held:
+            return self.losses(rows, self.cache)
+        all_ = self.snapshots.losses(self, rows)
+        best = all_[:, :, :FIRST].sum(2).argmin(0)
+        return torch.cat([all_[0, :, :FIRST], all_[best, torch.arange(len(rows)), FIRST:]], 1)
+
+    @torch.no_grad()
+    def losses(self, rows: Tensor, cache: Any) -> Tensor:
+        """Nats [B, n] of rows in a fresh context, by what is in a cache; None: by no levels."""
+        begun = torch.cat([torch.full_like(rows[:, :1], self.start), rows], 1)
+        with adapted(self.model, cache) as model:
+            return nats(model(begun[:, :-1], use_cache=False).logits, begun[:, 1:])
 
     @property
     def nbytes(self) -> int:
         """Of what is remembered of all streams, the context apart."""
-        return (0 if self.cache is None else self.cache.nbytes) + (0 if self.slow is None else self.slow.nbytes)
+        return sum(held.nbytes for held in (self.cache, self.slow, self.snapshots) if held is not None)
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:

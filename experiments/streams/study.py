@@ -17,7 +17,7 @@ from experiments.shared.continual.study import ContinualStudy, ContinualWork, Le
 from experiments.shared.corpus import find_files
 from experiments.shared.work import Job, Progress
 from experiments.streams import texts
-from experiments.streams.reader import Reader, nats
+from experiments.streams.reader import Reader
 from nestling.cms.defaults import default_blocks, default_levels
 
 SMOLLM2, BYTES = "smollm2-135m", "byte llama"
@@ -49,7 +49,9 @@ class Streams(ContinualStudy):
         return ("none", "levels")
 
     def smoke(self) -> Streams:
-        chosen = [c for c in self.contenders if c.name in ("no levels", "default", "slow average, sessions")]
+        chosen = [
+            c for c in self.contenders if c.name in ("no levels", "default", "slow average, sessions", "snapshots")
+        ]
         return replace(self, contenders=chosen, seeds=[0, 1], models=[BYTES], steps=3, texts="smoke", first=256,
                        back=128, context=128, probe=128, window=128)  # fmt: skip
 
@@ -114,14 +116,13 @@ class StreamsWork(ContinualWork):
             torch.tensor([texts.tokens(place, self.folder, tokenizer, 0.4, settings.probe)] * len(streams))
             for place in elsewhere.values()
         ]
-        reader = Reader(plain, contender, settings.context)
+        reader = Reader(plain, contender, settings.context, tokenizer.eos_token_id)
         began = time.perf_counter()
         known, other, windows, at = [], [], [], 0
 
         def ask() -> None:
-            with reader.known() as model:
-                known.append([self._bits(model, tokenizer, p) for p in probes])
-                other.append([self._bits(model, tokenizer, p) for p in others])
+            known.append([self._bits(reader, tokenizer, p) for p in probes])
+            other.append([self._bits(reader, tokenizer, p) for p in others])
 
         ask()
         for length in (len(p) for p in parts[0]):
@@ -152,11 +153,9 @@ class StreamsWork(ContinualWork):
         )
         return found[0].to(self.device), found[1]
 
-    def _bits(self, model: nn.Module, tokenizer: Any, rows: Tensor) -> list[float]:
+    def _bits(self, reader: Reader, tokenizer: Any, rows: Tensor) -> list[float]:
         """Bits per byte of rows [B, n] in a fresh context, after an end-of-text token."""
-        with torch.no_grad():
-            begun = torch.cat([torch.full_like(rows[:, :1], tokenizer.eos_token_id), rows], 1).to(self.device)
-            lost = nats(model(begun[:, :-1], use_cache=False).logits, begun[:, 1:]).double().sum(1).tolist()
+        lost = reader.known(rows.to(self.device)).double().sum(1).tolist()
         return [x / math.log(2) / texts.size(tokenizer, r) for x, r in zip(lost, rows)]
 
     def result(self, row: dict[str, Any]) -> str:

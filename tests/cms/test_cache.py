@@ -224,3 +224,33 @@ def test_a_cache_of_another_kind_is_refused(make, ids):
         pass
     with model.adapted(LevelsCache()):  # nothing read: the model itself
         assert model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("optimizer", ["gd", "adamw"])
+def test_recall_goes_on_from_here_with_what_was_known_then(make, ids, tmp_path, optimizer):
+    model = stack_levels(make(), [Level(4, lr=0.5, optimizer=optimizer), Level(8, lr=0.25)])
+    _, cache = read(model, ids[:, :8])
+    cache.snapshot("first")
+    then = deltas(cache)
+    _, cache = read(model, ids[:, 8:30], cache)
+    model.finish(cache)
+    save_state(tmp_path / "a.state", cache, model)  # snapshots are in the file
+    cache = load_state(tmp_path / "a.state", model)
+    now, counts = cache.fork(), [s.updates for s in cache.levels.levels]
+    cache.recall("first")
+    assert all(torch.equal(a, b) for a, b in zip(deltas(cache), then, strict=True))
+    assert [s.updates for s in cache.levels.levels] == counts and list(cache.snapshots) == ["first"]
+    assert cache.levels.position == now.levels.position and torch.equal(cache.layers[0].keys, now.layers[0].keys)
+    with model.adapted(cache), torch.no_grad():
+        want = model(ids[:, :5]).logits
+    with model.adapted(cache.snapshots["first"]), torch.no_grad():
+        torch.testing.assert_close(model(ids[:, :5]).logits, want, rtol=0, atol=0)
+    read(model, ids[:, 30:], cache)  # and learns on
+    assert [s.updates for s in cache.levels.levels] > counts
+    now.recall(None)
+    assert not any(d.any() for d in deltas(now))
+    with pytest.raises(ValueError, match="no snapshot 'other'; there are: 'first'"):
+        now.recall("other")
+    now.snapshots["one"] = now.snapshots["first"].taken([0])
+    with pytest.raises(ValueError, match="the same streams"):
+        now.recall("one")

@@ -25,6 +25,7 @@ def main(
 
     It answers from what its levels have learned alone: the text itself is out of its sight. With the answer stands how
     sure it is, the mean probability of the answer's tokens, and how sure the model without levels would be of the same.
+    Of the snapshots in a state (nestling learn --snapshots) the one that predicts the question best answers.
 
     [bold]Examples[/bold]
 
@@ -36,8 +37,9 @@ def main(
     """
     from nestling.cms.learning_model import LearningMixin
     from nestling.generation import load_state
-    from nestling.generation.answers import answer
+    from nestling.generation.answers import answer, prompt_ids
     from nestling.generation.load import load_model
+    from nestling.sessions.snapshots import recall_nearest
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
@@ -46,9 +48,15 @@ def main(
     if not isinstance(loaded, LearningMixin) or not loaded.learner.fast:
         raise ValueError(f"{model} has no levels that learn while it reads: make one with nestling convert")
     cache = load_state(state, loaded)
+    recalled = None
+    if getattr(cache, "snapshots", None) and question.strip():
+        ids = prompt_ids(tokenizer, [(question, "")])
+        recalled = recall_nearest(loaded, cache, ids, tokenizer.eos_token_id, nothing=False)
     found = answer(loaded, tokenizer, cache, question, max_new_tokens)
     if as_json:
-        print_json({"question": question, **asdict(found), "state": str(state)})
+        print_json({"question": question, **asdict(found), "state": str(state), "recalled": recalled})
         return
     typer.echo(found.answer)
+    if recalled is not None:
+        typer.echo(f"by what was known after {recalled}", err=True)
     typer.echo(f"sure {found.confidence:.3f}, without levels {found.without_levels:.3f}", err=True)

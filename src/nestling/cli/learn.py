@@ -61,6 +61,13 @@ def main(
             "afterwards, and more is harmed elsewhere (see --anchor)."
         ),
     ] = 0,
+    snapshots: Annotated[
+        int,
+        typer.Option(
+            help="Keep what was known at the end of so many documents, and take up again what predicts the next "
+            "document, or a question, best: earlier ones are not lost to later ones."
+        ),
+    ] = 0,
     save_every: Annotated[
         int, typer.Option(help="Chunks between two checkpoints; 0: as often as costs a twentieth of the time.")
     ] = 0,
@@ -100,6 +107,9 @@ def main(
     Read a notebook, then sleep on it, so that questions are answered in other words than its own:
       nestling learn runs/smol notes/ --sleep 2 --anchor 16
 
+    A shelf of books on different things, none of which shall drive out another:
+      nestling learn runs/smol books/ --snapshots 8
+
     Was anything learned, and what did it cost? On sentences that were not read:
       nestling learn runs/smol notes/ --check check.md
 
@@ -116,7 +126,7 @@ def main(
     from nestling.utils.locks import sole_writer
     from nestling.utils.machine import stop_requests
 
-    settings = Settings(context, probe, control, check is not None, save_every, anchor)
+    settings = Settings(context, probe, control, check is not None, save_every, anchor, snapshots)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if threads is not None and threads < 1:
@@ -186,6 +196,8 @@ def _where(session: Any) -> str:
 def _say(result: dict[str, Any]) -> None:
     for row in result["documents"]:
         typer.echo(f"{row['name']}: {row['bytes']:,} bytes, {row['tokens']:,} tokens")
+        if (recalled := row.get("recalled")) is not None:
+            typer.echo(f"  begun with what was known after {recalled}" if recalled else "  begun with nothing learned")
         typer.echo(f"  reading  {_loss(row['reading'])}")
         if row["before"]:
             typer.echo(f"  first {row['probe_tokens']} tokens in a fresh context")

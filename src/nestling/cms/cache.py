@@ -191,6 +191,27 @@ class LevelsCache(DynamicCache):
         self.layers, self.levels, self.parts, self.columns = kept.layers, kept.levels, kept.parts, kept.columns
         self.snapshots = {name: self.snapshots[name] for name in names[: names.index(to) + 1]}
 
+    def recall(self, name: str | None) -> None:
+        """Go on from here with what the levels had learned at a snapshot, None: with nothing learned.
+
+        The context, the place in the stream and all snapshots stay. An open chunk is learned by the levels it is
+        closed with: `model.finish` it before.
+
+        Raises:
+            ValueError: no such snapshot, or one of other streams.
+        """
+        if name is not None and name not in (self.snapshots or {}):
+            names = ", ".join(map(repr, self.snapshots or ())) or "none"
+            raise ValueError(f"there is no snapshot {name!r}; there are: {names}")
+        kept = None if name is None else self.snapshots[name]
+        if self.parts or (kept is not None and (kept.parts or kept.streams not in (0, self.streams))):
+            raise ValueError("recall goes from streams at one place to the same streams at one place")
+        if self.levels is None:  # nothing read yet, so no snapshot holds anything
+            return
+        then = (None,) * len(self.levels.levels) if kept is None or kept.levels is None else kept.levels.levels
+        levels = zip(self.levels.levels, then, strict=True)
+        self.levels = replace(self.levels, levels=tuple(now and now.recalled(old) for now, old in levels))
+
 
 def fill(cache: DynamicCache, blocks: int) -> None:
     """Give an empty cache its layers."""

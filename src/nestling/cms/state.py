@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,16 @@ class LevelState:
     def map(self, change: Callable[[Tensor], Tensor]) -> LevelState:
         """The level with every tensor changed."""
         return tree_map_only(Tensor, change, self)
+
+    def recalled(self, other: LevelState | None) -> LevelState:
+        """The level here with what another had learned, None: nothing. No gradient waits; counts go on."""
+        empty = self.map(torch.zeros_like)
+        learned = empty if other is None else other
+        surprise = self.surprise and self.surprise._replace(tokens=empty.surprise.tokens)
+        return replace(
+            self, deltas=learned.deltas, slots=learned.slots, sums=empty.sums, norms=empty.norms, count=0,
+            surprise=surprise,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FORMAT = "nestling-state-2"
 APART = "nestling-state-3"  # of streams that stand at different places
 CONTENT = ("layers", "learned", "parts", "columns")  # what a file says of its tensors
+SNAPSHOTS = "snapshots"  # and, where there are any, of each: [name, what CONTENT says]
 
 
 def save_state(
@@ -35,8 +36,9 @@ def save_state(
 ) -> None:
     """Write the state of a text begun with `model`; the old file stays if the disk is full.
 
-    A state read back goes on bit for bit. With `compact`, matrices that levels learned are kept as two factors where
-    that is smaller and gives them back to float32's rounding: after few updates of a level they are of low rank.
+    A state read back goes on bit for bit, and has the snapshots it had. With `compact`, matrices that levels learned
+    are kept as two factors where that is smaller and gives them back to float32's rounding: after few updates of a
+    level they are of low rank.
 
     Args:
         notes: JSON values to be kept beside it, see `load_notes`.
@@ -45,12 +47,14 @@ def save_state(
     from safetensors.torch import save
 
     tensors: list[Tensor] = []
-    parts = [{"rows": list(rows), **_content(part, tensors, compact)} for rows, part in getattr(cache, "parts", ())]
-    content = {"layers": [], "learned": None, "parts": parts} if parts else _content(cache, tensors, compact)
-    content["columns"] = cache.get_seq_length()
+    content = _whole(cache, tensors, compact)
+    snapshots = getattr(cache, "snapshots", None) or {}
+    if snapshots:
+        content[SNAPSHOTS] = [[name, _whole(kept, tensors, compact)] for name, kept in snapshots.items()]
     # clones: a state's tensors may share memory, which a file of tensors cannot
     named = {f"t{i}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
-    metadata = {"format": APART if parts else FORMAT, "model": origin or fingerprint(model), "digest": _digest(named)}
+    form = APART if "parts" in content else FORMAT
+    metadata = {"format": form, "model": origin or fingerprint(model), "digest": _digest(named)}
     metadata |= {name: json.dumps(value) for name, value in content.items()}
     metadata["content_digest"] = _content_digest(metadata)
     if notes is not None:
@@ -96,10 +100,20 @@ def _read(model: PreTrainedModel, metadata: dict[str, str], tensors: dict[str, T
     device = next(model.parameters()).device
     # clones: views of the file may be aligned otherwise, and products may round by alignment
     ordered = {name: tensor.to(device).clone() for name, tensor in tensors.items()}
-    content = {name: json.loads(metadata.get(name, "null")) for name in CONTENT}
+    content = {name: json.loads(metadata.get(name, "null")) for name in (*CONTENT, SNAPSHOTS)}
     if unused := ordered.keys() - set(tensors_of(content)):
         raise ValueError(f"tensor {sorted(unused)[0]} is no part of its description")
-    if content["parts"] is None:
+    cache = _made(model, content, ordered)
+    if snapshots := content[SNAPSHOTS]:
+        cache.snapshots = {name: _made(model, kept, ordered) for name, kept in snapshots}
+        if odd := {kept.streams for kept in cache.snapshots.values()} - {0, cache.streams}:
+            raise ValueError(f"a snapshot is of {odd.pop()} streams, and the state of {cache.streams}")
+    return cache
+
+
+def _made(model: PreTrainedModel, content: dict[str, Any], ordered: dict[str, Tensor]) -> Cache:
+    """The cache of one `_whole`."""
+    if content.get("parts") is None:
         return _make_cache(model, content, ordered, content["learned"] != {"value": None})
     cache = _empty_cache(model, True)
     rows = [tuple(part["rows"]) for part in content["parts"]]
@@ -152,6 +166,13 @@ def _layer_content(layer: Any, tensors: list[Tensor], begun: bool) -> dict[str, 
         # empty: forgotten (`forget_context`), or of rows that held padding alone
         return {"kind": "keys", "state": to_json(None if empty else (layer.keys, layer.values), tensors)}
     raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be kept on disk")
+
+
+def _whole(cache: Any, tensors: list[Tensor], compact: bool) -> dict[str, Any]:
+    """Streams wherever they stand, snapshots apart."""
+    parts = [{"rows": list(rows), **_content(part, tensors, compact)} for rows, part in getattr(cache, "parts", ())]
+    content = {"layers": [], "learned": None, "parts": parts} if parts else _content(cache, tensors, compact)
+    return content | {"columns": cache.get_seq_length()}
 
 
 def _content(cache: Any, tensors: list[Tensor], compact: bool) -> dict[str, Any]:
@@ -211,7 +232,8 @@ def _empty_cache(model: PreTrainedModel, learned: bool) -> Any:
 
 
 def _content_digest(metadata: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([metadata.get(name) for name in CONTENT]).encode()).hexdigest()
+    said = [metadata.get(name) for name in CONTENT] + [metadata[name] for name in (SNAPSHOTS,) if name in metadata]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

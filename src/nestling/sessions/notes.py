@@ -34,6 +34,7 @@ class Open:
         nats, counted, bad: summed loss, its tokens, and tokens whose loss was not finite.
         probe: the ids that are scored before and after.  before, control: their log-probabilities.
         check: what is known of its held-out sentences, and elsewhere, without levels and before it is read.
+        recalled: what the levels were put to before it (`nestling.sessions.snapshots`).
     """
 
     levels: list[LevelCount]
@@ -41,6 +42,7 @@ class Open:
     before: list[float] = field(default_factory=list)
     control: list[float] | None = None
     check: dict[str, Any] | None = None
+    recalled: str | None = None
     began: int = 0
     begun: bool = False
     tokens: int = 0

@@ -31,6 +31,7 @@ from nestling.sessions.notes import LevelCount, Notes, Open, measured, same_sess
 from nestling.sessions.scores import examples, log_probabilities, score
 from nestling.sessions.series import Series
 from nestling.sessions.settings import Settings, check_model, choose_context
+from nestling.sessions.snapshots import FIRST, keep, recall_nearest
 from nestling.utils.locks import sole_writer
 from nestling.utils.memory_use import resident_bytes
 
@@ -99,6 +100,8 @@ class Session:
             settings["check"] = True
         if self.settings.anchor:
             settings["anchor"] = self.settings.anchor
+        if self.settings.snapshots:
+            settings["snapshots"] = self.settings.snapshots
         held = self.held_out_ids and hashlib.blake2b(str(self.held_out_ids).encode(), digest_size=4).hexdigest()
         settings["held_out"] = held or None
         return Notes(secrets.token_hex(8), settings, texts, sizes, norms=[Series() for _ in sizes])
@@ -170,8 +173,10 @@ class Session:
                     if isinstance(source, Journal):
                         source.trim(notes.offset)
                 self._show(self)
-            if notes.document == len(self.texts) - 1:
+            if self.settings.snapshots or notes.document == len(self.texts) - 1:
                 self._finish()
+            if self.settings.snapshots:
+                keep(self.cache, text.name, self.settings.snapshots)
             self._close(text, tokens)
             if isinstance(source, Journal):
                 self._save()  # before the journal goes
@@ -215,7 +220,7 @@ class Session:
         return True
 
     def _finish(self) -> None:
-        """Learn what is left of the last document, in front of the end-of-text token that the next session begins with.
+        """Learn what is left of a document, in front of the end-of-text token that the next one begins with.
 
         Nothing is lost if that is never read; reading on opens a chunk.
         """
@@ -241,6 +246,9 @@ class Session:
 
     def _opened(self, tokens: TokenReader, text: Text) -> Open:
         opened = Open([LevelCount() for _ in self.notes.chunk_sizes], began=self.notes.tokens)
+        if self.settings.snapshots and self.cache.levels is not None:
+            end, context = self.tokenizer.eos_token_id, self.model.learner.context
+            opened.recalled = recall_nearest(self.model, self.cache, tokens.ahead(FIRST), end, context)
         opened.probe = tokens.ahead(self.settings.probe) if self.settings.probe else []
         if opened.probe:
             opened.before = self._score(opened.probe, self.cache)
@@ -265,6 +273,8 @@ class Session:
             row["examples"] = examples(self.tokenizer, opened.probe, opened.before, after)
             if opened.control is not None:
                 row["control"] = self._measured(opened.probe, opened.control)
+        if self.settings.snapshots:
+            row["recalled"] = opened.recalled
         if opened.check is not None:
             row["check"] = self._checker.after(text.path, self.cache, opened.check)
         notes.rows.append(row)
@@ -310,6 +320,7 @@ class Session:
         notes = self.notes
         return {
             "state": str(self.path), "state_bytes": self.cache.nbytes, "settings": notes.settings,
+            "snapshots": {name: kept.nbytes for name, kept in (self.cache.snapshots or {}).items()},
             "tokens": notes.tokens, "documents": notes.rows, "levels": notes.totals(),
             "held_out": [{k: v for k, v in row.items() if k != "logs"} for row in notes.held_out],
             "memory": notes.memory_halves(),

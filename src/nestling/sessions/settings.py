@@ -25,6 +25,8 @@ class Settings:
         control: score them by the model as it was before it read anything, too.
         anchor: weight of the distance that texts of the model's own making may not go (`nestling.cms.anchor`), 0: none.
         check: score what is held out of each document (`nestling.sessions.check`), which `find_texts` must leave out.
+        snapshots: how many documents' ends are kept and taken up again where they predict best
+            (`nestling.sessions.snapshots`), 0: none.
         save_every: chunks between two checkpoints; 0: as often as costs a twentieth of the time.
     """
 
@@ -34,9 +36,10 @@ class Settings:
     check: bool = False
     save_every: int = 0
     anchor: float = 0.0
+    snapshots: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("probe", "save_every"):
+        for name in ("probe", "save_every", "snapshots"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.anchor < math.inf:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from experiments.shared.continual.study import LearnerContender
 from experiments.streams import report, texts
 from experiments.streams.experiment import defaults, plan, summarize
-from experiments.streams.reader import Reader
+from experiments.streams.reader import FIRST, Reader
 from nestling.training.tokenizers import byte_tokenizer
 
 LEVEL = {"chunk_size": 16, "lr": 0.05, "optimizer": "spectral", "rank": 4, "decay": 0.1}
@@ -78,6 +78,28 @@ def test_with_sessions_the_slow_level_alone_stays(plain):
     assert all(torch.equal(a, s) for a, s in zip(after, reader.slow.held, strict=True))
     assert not torch.equal(before[0], after[0])
     reader.read(streams(6)[:, 128:])  # it goes on
+
+
+def test_each_stream_goes_on_with_the_snapshot_that_predicts_it_best(plain):
+    """Two streams read two kinds of text in opposite order; each takes up its own snapshot of what comes back."""
+    level = {"chunk_size": 16, "lr": 0.02, "optimizer": "adamw", "rank": 4, "decay": 0.0}
+    kinds = [torch.tensor([*b"the cat sat on a mat; "] * 9)[:192], torch.tensor([*b"0=1;7=4;96:7|40=1;7=4;"] * 9)[:192]]
+    reader = Reader(plain, LearnerContender("x", "levels", [level], {}, {"snapshots": True}), 64, 1)
+    for order in ((0, 1), (1, 0)):
+        reader.read(torch.stack([torch.cat([torch.tensor([1]), kinds[k]]) for k in order]))
+        reader.end_part()
+    held = reader.snapshots.held
+    reader.read(torch.stack([kinds[0][: FIRST + 2]] * 2))
+    reader.snapshots.recall(reader, torch.stack([kinds[0][:FIRST]] * 2))
+    now = reader.cache.levels.levels[0].deltas
+    assert all(torch.equal(d[0], first[0]) and torch.equal(d[1], second[1]) for d, first, second in zip(now, *held))
+    rows = torch.stack([kinds[0][:128]] * 2)
+    lost = reader.known(rows)
+    without = reader.losses(rows, None)
+    assert torch.equal(lost[:, :FIRST], reader.snapshots.losses(reader, rows)[0, :, :FIRST])
+    assert torch.allclose(lost[:, :FIRST], without[:, :FIRST], atol=1e-5)
+    assert (lost[:, FIRST:].sum(1) < without[:, FIRST:].sum(1)).all()
+    assert reader.nbytes == reader.cache.nbytes + 2 * sum(d.nbytes for d in now)
 
 
 def test_figures_are_differences_to_the_model_without_levels(tmp_path):
