@@ -21,25 +21,27 @@ FAMILIES = ("byte llama", "byte hope")
 WIDTH, LAYERS, HEADS, WINDOW, BATCH, RATE = 128, 3, 4, 256, 8, 3e-3
 
 
-def build(family: str) -> nn.Module:
+def build(family: str, width: int = WIDTH, layers: int = LAYERS) -> nn.Module:
     """Random weights."""
     set_seed(0)
-    sizes = dict(vocab_size=len(byte_tokenizer()), hidden_size=WIDTH, num_hidden_layers=LAYERS,
+    sizes = dict(vocab_size=len(byte_tokenizer()), hidden_size=width, num_hidden_layers=layers,
                  num_attention_heads=HEADS, tie_word_embeddings=True)  # fmt: skip
     if family == "byte hope":
         return HopeForCausalLM(HopeConfig(**sizes, context_length=WINDOW))
-    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=3 * WIDTH, max_position_embeddings=4096))
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=3 * width, max_position_embeddings=4096))
 
 
 @functools.lru_cache(maxsize=2)
-def trained(family: str, steps: int, files: tuple[Path, ...]) -> tuple[nn.Module, Any]:
+def trained(
+    family: str, steps: int, files: tuple[Path, ...], width: int = WIDTH, layers: int = LAYERS
+) -> tuple[nn.Module, Any]:
     """A family's model after `steps` of AdamW on some files, and its tokenizer; made once and kept in the cache."""
     tokenizer = byte_tokenizer()
     texts = [file.read_bytes() for file in files]
-    settings = repr([family, steps, WIDTH, LAYERS, HEADS, WINDOW, BATCH, RATE, [len(t) for t in texts]])
+    settings = repr([family, steps, width, layers, HEADS, WINDOW, BATCH, RATE, [len(t) for t in texts]])
     folder = cache_folder() / "defaults" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     if not folder.exists():
-        model = build(family)
+        model = build(family, width, layers)
         text = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8).long()
         optimizer = torch.optim.AdamW(model.parameters(), RATE)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)

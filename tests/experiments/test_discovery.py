@@ -36,6 +36,7 @@ DATA = {
 NOT_RUN = {
     "defaults": {c.name for c in find("defaults").defaults().contenders},
     "classes": {"2 levels", "fine-tuning, same weights, M3, in context"},
+    "endless": {"default"},
     "knowledge": {"default", "default, sleep", "default, sleep, anchored"},
     "languages": {c.name for c in find("languages").defaults().contenders},
     "needles": {c.name for c in find("needles").defaults().contenders},
