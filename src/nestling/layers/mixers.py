@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
 from torch import nn
 
@@ -107,6 +108,7 @@ _SETTINGS = {SelfModifyingTitans: (TitansConfig,), MemoryBesideAttention: (Memor
 _SIZES = ("dim", "num_heads")
 
 
+@cache
 def mixer_options(name: str) -> list[str]:
     """The options a sequence layer takes, besides its width and number of heads.
 

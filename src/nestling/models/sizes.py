@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from nestling.models.hope import HopeConfig, HopeForCausalLM
+from nestling.utils.shapes import shapes_alone
 
 # vocabulary, width, layers, width of the MLP (None: 8/3 of the width); bytes up to 10m; heads have 64 channels
 _SIZES: dict[str, tuple[int, int, int, int | None]] = {
@@ -46,7 +45,7 @@ def config(name: str, **overrides: Any) -> HopeConfig:
 
 def parameters(config: HopeConfig) -> int:
     """Parameters of the model, shared ones counted once; nothing is allocated."""
-    with torch.device("meta"):
+    with shapes_alone():
         return sum(p.numel() for p in HopeForCausalLM(config).parameters())
 
 

@@ -5,7 +5,6 @@ import difflib
 import json
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
@@ -17,6 +16,7 @@ from nestling.memory.rule import META_GRADS
 from nestling.models.hope.cache import LAYER_TYPE
 from nestling.schedule import Level, check_order
 from nestling.utils.auto_classes import KnownByFile, NeverCopied
+from nestling.utils.shapes import shapes_alone
 
 # the sequence layer of a configuration that names none, by the version of the defaults (decision D24)
 DEFAULT_MIXERS = {1: "selfmod", 2: "hope", 3: "hope", 4: "hope"}
@@ -156,7 +156,7 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
         self.mixer_options = json_options(self.mixer_options or {})
         if self.mixers is not None:
             self.mixers = self._pattern()
-        with torch.device("meta"):  # the layer checks its own options; nothing is allocated
+        with shapes_alone():  # the layer checks its own options; nothing is allocated
             for index in range(min(self.num_hidden_layers, len(self._entries()))):
                 self._checked(index)
         self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
