@@ -29,7 +29,7 @@ from nestling.ops.orthogonalize import multiply_adds
 from nestling.optim import M3, DeltaMomentum
 from nestling.optim.division import make_plan
 
-WIDTH, LAYERS, STEPS = 256, 4, 6  # of the model measured; the first step is not counted
+WIDTH, LAYERS, STEPS = 128, 4, 4  # of the model measured; the first step is not counted
 PAPER_WIDTH, PAPER_LAYERS, PAPER_RANKS = 2048, 24, (8, 16, 64, 256, 1024)
 BASE = "AdamW"
 LR = 1e-3
