@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
+def called(node: ast.Call) -> str:
+    """The last name of what is called."""
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
 def imported(code: str, module: str):
     """Yields (line, full name) of every import that runs, in functions too; `module` is where relative ones start."""
     waiting = [ast.parse(code)]
@@ -54,15 +60,16 @@ def imported(code: str, module: str):
             home = ".".join(module.split(".")[: -node.level]) if node.level else ""
             base = ".".join(part for part in (home, node.module) if part)
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and called(node).endswith("import_module"):
             # only a name written out can be read here: what a caller names may lie anywhere
             yield from ((node.lineno, a.value) for a in node.args[:1] if isinstance(a, ast.Constant))
         waiting.extend(node.orelse if is_type_checking(node) else ast.iter_child_nodes(node))
 
 
-def imports_of(file: Path):
+@cache
+def imports_of(file: Path) -> list[tuple[int, str]]:
     parts = file.relative_to(LIBRARY.parent).with_suffix("").parts
-    return imported(file.read_text(encoding="utf-8"), ".".join(parts))
+    return list(imported(file.read_text(encoding="utf-8"), ".".join(parts)))
 
 
 def library_imports():

@@ -1,6 +1,7 @@
 """Runs the command in this process, on a tiny text and model."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -13,11 +14,14 @@ TINY = [
 ]
 
 
+TEXT = "the cat sat on the mat. the dog ran to the log!\n" * 100
+
+
 @pytest.fixture
 def text(tmp_path):
     """A text file of about 5 kB."""
     path = tmp_path / "text.txt"
-    path.write_text("the cat sat on the mat. the dog ran to the log!\n" * 100)
+    path.write_text(TEXT)
     return path
 
 
@@ -33,10 +37,19 @@ def call(tmp_path, monkeypatch):
     return run
 
 
-@pytest.fixture
-def trained(call, text, tmp_path):
-    """The folder of a run of a few steps."""
-    result = call("train", text, "--out", tmp_path / "run", "--steps", 4, *TINY, "--json")
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """The folder of a run of a few steps, for all tests: they get copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT)
+    words = ["train", folder / "text.txt", "--out", folder / "run", "--steps", 4, *TINY, "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"NESTLING_CACHE": str(folder / "cache")})
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["step"] == 4
-    return tmp_path / "run"
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """A test's own folder of a run of a few steps."""
+    return shutil.copytree(trained_once, tmp_path / "run", symlinks=True)

@@ -89,6 +89,7 @@ def test_the_gradients_are_the_same(make, ids, kind, meta_grad, parts):
 
 def test_memory_grows_by_the_states_between_pieces_only(make, ids):
     model = models(make, "stacked", "full")
+    ids = ids[:, :24]
     long = ids.repeat(1, 3)
     whole, pieces = ([kept_bytes(model, x, on) for x in (ids, long)] for on in (False, True))
     assert pieces[1] < whole[1] / 3

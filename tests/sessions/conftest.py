@@ -44,7 +44,7 @@ def model(small_model):
 def write(tmp_path):
     """Writes a text of about so many bytes and returns its path."""
 
-    def make(name, size=600, seed=0):
+    def make(name, size=300, seed=0):
         choice, text = random.Random(f"{name}{seed}"), ""
         while len(text.encode()) < size:
             text += choice.choice(WORDS) + choice.choice([" ", " ", " ", "\n"])

@@ -36,7 +36,7 @@ def measures(result):
 def small_pieces(monkeypatch):
     """Short texts of many pieces."""
     for name in ("PIECE", "PIPE_PIECE"):
-        monkeypatch.setattr(f"nestling.sessions.session.{name}", 256)
+        monkeypatch.setattr(f"nestling.sessions.session.{name}", 128)
 
 
 class Killed(Exception):
@@ -139,24 +139,24 @@ def test_killed_anywhere_and_resumed_is_bit_for_bit_the_same(model, write, sessi
 
 
 def test_a_killed_pipe_goes_on_from_its_journal(model, write, session, tmp_path):
-    content = write("a.txt", 2400).read_bytes()
-    whole = session(model, ["-"], "whole.state", piped=content, probe=30, save_every=50)
+    content = write("a.txt", 1200).read_bytes()
+    whole = session(model, ["-"], "whole.state", piped=content, probe=30, save_every=25)
     expected = measures(whole.run())
-    kept = session(model, ["-"], piped=content[:1500], probe=30, save_every=50, show=killer(130))
+    kept = session(model, ["-"], piped=content[:750], probe=30, save_every=25, show=killer(65))
     with pytest.raises(Killed):
         kept.run()
     journal = tmp_path / "my.state.journal"
     read = len(journal.read_bytes().split(b"\n", 1)[1])
-    assert 8 * 130 < read <= 1500
-    again = session(model, ["-"], piped=content[read:], probe=30, save_every=50)
-    assert again.resumed and 800 <= again.notes.tokens <= 8 * 130
+    assert 8 * 65 < read <= 750
+    again = session(model, ["-"], piped=content[read:], probe=30, save_every=25)
+    assert again.resumed and 400 <= again.notes.tokens <= 8 * 65
     assert measures(again.run()) == expected
     assert_same(again, whole)
     assert not journal.exists()
 
 
 def test_a_pipe_reads_as_the_file_does(model, write, session):
-    path = write("a.txt", 1500)
+    path = write("a.txt", 700)
     file = session(model, [path], "file.state")
     pipe = session(model, ["-"], "pipe.state", piped=path.read_bytes())
     assert file.run()["tokens"] == pipe.run()["tokens"]
@@ -194,7 +194,7 @@ def test_a_state_of_generate_is_gone_on_from_and_the_other_way_round(model, toke
     assert text
     save_state(tmp_path / "my.state", writer.state, model)
     made = session(model, [write("b.txt")])
-    assert not made.resumed and made.cache.levels.position > 600
+    assert not made.resumed and made.cache.levels.position > 300
 
 
 def test_a_request_to_stop_leaves_a_checkpoint(model, write, session):
@@ -229,7 +229,7 @@ def test_two_sessions_do_not_write_one_file(model, small_model, write, session):
 def test_changed_texts_or_settings_are_refused(model, write, session):
     texts = [write("a.txt"), write("b.txt")]
     with pytest.raises(Killed):
-        session(model, texts, save_every=1, show=killer(90)).run()
+        session(model, texts, save_every=1, show=killer(50)).run()
     with pytest.raises(ValueError, match=r"stopped in document 2 of 2 with probe 512, now given as 10"):
         session(model, texts, probe=10)
     with pytest.raises(ValueError, match=r"changed since \(c.txt\)"):
@@ -268,10 +268,10 @@ def test_bad_models_states_and_contexts_are_refused(model, write, session, tmp_p
 
 
 def test_garbage_in_a_pipe_stops_there_and_keeps_the_state(model, write, session, tmp_path):
-    text = write("a.txt", 700).read_bytes()
+    text = write("a.txt").read_bytes()
     with pytest.raises(ValueError, match="standard input is no text: byte 0xff"):
         session(model, ["-"], piped=text + b"\xff", save_every=1, probe=0).run()
-    assert session(model, ["-"], probe=0).notes.tokens > 256
+    assert session(model, ["-"], probe=0).notes.tokens > 128
 
 
 def test_refused_updates_are_reported_and_change_nothing(write, session, small_model):
@@ -291,7 +291,7 @@ def test_refused_updates_are_reported_and_change_nothing(write, session, small_m
 
 
 def test_memory_and_state_are_bounded_by_the_context(model, write, session, tmp_path):
-    made = session(model, [write("a.txt", 1200)], context=32, save_every=20)
+    made = session(model, [write("a.txt", 600)], context=32, save_every=20)
     lengths, sizes = [], []
 
     def show(session):

@@ -41,7 +41,7 @@ def config(tmp_path, text):
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def llama():
     """Makes a tiny Llama, a model this package knows nothing of."""
 

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,13 +11,19 @@ from nestling.training.checkpoint import CheckpointError, newest, resolve, save_
 from nestling.training.tokenizers import byte_tokenizer
 
 
-@pytest.fixture
-def saved(tmp_path, llama):
-    """A run with checkpoints of steps 1, 2 and 3."""
-    model = llama()
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory, llama):
+    """A run with checkpoints of steps 1, 2 and 3, for all tests: they get copies."""
+    model, run = llama(), tmp_path_factory.mktemp("saved") / "run"
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path / "run", step, model, byte_tokenizer(), {"step": step, "x": torch.ones(3)}, keep=3)
-    return tmp_path / "run"
+        save_checkpoint(run, step, model, byte_tokenizer(), {"step": step, "x": torch.ones(3)}, keep=3)
+    return run
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A test's own run with checkpoints of steps 1, 2 and 3."""
+    return shutil.copytree(saved_once, tmp_path / "run", symlinks=True)
 
 
 def test_whole_checkpoints_verify_and_latest_points_at_the_newest(saved):

@@ -12,7 +12,7 @@ from nestling.training import Trainer, checkpoint, train
 from nestling.training.build import load_saved
 from processes import Command
 
-STEPS = 60
+STEPS = 40
 SLOW_LEVEL = [{"chunk_size": None}, {"chunk_size": 7 * 64}]  # 7 steps of 2 x 2 x 16 tokens
 
 
@@ -54,7 +54,7 @@ def test_killed_twice_and_resumed_is_bit_for_bit_the_same(config, tmp_path):
     other = config.changed(out=str(tmp_path / "killed"))
     choice = random.Random(time.time_ns())
     places = []
-    for low, high in ((4, 20), (25, 45)):
+    for low, high in ((4, 14), (18, 32)):
         step, delay = choice.randint(low, high), choice.random() * 0.02
         places.append((step, delay))
         kill_at(start(other), other, step, delay)

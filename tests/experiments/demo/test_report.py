@@ -95,7 +95,13 @@ def test_figures_have_room_wherever_the_losses_end(result, bits):
     assert f"Hope {bits:.2f}" in build(result)
 
 
-def test_failure_and_early_end_are_said(result):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Figures take most of the time of a page."""
+    monkeypatch.setattr("experiments.demo.figures.both", lambda *arguments: "")
+
+
+def test_failure_and_early_end_are_said(result, no_figures):
     """A page of a run that missed the bar never says that it learned."""
     result["check"] |= {"passed": False, "learned": {HOPE: False, TRANSFORMER: True}}
     result |= {"stopped": True, "steps": 7, "planned_steps": 20}
@@ -116,7 +122,7 @@ def test_a_loss_that_is_not_finite_is_shown_as_such(result):
     assert "Hope not finite" in page
 
 
-def test_text_rows_cover_every_byte(result):
+def test_text_rows_cover_every_byte(result, no_figures):
     """Each byte stands in the shaded text, line ends and broken characters included."""
     result["models"][HOPE]["memory"]["text"] = [*b"a\n\tz", *"é".encode(), 0xFF, 0, *b"x" * 120]
     page = build(result)

@@ -73,14 +73,16 @@ def test_measurements_have_their_shapes(demo):
     assert all(len(s["text"].encode()) >= 1 for s in hope["samples"])
 
 
-def test_folder_holds_report_numbers_and_models(demo):
+def test_folder_holds_report_numbers_and_models(demo, monkeypatch):
     """The report is the result's; the models can be loaded and go on writing."""
     from nestling.generation.load import load_model
 
     folder = demo.report.parent
     stored = json.loads((folder / "report.json").read_text())
     assert stored["steps"] == demo.result["steps"]
-    assert demo.report.read_text() == build(demo.result)
+    monkeypatch.setattr("experiments.demo.figures.both", lambda *arguments: "")  # most of the time of a page
+    written = re.sub(r'<div class="(?:wide|narrow)">.*?</div>', "", demo.report.read_text(), flags=re.S)
+    assert written == build(demo.result)
     assert len(re.findall(r"<h2>", demo.report.read_text())) == 5
     model, tokenizer = load_model(folder / "hope")
     assert sum(p.numel() for p in model.parameters()) == demo.result["models"][HOPE]["parameters"]
