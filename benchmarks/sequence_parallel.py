@@ -10,7 +10,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,10 +63,10 @@ def ring_bytes(config: HopeConfig, tokens: int, ranks: int) -> float:
     return 3 * (ranks - 1) * kept
 
 
-def on_paper() -> list[dict]:
+def on_paper(names: Sequence[str] = sizes.NAMES) -> list[dict]:
     """Bytes that a rank sends for one window and its gradient: the state at the last cut, and a ring's."""
     rows, read = [], PAPER_TOKENS // PAPER_RANKS * (PAPER_RANKS - 1)
-    for name in sizes.NAMES:
+    for name in names:
         row: dict = {"size": name, "tokens": PAPER_TOKENS, "ranks": PAPER_RANKS}
         for mixer, options in MIXERS.items():
             row[mixer] = 2 * state_bytes(sizes.config(name, **options), read) / 1e6

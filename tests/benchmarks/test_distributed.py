@@ -16,7 +16,8 @@ def test_the_page_shows_the_committed_figures():
     for name, table in distributed.tables(result).items():
         assert page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0].strip() == table, name
     assert result["paper"] == distributed.on_paper()
-    assert result["sequence"]["paper"] == sequence_parallel.on_paper()
+    some = ("tiny", "35m")
+    assert [row for row in result["sequence"]["paper"] if row["size"] in some] == sequence_parallel.on_paper(some)
 
 
 def test_bytes_on_paper_are_those_of_a_state():
