@@ -180,3 +180,17 @@ def test_a_checked_reading_writes_its_page(call, folder, tmp_path):
     check = json.loads(result.stdout)["documents"][0]["check"]
     assert f"| a.txt | {check['count']} |" in page.read_text() and check["count"] > 0
     assert "pipe cannot be checked" in call("learn", folder, "-", "--state", tmp_path / "t", "--check", page).stderr
+
+
+def test_a_question_is_answered_by_a_snapshot(call, folder, short, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("0=1;7=4;96:7|40=1;7=4;" * 6)
+    state = tmp_path / "my.state"
+    read = call("learn", folder, short, other, "--state", state, "--snapshots", 2, "--probe", 0, "--threads", 1)
+    assert read.exit_code == 0, read.stderr
+    before = state.read_bytes()
+    found = json.loads(call("ask", folder, "the cat sat", "--state", state, "-n", 3, "--json").stdout)
+    assert found["recalled"] in ("short.txt", "other.txt", None) and state.read_bytes() == before
+    assert list(load_state(state, load_model(folder, "cpu")[0]).snapshots) == ["short.txt", "other.txt"]
+    refused = call("learn", folder, short, "--snapshots", -1)
+    assert refused.exit_code == 2 and "snapshots must not be negative" in refused.stderr
