@@ -39,7 +39,7 @@ def summarize(settings: Choice, contenders: list[ChoiceContender], row: Row) -> 
             tasks[task] = figures
         if tasks:
             found.append({"contender": contender.name, "tasks": tasks})
-    return {"experiment": "choice", "tasks": settings.tasks, "base": base, "contenders": found}
+    return {"experiment": settings.name, "tasks": settings.tasks, "base": base, "contenders": found}
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -149,7 +149,7 @@ def memory(result: dict[str, Any], width: int) -> Figure:
                 ax.plot(x, values, color=colour, lw=0.6, alpha=0.25)
             smooth = values if steps else _window_mean(values, SMOOTH_BYTES)
             ax.plot(x, smooth, color=colour, lw=2)
-            ends.append((x[-1], smooth[-1], f"layer {i + 1}", colour))
+            ends.append((x[-1], smooth[-1], f"layer {seen['layers'][i]['layer']}", colour))
         if trained < length:
             ax.axvspan(trained, length, color=LINE, alpha=0.35, lw=0, zorder=0)
         for edge in range(0, length + 1, chunk):

@@ -70,8 +70,8 @@ def memory_over_text(model: PreTrainedModel, ids: np.ndarray, length: int) -> di
 
     Returns:
         `text` [T] byte values, `bits` [T] the model's loss at each byte (the first is None: nothing precedes it), and
-        `layers`: per layer with a memory to inspect the inner `loss`, learning rate `eta`, decay `alpha` and weight
-        `norm`, each [T], averaged over heads.
+        `layers`: of each decoder layer with a memory to inspect its number `layer`, from 1, and the inner `loss`,
+        learning rate `eta`, decay `alpha` and weight `norm`, each [T], averaged over heads.
     """
     piece = excerpt(np.asarray(ids), length)
     window = torch.from_numpy(piece)[None]
@@ -95,7 +95,7 @@ def memory_over_text(model: PreTrainedModel, ids: np.ndarray, length: int) -> di
         memory = getattr(mixer, "memory", mixer)  # it may stand beside attention
         if hasattr(memory, "inspect"):
             seen = memory.inspect(inputs[i])
-            layers.append({name: _rounded(seen[name][0].mean(0)) for name in FIGURES})
+            layers.append({"layer": i + 1} | {name: _rounded(seen[name][0].mean(0)) for name in FIGURES})
     return {"text": piece.tolist(), "bits": [None, *_rounded(losses)], "layers": layers}
 
 

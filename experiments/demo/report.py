@@ -148,8 +148,8 @@ def _shaded(result: dict[str, Any]) -> str:
 
 def _choices(result: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
     memory = result["models"][HOPE]["memory"]
-    inner = [(f"inner loss, layer {i}", layer["loss"]) for i, layer in enumerate(memory["layers"], 1)]
-    rates = [(f"learning rate, layer {i}", layer["eta"]) for i, layer in enumerate(memory["layers"], 1)]
+    inner = [(f"inner loss, layer {layer['layer']}", layer["loss"]) for layer in memory["layers"]]
+    rates = [(f"learning rate, layer {layer['layer']}", layer["eta"]) for layer in memory["layers"]]
     return [*inner, *rates, ("the model's own surprise", memory["bits"])]
 
 

@@ -152,13 +152,13 @@ def about_memory(result: dict[str, Any]) -> str:
     """Whether the memories' loss falls along the text, and whether they fade meanwhile."""
     said, fitting = [], 0
     layers = result["models"][HOPE]["memory"]["layers"]
-    for i, layer in enumerate(layers, 1):
+    for layer in layers:
         loss, norm = np.asarray(layer["loss"], float), np.asarray(layer["norm"], float)
         part = max(1, len(loss) // 8)
         first, last = float(loss[:part].mean()), float(loss[-part:].mean())
         change = (last - first) / max(first, 1e-12)
         verb = "falls" if change < -STEADY else "rises" if change > STEADY else "stays even,"
-        sentence = f"layer {i} {verb} from {_short(first)} to {_short(last)}"
+        sentence = f"layer {layer['layer']} {verb} from {_short(first)} to {_short(last)}"
         if change < -STEADY and norm[-1] < (1 - FADED) * norm[0]:
             sentence += " as its weights shrink, and with them its targets (fading, not only fitting)"
         elif change < -STEADY:
@@ -174,11 +174,12 @@ def about_memory(result: dict[str, Any]) -> str:
 def about_settings(result: dict[str, Any]) -> str:
     """Learning rate, decay and norm, with their ranges."""
     said = []
-    for i, layer in enumerate(result["models"][HOPE]["memory"]["layers"], 1):
+    for layer in result["models"][HOPE]["memory"]["layers"]:
         eta, alpha, norm = (np.asarray(layer[key], float) for key in ("eta", "alpha", "norm"))
         low, high = np.percentile(eta, [1, 99])
         span, change = _count(float(np.median(horizon(alpha)))), signed(norm[-1] / norm[0] - 1)
-        said.append(f"layer {i} learns at {low:.2g} to {high:.2g}, forgets over {span} bytes, norm {change}")
+        learns = f"learns at {low:.2g} to {high:.2g}, forgets over {span} bytes, norm {change}"
+        said.append(f"layer {layer['layer']} {learns}")
     return f"Every memory is told its rate and decay, byte by byte: {'; '.join(said)} over the text."
 
 
@@ -192,10 +193,10 @@ def about_surprise(result: dict[str, Any]) -> str:
     memory = result["models"][HOPE]["memory"]
     bits = np.asarray(memory["bits"][1:], float)
     said = []
-    for i, layer in enumerate(memory["layers"], 1):
+    for layer in memory["layers"]:
         r = correlation(np.asarray(layer["loss"][1:], float), bits)
         kind = "hardly related" if abs(r) < WEAK else "higher at surprises" if r > 0 else "lower at surprises"
-        said.append(f"layer {i} {r:+.2f} ({kind})".replace("-", "\N{MINUS SIGN}"))
+        said.append(f"layer {layer['layer']} {r:+.2f} ({kind})".replace("-", "\N{MINUS SIGN}"))
     return f"Rank correlation of a byte's inner loss with the model's surprise at that byte: {', '.join(said)}."
 
 

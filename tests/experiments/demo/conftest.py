@@ -82,12 +82,13 @@ def made_up() -> dict:
                 "bits": [None, *(2 + (i % 7) / 7 for i in range(127))],
                 "layers": [
                     {
+                        "layer": number,
                         "loss": [2 / (1 + 0.1 * i) for i in range(128)],
                         "eta": [0.5 + 0.001 * (i % 10) for i in range(128)],
                         "alpha": [0.99] * 128,
                         "norm": [20.0] * 128,
                     }
-                    for _ in range(2)
+                    for number in (1, 2)
                 ]
                 * (name == HOPE),
             },

@@ -67,6 +67,7 @@ def test_measurements_have_their_shapes(demo):
     assert [len(layer[k]) for layer in hope["memory"]["layers"] for k in ("loss", "eta", "alpha", "norm")] == 4 * [
         length
     ]
+    assert [layer["layer"] for layer in hope["memory"]["layers"]] == [2]  # the first has attention alone
     assert all(0 < a <= 1 for a in hope["memory"]["layers"][0]["alpha"])
     assert transformer["memory"]["layers"] == []
     assert [s["prompt"] for s in hope["samples"]] == [s["prompt"] for s in transformer["samples"]]
