@@ -35,20 +35,22 @@ def table(summary: dict[str, Any]) -> str:
     tests = summary["tests"]
     heads = [task if len(labels) == 1 else f"{task}: {' / '.join(labels)}" for task, labels in tests.items()]
     lines = [[c["contender"], *(_cell(c["tasks"].get(task)) for task in tests)] for c in summary["contenders"]]
-    seeds = max(
-        (len(v["values"]) for c in summary["contenders"] for t in c["tasks"].values() for v in t.values()), default=0
-    )
+    seeds = max((_seeds(cell) for c in summary["contenders"] for cell in c["tasks"].values()), default=0)
     return markdown(["right answers, %", *heads], lines) + (
-        f"\nAfter {summary['steps']:,} steps; mean ± standard deviation over up to {seeds} seeds (their number in brackets); "
+        f"\nAfter {summary['steps']:,} steps; mean ± standard deviation over up to {seeds} seeds, in brackets how many; "
         "a cell without a spread is one seed.\n"
-    )  # fmt: skip
+    )
 
 
 def _cell(own: dict[str, Any] | None) -> str:
     if not own:
         return "-"
-    runs = max(len(found["values"]) for found in own.values())
+    runs = _seeds(own)
     return " / ".join(pm(found, 1) for found in own.values()) + (f" ({runs})" if runs > 1 else "")
+
+
+def _seeds(own: dict[str, Any]) -> int:
+    return max(len(found["values"]) for found in own.values())
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
@@ -62,14 +64,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                 for number, (label, colour) in enumerate(zip(labels, COLOURS)):
                     values = found["tasks"].get(task, {}).get(label, {"values": []})["values"]
                     height = place + 0.24 * (number - (len(labels) - 1) / 2)
-                    axis.scatter(
-                        values,
-                        [height] * len(values),
-                        s=18,
-                        color=colour,
-                        alpha=0.7,
-                        label=label if place == 0 else None,
-                    )
+                    shown = label if place == 0 else None
+                    axis.scatter(values, [height] * len(values), s=18, color=colour, alpha=0.7, label=shown)
             axis.set(title=task, xlabel="right, %", xlim=(-5, 105))
             if len(labels) > 1:
                 axis.legend(fontsize=7, loc="lower left")
