@@ -35,10 +35,8 @@ def table(summary: dict[str, Any]) -> str:
     tests = summary["tests"]
     heads = [task if len(labels) == 1 else f"{task}: {' / '.join(labels)}" for task, labels in tests.items()]
     lines = [[c["contender"], *(_cell(c["tasks"].get(task)) for task in tests)] for c in summary["contenders"]]
-    seeds = max((_seeds(cell) for c in summary["contenders"] for cell in c["tasks"].values()), default=0)
     return markdown(["right answers, %", *heads], lines) + (
-        f"\nAfter {summary['steps']:,} steps; mean ± standard deviation over up to {seeds} seeds, in brackets how many; "
-        "a cell without a spread is one seed.\n"
+        f"\nAfter {summary['steps']:,} steps; mean ± standard deviation over seeds (how many), or one seed.\n"
     )
 
 
