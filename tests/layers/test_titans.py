@@ -230,6 +230,33 @@ def test_recomputation_changes_nothing(options, segment_size):
         close(s, t, 1e-11)
 
 
+@pytest.mark.parametrize("architecture", ["linear", "mlp"])
+@pytest.mark.parametrize("name", ["k", "v", "q"])
+def test_from_the_identity_a_layer_begins_as_one_of_static_projections(architecture, name):
+    """Until the first chunk ends, when what its memories learned is read for the first time."""
+    options = dict(architecture=architecture, self_targets=False, qkv_conv=2, chunk_size=4)
+    static = build(adaptive=(), **options)
+    layer = SelfModifyingTitans(
+        DIM, HEADS, adaptive=(name,), projection_init="identity", **(dict(chunk_size=4) | options)
+    ).double()
+    own = dict(static.named_parameters())
+    rows = dict(zip(static.widths, own["in_proj.weight"].split([*static.widths.values()])))
+    rows["x"] = rows[name]
+    layer.load_state_dict(
+        {n: p for n, p in own.items() if not n.startswith(("initial", "in_proj"))}
+        | {"in_proj.weight": torch.cat([rows[part] for part in layer.widths])}
+        | {n: p for n, p in layer.state_dict().items() if n.startswith("initial")}
+    )  # fmt: skip
+    with torch.no_grad():
+        for theirs, ours in zip(layer.initial[-1], static.initial[-1], strict=True):
+            theirs[-1].copy_(ours[-1])
+    x = inputs(11)
+    apart = (layer(x)[0] - static(x)[0]).abs()
+    first, later = apart[:, :4].max(), apart[:, 4:].max()
+    assert first < 1e-3  # made a unit vector twice, with the 1e-6 of `unit` in it
+    assert later > 5 * first
+
+
 def test_inspect_tells_what_the_layer_did():
     layer = build()
     x = inputs(11)

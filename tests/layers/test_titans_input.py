@@ -60,6 +60,8 @@ def build(**options):
         (dict(first_rate=0.1, architecture="linear"), "first_rate=0.1 is of a deep"),
         (dict(projection_rate=0.0), "projection_rate"),
         (dict(projection_rate=0.1, adaptive=()), "projection_rate is of memories that project"),
+        (dict(projection_init="zero"), "projection_init"),
+        (dict(projection_init="identity", adaptive=("eta",)), "projection_init='identity' is of memories that project"),
         (dict(initial_scale=-1.0), "initial_scale"),
         (dict(erase_gate=True, initial_erase=1.0), "initial_erase"),
         (dict(initial_erase=0.8), "erase_gate=True"),

@@ -41,7 +41,7 @@ class Task:
 class TaskContender(Contender):
     """A sequence layer with its options, or a pattern of them.
 
-    layers: decoder layers; None: the experiment's. runs: its seeds, all if it is empty.
+    layers: decoder layers, steps: of training; None: the experiment's. runs: its seeds, all if it is empty.
     """
 
     mixer: str = "selfmod"
@@ -49,6 +49,7 @@ class TaskContender(Contender):
     mixers: list[dict[str, Any]] = field(default_factory=list)
     head_size: int = 64
     layers: int | None = None
+    steps: int | None = None
     runs: list[int] = field(default_factory=list)
 
 
@@ -68,7 +69,7 @@ class TaskStudy(Study):
     tested: int = 256  # sequences of each test
 
     def smoke(self) -> TaskStudy:
-        few = [asdict(c) | {"head_size": 8, "runs": []} for c in self.contenders]
+        few = [asdict(c) | {"head_size": 8, "steps": None, "runs": []} for c in self.contenders]
         return self.changed(contenders=few, width=16, parameters=40_000, tested=4, steps=2, seeds=[0])
 
     def decisive(self, job: TaskJob) -> dict[str, Any]:
@@ -99,6 +100,8 @@ class TaskWork(StudyWork):
         """Not for how many seeds it is run."""
         contender = super().compared(job)
         contender.pop("runs")
+        if contender["steps"] is None:
+            contender.pop("steps")
         return contender
 
     def run(self, job: TaskJob, progress: Progress | None) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def run(
         tokens, targets = (t.to(device) for t in task.draw(task.batch_size, generator))
         return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
-    losses = train(model, settings.steps, settings.lr, settings.warmup, loss_of, progress)
+    losses = train(model, contender.steps or settings.steps, settings.lr, settings.warmup, loss_of, progress)
     fresh = torch.Generator().manual_seed(10_000 + seed)
     found = {label: accuracy(model, draw(settings.tested, fresh)) for label, draw in task.tests.items()}
     return {"parameters": size(model), "accuracy": found, "curve": curve(losses, 30)}

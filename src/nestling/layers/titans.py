@@ -121,6 +121,10 @@ class SelfModifyingTitans(nn.Module):
         for group, weights in zip(self.groups, self.initial, strict=True):
             for weight, std in zip(weights, group.architecture.initial(), strict=True):
                 nn.init.normal_(weight, std=std)
+            if self.config.projection_init == "identity":
+                for i in (i for i, name in enumerate(group.names) if name in PATHS):
+                    last = weights[-1][i]  # of a deep memory, which adds to its input
+                    last.copy_(torch.eye(self.head_dim) if len(weights) == 1 else torch.zeros_like(last))
             if group.names[-1] == "memory":
                 weights[-1][-1].mul_(self.config.initial_scale)
 

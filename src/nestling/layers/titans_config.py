@@ -16,6 +16,7 @@ _CHOICES = dict(
     architecture=("mlp", "linear"), gates=("mlp", "linear"), decay=("learned", "fixed", "none"),
     rate=("learned", "one", "gate"), retain=("initial", "zero"), read=("before", "after", "chunk"),
     skip=("outer", "inner"), conv_init=("uniform", "last"), qkv_conv_init=(None, "uniform", "last"),
+    projection_init=("random", "identity"),
 )  # fmt: skip
 
 
@@ -86,6 +87,9 @@ class TitansConfig:
     projection_rate: float | None = None
     """A learned factor, from this value, on the eta of all memories but the main one; None for none. A small one lets
     the layer begin as one of static projections."""
+    projection_init: str = "random"
+    """Initial state of the memories of k, v and q before training: "random", or "identity", M(x) = x: the layer begins
+    as one of static projections, and what a memory learns in the context shows where it is read (decision D27)."""
     initial_scale: float = 1.0
     """A factor on the main memory's initial weights, of a deep one's last layer: at 1 they drown what is written."""
     retain: str = "initial"
@@ -227,6 +231,10 @@ class TitansConfig:
             raise ValueError(f'adaptive holds "alpha", which needs decay="learned"; got {self.decay!r}')
         if self.projection_rate is not None and not self.adaptive:
             raise ValueError("projection_rate is of memories that project: adaptive is empty, leave it None")
+        if self.projection_init != "random" and not set(PATHS) & set(self.adaptive):
+            raise ValueError(
+                f"projection_init={self.projection_init!r} is of memories that project: put k, v or q into adaptive"
+            )
         numbers = [name for name in ("eta", "alpha") if name in self.adaptive]
         if numbers and not self.self_targets:
             raise ValueError(
