@@ -17,8 +17,8 @@ __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 MEMORY = HOPE | horizon(2048, 32768)
 # no erase, so no gate for it: a write remains, its step from a gate of its own
 NO_ERASE = dict(dgd=False, erase_gate=False, erase_range=1.0, initial_erase=0.5, conv_for=["gate", "eta", "alpha"])
-# of the paper: a projection is a memory with targets of its own, which the decay returns to its initial state
-ADAPTIVE = dict(self_targets=True, retain="initial")
+# a projection is a memory that begins at the identity and with a small rate of its own, so the layer begins as the default
+ADAPTIVE = dict(retain="initial", projection_init="identity", projection_rate=0.02)
 
 
 def defaults() -> Choice:
@@ -38,9 +38,9 @@ def defaults() -> Choice:
         for name, change in changes.items()
     ]
     contenders.append(ChoiceContender("no memory", mixers=[window], text_lr=5e-3))
-    return Choice(name="ablation", contenders=contenders, tasks=["parity", "text 400"], seeds=[0, 1, 2])
+    return Choice(name="ablation", contenders=contenders, tasks=["parity", "recall", "text 400"], seeds=[0, 1, 2])
 
 
 def work(settings: Choice, data: str | Path | None, smoke: bool) -> ChoiceWork:
-    """What trains; parity is drawn, the text is the standard library's sources."""
+    """What trains; parity and pairs are drawn, the text is the standard library's sources."""
     return ChoiceWork(settings)
