@@ -17,7 +17,7 @@ __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 MEMORY = HOPE | horizon(2048, 32768)
 # no erase, so no gate for it: a write remains, its step from a gate of its own
 NO_ERASE = dict(dgd=False, erase_gate=False, erase_range=1.0, initial_erase=0.5, conv_for=["gate", "eta", "alpha"])
-# a projection is a memory that begins at the identity and with a small rate of its own, so the layer begins as the default
+# a projection is a memory, at first the identity with a small rate of its own: the layer begins as the default
 ADAPTIVE = dict(retain="initial", projection_init="identity", projection_rate=0.02)
 
 
