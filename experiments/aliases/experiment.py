@@ -31,7 +31,7 @@ class Aliases(TaskStudy):
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     layers: int = 1
     parameters: int = 80_000
-    steps: int = 600
+    steps: int = 1000
 
 
 def defaults() -> Aliases:
@@ -42,23 +42,21 @@ def defaults() -> Aliases:
 
     window = {"mixer": "window_attention", "window": 256}
     hope = beside(HOPE | horizon(2048, 32768)) | dict(chunk_size=4)
+    adaptive = hope | dict(adaptive=["k"], retain="initial", projection_init="identity")
     contenders = [
         TaskContender("static", options=STATIC),
         TaskContender("adaptive k", options=ADAPTIVE),
-        TaskContender("adaptive k, random at first", options=ADAPTIVE | dict(projection_init="random")),
-        TaskContender("static, twice the steps", options=STATIC, steps=1200),
-        TaskContender("attention", "attention", head_size=32),
-        TaskContender("first default", options=first()),
-        TaskContender("first default, static", options=first(adaptive=[])),
         TaskContender("static, 2 layers", options=STATIC, layers=2),
-        TaskContender("adaptive k, 2 layers", options=ADAPTIVE, layers=2),
         TaskContender("attention, 2 layers", "attention", head_size=32, layers=2),
         TaskContender("default Hope, 2 layers", mixers=[window, hope], layers=2),
-        TaskContender(
-            "default Hope, adaptive k, 2 layers", layers=2,
-            mixers=[window, hope | dict(adaptive=["k"], retain="initial", projection_init="identity")],
-        ),
-    ]  # fmt: skip
+        TaskContender("default Hope, adaptive k, 2 layers", mixers=[window, adaptive], layers=2),
+        TaskContender("static, twice the steps", options=STATIC, steps=2000),
+        TaskContender("adaptive k, random at first", options=ADAPTIVE | dict(projection_init="random")),
+        TaskContender("attention", "attention", head_size=32),
+        TaskContender("adaptive k, 2 layers", options=ADAPTIVE, layers=2),
+        TaskContender("first default", options=first()),
+        TaskContender("first default, static", options=first(adaptive=[])),
+    ]
     return Aliases(contenders=contenders, seeds=[0, 1, 2])
 
 

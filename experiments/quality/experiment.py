@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.shared.models.paper import PaperRun
 from experiments.shared.models.runs import TrainingWork
 from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
 from experiments.shared.report import COLOURS, band, count, figure, markdown, mean_bins, mean_curve, pm, spread
@@ -40,6 +41,26 @@ def defaults() -> TrainingStudy:
             ],
         }
     )
+
+
+def paper() -> list[PaperRun]:
+    """NL Table 2: both sizes, with the baselines that this package has."""
+    contenders: dict[str, dict[str, Any]] = {
+        "hope": {},
+        "hope, self-modifying": {"mixer": "selfmod"},
+        "hope-attention": {"mixer": "attention"},
+        "titans": {"mixer": "titans"},
+        "deltanet": {"mixer": "deltanet"},
+        "gated deltanet": {"mixer": "gated_deltanet"},
+        "gated deltanet and window": {"mixers": ["gated_deltanet", {"mixer": "window_attention", "window": 2048}]},
+        "transformer": {"mixer": "attention", "mixer_options": {"conv_size": 0, "output_gate": False}},
+    }
+    train = {
+        "precision": "bf16", "data.tokenizer": "bpe:32000", "data.seq_len": 4096, "data.batch_size": 16,
+        "optim.accumulate": 8, "optim.lr": 4e-4, "schedule.warmup": 0.02, "parallel.mode": "fsdp",
+        "logging.save_every": 1000, "logging.eval_every": 1000,
+    }  # fmt: skip
+    return [PaperRun(size, tokens, contenders, train) for size, tokens in (("760m", 30e9), ("1.3b", 100e9))]
 
 
 def _model(width: int, layers: int, heads: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ class Experiment(Protocol):
         GROUP: the heading under which `nestling eval --list` shows it.
         QUESTION: what it asks, in one line.
         ENTRIES: the key of the summary that holds the list of what was found; optional, "contenders" if it is absent.
+        paper: optional, a function without arguments that gives `experiments.shared.models.paper.PaperRun`s.
     """
 
     GROUP: str

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.catalog import names
 from experiments.shared.interface import Experiment, entries, find, folder_of
+from experiments.shared.models.paper import write
 from experiments.shared.results import Results, finite
 from experiments.shared.scheduler import run_jobs
 from nestling.training.config import unknown
@@ -96,6 +98,20 @@ def run_experiment(
             raise ValueError(f"{folder} holds no results of these settings yet; " + (_listed(failed) or "run it first"))
         write_report(experiment, summary, folder)
         return finite(summary) | {"missing": missing, "failed": failed, "folder": str(folder)}
+
+
+def write_paper(name: str, out: str | Path | None = None) -> tuple[Path, str]:
+    """Configurations of an experiment at the paper's size, checked and not run: their folder, and a table of them.
+
+    Raises:
+        ValueError: the experiment has none.
+    """
+    experiment = find(name)
+    if not hasattr(experiment, "paper"):
+        known = [n for n in names() if "\ndef paper(" in (folder_of(n) / "experiment.py").read_text(encoding="utf-8")]
+        raise ValueError(f"experiment {name!r} has no configurations at the paper's size; {', '.join(known)} has")
+    folder = Path(out) if out else Path("runs", f"{name}-paper")
+    return folder, write(experiment.paper(), folder)
 
 
 def load(name: str, folder: Path, options: dict[str, Any], smoke: bool = False) -> Any:

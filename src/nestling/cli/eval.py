@@ -40,6 +40,12 @@ def main(
         float | None, typer.Option(help="Start no further run after so many minutes; go on later.")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny version that takes seconds, to see it work.")] = False,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper", help="Run nothing: write `nestling train` configurations of the paper's sizes, checked."
+        ),
+    ] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Run nothing: write table and figure from the results there are.")
     ] = False,
@@ -76,6 +82,9 @@ def main(
     On a folder of books, two runs at a time, for at most an hour:
       nestling eval quality --data books/ --workers 2 --time-limit 60
 
+    What the same comparison is at the paper's sizes (760 million and 1.3 billion parameters), to be run elsewhere:
+      nestling eval quality --paper --out runs/table2
+
     One contender only, with fewer steps, in a folder of its own:
       nestling eval cost --only default --only "chunk 32" -o steps=100 --out runs/cost
     """
@@ -84,11 +93,15 @@ def main(
         return
     if name is None:
         raise ValueError(f"which experiment? There are:\n\n{listing(experiments)}")
-    run_experiment = laboratory("shared.run", experiments).run_experiment
+    running = laboratory("shared.run", experiments)
+    if paper:
+        folder, table = running.write_paper(name, out)
+        typer.echo(f"{table}\nwritten: {folder}")
+        return
     options = assignments(option or [], "--option")
     if time_limit is not None and time_limit < 0:
         raise ValueError(f"--time-limit must not be negative, not {time_limit}")
-    summary = run_experiment(
+    summary = running.run_experiment(
         name,
         out,
         data=data,

@@ -89,7 +89,7 @@ class TitansConfig:
     the layer begin as one of static projections."""
     projection_init: str = "random"
     """Initial state of the memories of k, v and q before training: "random", or "identity", M(x) = x: the layer begins
-    as one of static projections, and what a memory learns in the context shows where it is read (decision D27)."""
+    as one of static projections, and what a memory learns in the context shows where it is read (decision D28)."""
     initial_scale: float = 1.0
     """A factor on the main memory's initial weights, of a deep one's last layer: at 1 they drown what is written."""
     retain: str = "initial"
