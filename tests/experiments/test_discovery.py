@@ -29,7 +29,7 @@ DATA = {
     "cost": CORPUS, "quality": CORPUS, "stability": CORPUS, "language": CORPUS,
     "vision": "9186ed07dbbc", "m3": "9186ed07dbbc",
     "domains": ",".join(SIZES), "frequencies": ", ".join(SIZES), "knowledge": SIZES[3],
-    "choice": "8e722667726f2363-77a938d4c9bb4bab", "ablation": "8e722667726f2363-77a938d4c9bb4bab", "needles": "a57f87463dc0",
+    **dict.fromkeys(("ablation", "choice"), "8e722667726f2363-77a938d4c9bb4bab"), "needles": "a57f87463dc0",
     "translation": "galela 846809,uma 778732",
 }  # fmt: skip
 # contenders that have not run on every stream or text, as the experiment's page says
