@@ -45,7 +45,7 @@ def summarize(settings: Choice, contenders: list[ChoiceContender], row: Row) -> 
 def table(summary: dict[str, Any]) -> str:
     """The figures as Markdown."""
     drawn = {task: sizes for task in summary["tasks"] if (sizes := _sizes(summary, task))}
-    texts = [task for task in summary["tasks"] if task not in drawn]
+    texts = [task for task in summary["tasks"] if task.startswith("text")]
     header = ["contender", *(f"{task} {' / '.join(sizes)}" for task, sizes in drawn.items())]
     for task in texts:
         header += [task.replace("text", "language,") + " steps", f"- {summary['base']}"]
