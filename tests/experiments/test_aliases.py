@@ -58,7 +58,7 @@ def test_more_steps_are_another_run():
     settings = experiment.defaults()
     found = {
         name: tasks.TaskWork(settings).fingerprint(tasks.TaskJob(name, "aliases", 0))
-        for name in ("static", "static, twice the steps")
+        for name in ("static", "static, 4000 steps")
     }
     assert len(set(found.values())) == 2
     static = settings.contender("static")
