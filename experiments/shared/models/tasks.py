@@ -94,6 +94,7 @@ class TaskJob(Job):
 
 
 class TaskWork(StudyWork):
+    settings: TaskStudy
     anywhere = True
 
     def compared(self, job: TaskJob) -> dict[str, Any]:
