@@ -58,7 +58,7 @@ def main(
         int,
         typer.Option(
             help="After the last document read all again so many times, sentences shuffled: far more is known "
-            "afterwards, and more is harmed elsewhere (see --anchor)."
+            "afterwards, and more is harmed elsewhere."
         ),
     ] = 0,
     snapshots: Annotated[
@@ -105,7 +105,7 @@ def main(
       nestling learn runs/smol notes/ --state my.state --control --held-out other.txt --page session.html
 
     Read a notebook, then sleep on it, so that questions are answered in other words than its own:
-      nestling learn runs/smol notes/ --sleep 2 --anchor 16
+      nestling learn runs/smol notes/ --sleep 2
 
     A shelf of books on different things, none of which shall drive out another:
       nestling learn runs/smol books/ --snapshots 8
