@@ -52,5 +52,6 @@ def test_every_experiment_has_a_page_that_says_what_it_asked_and_found(name):
     assert found["Question"] == QUESTIONS[name]
     assert found["Verdict"] in VERDICTS
     assert found["Paper"]
+    assert f"experiments/{name}/README.md\n" in (ROOT / "mkdocs.yml").read_text()
     for part in (f"```bash\nnestling eval {name}", f"<!-- experiment {name} -->", "](plot.png)", "\n## Limits\n"):
         assert part in text
