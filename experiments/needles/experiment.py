@@ -7,8 +7,9 @@ from typing import Any
 
 from experiments.choice.experiment import DELTA, HOPE, beside, horizon
 from experiments.needles.report import plot, summarize, table
-from experiments.needles.study import NeedleContender, NeedleJob, Needles, NeedlesWork
+from experiments.needles.study import NeedleContender, Needles, NeedlesWork
 from experiments.shared.corpus import find_files
+from experiments.shared.models.tasks import TaskJob
 from experiments.shared.work import Row
 
 GROUP = "Models"
@@ -47,10 +48,10 @@ def work(settings: Needles, data: str | Path | None, smoke: bool) -> NeedlesWork
     return NeedlesWork(settings, find_files(data, smoke))
 
 
-def plan(settings: Needles, contenders: list[NeedleContender], row: Row) -> list[NeedleJob]:
+def plan(settings: Needles, contenders: list[NeedleContender], row: Row) -> list[TaskJob]:
     """Every task and contender with the first seed, then with the second, ..."""
     return [
-        NeedleJob(contender.name, task, seed)
+        TaskJob(contender.name, task, seed)
         for seed in settings.seeds
         for task in settings.tasks
         for contender in contenders

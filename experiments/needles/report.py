@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 def summarize(settings: Needles, contenders: list[NeedleContender], row: Row) -> dict[str, Any]:
     """Whole answers found, in %, of each contender by task and multiple of the trained length, over seeds."""
-    from experiments.needles.study import NeedleJob
+    from experiments.shared.models.tasks import TaskJob
 
     times = [f"{n}x" for n in settings.times]
     found = []
     for contender in contenders:
         tasks = {}
         for task in settings.tasks:
-            runs = [r for s in settings.seeds if (r := row(NeedleJob(contender.name, task, s)))]
+            runs = [r for s in settings.seeds if (r := row(TaskJob(contender.name, task, s)))]
             if runs:
                 tasks[task] = {
                     "parameters": runs[0]["parameters"],

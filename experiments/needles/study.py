@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from experiments.needles.tasks import TASKS, batch
 from experiments.shared.models.drawn import beside, fitted, size, train
+from experiments.shared.models.tasks import TaskJob
 from experiments.shared.study import Contender, Study, StudyWork
-from experiments.shared.work import Job, Progress, curve
+from experiments.shared.work import Progress, curve
 from nestling.models import HopeForCausalLM, sizes
 from nestling.models.hope import HopeConfig
 
@@ -59,27 +60,13 @@ class Needles(Study):
             steps=2, times=[1, 2], seeds=[0],
         )  # fmt: skip
 
-    def decisive(self, job: NeedleJob) -> dict[str, Any]:
+    def decisive(self, job: TaskJob) -> dict[str, Any]:
         """All but which tasks there are, and which book is not read by this one."""
         values = super().decisive(job)
         values.pop("tasks")
         if TASKS[job.task].haystack == "noise":
             values.pop("test_text")
         return values
-
-
-@dataclass(frozen=True)
-class NeedleJob(Job):
-    """One training run."""
-
-    contender: str
-    task: str
-    seed: int
-    kind: str = "run"
-
-    @property
-    def key(self) -> str:
-        return f"{self.contender}, {self.task}, seed {self.seed}"
 
 
 class NeedlesWork(StudyWork):
@@ -94,16 +81,16 @@ class NeedlesWork(StudyWork):
         digest = hashlib.sha256(f"{self.train_text}\n{self.test_text}".encode("latin-1"))
         super().__init__(settings, digest.hexdigest()[:12])
 
-    def reads(self, job: NeedleJob) -> str:
+    def reads(self, job: TaskJob) -> str:
         return "" if TASKS[job.task].haystack == "noise" else self.data
 
-    def compared(self, job: NeedleJob) -> dict[str, Any]:
+    def compared(self, job: TaskJob) -> dict[str, Any]:
         """Not for how many seeds it is run."""
         contender = super().compared(job)
         contender.pop("runs")
         return contender
 
-    def run(self, job: NeedleJob, progress: Progress | None) -> dict[str, Any]:
+    def run(self, job: TaskJob, progress: Progress | None) -> dict[str, Any]:
         contender = self.settings.contender(job.contender)
         return run(self.settings, contender, job.task, job.seed, self.train_text, self.test_text, progress, self.device)
 

@@ -93,7 +93,7 @@ def test_what_decides_a_run():
 
     def found(data, settings, task):
         work.data, work.settings = data, settings
-        return work.fingerprint(study.NeedleJob("attention", task, 0))
+        return work.fingerprint(study.TaskJob("attention", task, 0))
 
     other = settings.changed(contenders=[c | {"runs": {"single-1": [0]}} for c in settings.to_dict()["contenders"]])
     assert (
