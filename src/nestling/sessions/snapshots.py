@@ -1,8 +1,8 @@
-"""Snapshots of what the levels had learned at each document's end, taken up again where they predict best.
+"""What of all that was learned a text is read with: the levels as they stand, a snapshot of them, or nothing.
 
 A level forgets: what it learned of one document fades or is overwritten by the next ones. What it held at a document's
-end is small, so it is kept. Before another document is read, and before a question is answered, the snapshot that
-predicts its first tokens best takes the levels' place, or nothing at all, where nothing learned predicts them best.
+end is small, so it can be kept. Before another document is read, and before a question is answered, whatever predicts
+its first tokens best takes the levels' place: the levels, a snapshot, or nothing learned.
 """
 
 from __future__ import annotations
@@ -17,30 +17,40 @@ from nestling.sessions.scores import score
 if TYPE_CHECKING:
     from nestling.cms.cache import LevelsCache
 
-FIRST = 64  # tokens of a document by which a snapshot is chosen
+FIRST = 64  # tokens of a document by which it is chosen what reads it
+AHEAD = 2.0  # nats by which what was learned has to predict them better than nothing learned does
 NOTHING = ""  # learned
 
 
-def recall_nearest(
-    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None, nothing: bool = True
-) -> str | None:
-    """Put the levels of one stream to whatever predicts `ids` best; the context and all snapshots stay.
+def nearest(model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None) -> str | None:
+    """What the text that begins with `ids` is best read with, of all that the one stream in a cache ever knew.
+
+    What was learned of other texts may predict this one worse than the model did before it read anything, so nothing
+    learned is among the choices, and in doubt it is taken.
 
     Args:
-        ids: scored in a fresh context, after the token `start`.  context: after which attention begins anew.
-        nothing: whether it may be that nothing was learned.
+        ids: scored in a fresh context, after the token `start`, without learning.
+        context: after which attention begins anew.
 
     Returns:
-        The snapshot's name, `NOTHING`, or None: the levels stay as they are.
+        None: the levels as they stand; a snapshot's name; or `NOTHING`.
     """
-    names: list[str | None] = [None, *(cache.snapshots or ()), *[NOTHING] * nothing]
+    names: list[str | None] = [None, *(cache.snapshots or ()), NOTHING]
     losses = []
     for name in names:
         then = cache.fork()
         if name is not None:
             then.recall(name or None)
         losses.append(-float(score(model, then, ids, start, context).double().sum()))
-    best = names[min(range(len(names)), key=losses.__getitem__)]
+    losses[-1] -= AHEAD
+    return names[min(range(len(names)), key=losses.__getitem__)]
+
+
+def recall_nearest(
+    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None
+) -> str | None:
+    """Put the levels to what is `nearest` to a text, and return its name; the context and all snapshots stay."""
+    best = nearest(model, cache, ids, start, context)
     if best is not None:
         cache.recall(best or None)
     return best
