@@ -125,7 +125,7 @@ def built(plain: nn.Module, contender: LearnerContender, context: int) -> nn.Mod
 
 
 def bits_per_byte(model: nn.Module, tokenizer: Any, ids: list[int], context: int, start: int = 0) -> float:
-    """Of a text's tokens from `start` on, after an end-of-text token, attention beginning anew after `context` tokens."""
+    """Of a text's tokens from `start` on, read after an end-of-text token; attention begins anew after `context`."""
     row, found = [tokenizer.eos_token_id, *ids], []
     for at in range(0, len(ids), context):
         part = torch.tensor([row[at : at + context + 1]], device=model.device)

@@ -7,6 +7,7 @@ on ordinary book text.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import random
@@ -40,6 +41,7 @@ from nestling.cms.anchor import set_anchor
 from nestling.cms.defaults import default_levels
 from nestling.sessions.check import ANCHORS, own_texts
 from nestling.sessions.sleep import shuffled
+from nestling.sessions.snapshots import FIRST, nearest
 
 GROUP = "Continual learning"
 QUESTION = "Documents read once: can it answer when they are gone?"
@@ -81,8 +83,8 @@ def defaults() -> Knowledge:
         LearnerContender(BASE, "none"),
         LearnerContender("in context", "context"),
         LearnerContender("1 level", "levels", one),
-        LearnerContender("default", "levels"),
-        LearnerContender("default, sleep", "levels", options={"sleep": 1}),
+        LearnerContender("default", "levels", options={"choice": True}),
+        LearnerContender("default, sleep", "levels", options={"sleep": 1, "choice": True}),
         LearnerContender("default, sleep, anchored", "levels", options={"sleep": 1, "anchor": 16.0}),
         LearnerContender("2 levels", "levels", levels(2e-4, 64, 256)),
         LearnerContender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
@@ -208,6 +210,8 @@ class KnowledgeWork(ContinualWork):
             found = measures(world.questions, likely) | {"by_attribute": by_attribute(world, likely)}
             losses = token_losses(model, parts)
         bits = losses.sum().item() / math.log(2) / size
+        if contender.options.get("choice"):
+            found["choice"] = choice(plain, model, cache, world, encode, likely, parts, size, tokenizer.eos_token_id)
         return found | {"other_bits": bits, "updates": updates, "tokens": documents.shape[1],
                         "learning_seconds": seconds, "chance": chance(world.questions)}  # fmt: skip
 
@@ -219,6 +223,37 @@ def token_losses(model: nn.Module, ids: Tensor) -> Tensor:
     """The losses [B, T - 1] of a model that learns nothing, in nats."""
     logits = model(ids[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.float().mT, ids[:, 1:], reduction="none")
+
+
+def choice(
+    plain: nn.Module, model: nn.Module, cache: Any, world: World, encode: Callable[[str], list[int]],
+    likely: list[list[float]], parts: Tensor, size: int, start: int,
+) -> dict[str, float]:  # fmt: skip
+    """The measures where a reader chooses by each question, and by the beginning of each part of ordinary text, whether
+    it takes what was learned (`nestling.sessions.snapshots`). In float32: the model is widened.
+
+    Args:
+        likely: the answers by what was learned.  start: the token that a question begins after.
+
+    Returns:
+        calibrated: accuracy.  taken: the share of questions that what was learned answers.
+        other_bits, other_without: bits per byte of the parts, whose first tokens are predicted by nothing learned in
+        both, and of the parts by nothing learned.
+    """
+    plain, model = copy.deepcopy(plain).float(), model.float()
+    questions = [encode(PROMPT.format(question=q.text, opening=q.opening)) for q in world.questions]
+    with torch.no_grad():
+        taken = [nearest(model, cache, ids, start) is None for ids in questions]
+        without = [own if t else answers(plain, [q], encode)[0] for q, t, own in zip(world.questions, taken, likely)]
+        nats = token_losses(plain, parts)
+        chosen = nats.clone()
+        for row, part in enumerate(parts):
+            if nearest(model, cache, part[1 : FIRST + 1].tolist(), int(part[0])) is None:
+                with adapted(model, cache):
+                    chosen[row, FIRST:] = token_losses(model, part[None])[0, FIRST:]
+    bits = [x.sum().item() / math.log(2) / size for x in (chosen, nats)]
+    return {"calibrated": measures(world.questions, without)["calibrated"], "taken": sum(taken) / len(taken),
+            "other_bits": bits[0], "other_without": bits[1]}  # fmt: skip
 
 
 def by_attribute(world: World, likely: list[list[float]]) -> dict[str, float]:
@@ -250,7 +285,7 @@ def summarize(settings: Knowledge, contenders: list[LearnerContender], row: Row)
         if not rows:
             continue
         pairs = [(r, base[seed]) for seed, r in rows.items() if base[seed]]
-        first = next(iter(rows.values()))
+        first, chosen = next(iter(rows.values())), [r["choice"] for r in rows.values() if "choice" in r]
         tokens, chance_ = spread(r["tokens"] for r in rows.values()), first["chance"]
         found.append({
             "contender": contender.name,
@@ -262,6 +297,11 @@ def summarize(settings: Knowledge, contenders: list[LearnerContender], row: Row)
             "learning_seconds": spread(r["learning_seconds"] for r in rows.values()),
             "gain": spread(r["right"] - b["right"] for r, b in pairs),
             "harm": spread(r["other_bits"] - b["other_bits"] for r, b in pairs),
+            "chosen": {
+                "calibrated": spread(c["calibrated"] for c in chosen),
+                "taken": spread(c["taken"] for c in chosen),
+                "harm": spread(c["other_bits"] - c["other_without"] for c in chosen),
+            } if chosen else None,
             "by_attribute": {a: spread(r["by_attribute"][a] for r in rows.values()) for a in first["by_attribute"]},
         })  # fmt: skip
     return {
@@ -280,12 +320,13 @@ def table(summary: dict[str, Any]) -> str:
     rows, parts = [], []
     for c in summary["contenders"]:
         chunks = " + ".join(str(level["chunk_size"]) for level in c["levels"] if c["method"] == "levels") or "-"
+        chosen = [pm(c["chosen"]["calibrated"], 2), pm(c["chosen"]["harm"])] if c["chosen"] else ["-", "-"]
         rows.append([c["contender"], chunks, ", ".join(map(str, c["updates"])) or "-", pm(c["accuracy"], 2),
                      pm(c["calibrated"], 2), pm(c["gain"], 2), pm(c["margin"], 2), pm(c["harm"]),
-                     pm(c["learning_seconds"], 0)])  # fmt: skip
+                     pm(c["learning_seconds"], 0), *chosen])  # fmt: skip
         parts.append([c["contender"], *(pm(a, 2) for a in c["by_attribute"].values())])
     text = markdown(["learner", "chunks", "updates", "accuracy", "calibrated accuracy", "gain", "margin",
-                     "harm elsewhere", "seconds of learning"], rows)  # fmt: skip
+                     "harm elsewhere", "seconds of learning", "calibrated, chosen", "harm, chosen"], rows)  # fmt: skip
     text += "\nCalibrated accuracy by attribute:\n\n"
     text += markdown(["learner", *summary["contenders"][0]["by_attribute"]], parts)
     text += f"\n{summary['people']} invented people, {summary['paraphrases']} short texts about each, "
@@ -295,7 +336,8 @@ def table(summary: dict[str, Any]) -> str:
     text += f"that occur is the right one; chance is {summary['chance']:.2f}. Calibrated: each value is first measured "
     text += "against its mean over all people. Gain: log-probability of the right value, in nats, over "
     text += f"{BASE}. Margin: the same minus the mean of the wrong values. Harm elsewhere: bits per byte of ordinary "
-    text += "book text after reading minus before.\n"
+    text += "book text after reading minus before. Chosen: whether a question, or a part of ordinary text, is answered "
+    text += "by what was learned or by nothing is chosen by it, or by its first 64 tokens.\n"
     return text
 
 

@@ -13,12 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from nestling.generation.stream import Sampling, TextGenerator
 from nestling.sessions.notes import measured
 from nestling.sessions.readers import open_document
 from nestling.sessions.scores import score
+from nestling.sessions.snapshots import recall_nearest
 from nestling.training.tokenizers import encode
 from nestling.utils.files import write_text
 
@@ -84,8 +86,11 @@ class Checker:
 
     def after(self, path: Path, cache: LevelsCache, before: dict[str, Any]) -> dict[str, Any]:
         """That, and what is known now."""
-        now = {"sentences": self.known(path, cache), "elsewhere": self.elsewhere(cache)}
-        return before | {part: before[part] | {"after": found} for part, found in now.items()}
+        now = {
+            "sentences": {"after": self.known(path, cache)},
+            "elsewhere": {"after": self.elsewhere(cache), "chosen": self.elsewhere(cache, choose=True)},
+        }
+        return before | {part: before[part] | found for part, found in now.items()}
 
     def known(self, path: Path, cache: LevelsCache | None) -> dict[str, float | None]:
         """How well a document's held-out sentences are predicted by what a stream has learned, None: by no levels."""
@@ -96,11 +101,22 @@ class Checker:
             tokens, size = tokens + len(ids), size + len(held.sentence.encode()) + 1
         return measured(nats, tokens, size)
 
-    def elsewhere(self, cache: LevelsCache | None) -> dict[str, float | None]:
-        """How well what the model made is predicted by what a stream has learned."""
-        nats = -sum(float(self._score(ids, cache).double().sum()) for ids in self.made)
+    def elsewhere(self, cache: LevelsCache | None, choose: bool = False) -> dict[str, float | None]:
+        """How well what the model made is predicted by what a stream has learned.
+
+        choose: whether that is taken to the second half of each is chosen by the first, as for a question or a document
+        (`nestling.sessions.snapshots`); the first half is predicted by nothing learned.
+        """
+        logs = [
+            self._scored_by_halves(ids, cache) if choose and cache else self._score(ids, cache) for ids in self.made
+        ]
         size = sum(len(self.tokenizer.decode(ids).encode()) for ids in self.made)
-        return measured(nats, sum(map(len, self.made)), size)
+        return measured(-sum(float(found.double().sum()) for found in logs), sum(map(len, self.made)), size)
+
+    def _scored_by_halves(self, ids: list[int], cache: LevelsCache) -> Tensor:
+        half, then = len(ids) // 2, cache.fork()
+        recall_nearest(self.model, then, ids[:half], self.tokenizer.eos_token_id, self.model.learner.context)
+        return torch.cat([self._score(ids, None)[:half], self._score(ids, then)[half:]])
 
     @cached_property
     def made(self) -> list[list[int]]:
@@ -130,12 +146,15 @@ def check_page(result: dict[str, Any], path: Path | None = None) -> str:
         "Bits per byte, lower is better, in a fresh context. Of every document some sentences were held out and never "
         "read: how well each is predicted after the sentence in front of it by the model without levels, and by its "
         "levels before and after it read the rest. Elsewhere: texts that the model itself made before it read "
-        "anything; a rise is harm.", "",
-        "| document | sentences | without levels | before | after | elsewhere, without levels | before | after |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "anything; a rise is harm. Chosen: after, where the first half of each decides whether what was learned is "
+        "taken to the second, as `nestling ask` decides by the question.", "",
+        "| document | sentences | without levels | before | after "
+        "| elsewhere, without levels | before | after | chosen |",
+        "| --- |" + " ---: |" * 8,
     ]  # fmt: skip
     for row in rows:
-        cells = [row[part][name] for part in ("sentences", "elsewhere") for name in ("without", "before", "after")]
+        known = [row[part][name] for part in ("sentences", "elsewhere") for name in ("without", "before", "after")]
+        cells = [*known, row["elsewhere"].get("chosen", measured(0.0, 0, 0))]  # documents of before it was measured
         bits = ("-" if cell["bits_per_byte"] is None else f"{cell['bits_per_byte']:.3f}" for cell in cells)
         name = row["name"].replace("|", "\\|")
         lines.append(f"| {name} | {row['count']} | {' | '.join(bits)} |")

@@ -22,7 +22,9 @@ AHEAD = 2.0  # nats by which what was learned has to predict them better than no
 NOTHING = ""  # learned
 
 
-def nearest(model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None) -> str | None:
+def nearest(
+    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None, nothing: bool = True
+) -> str | None:
     """What the text that begins with `ids` is best read with, of all that the one stream in a cache ever knew.
 
     What was learned of other texts may predict this one worse than the model did before it read anything, so nothing
@@ -31,26 +33,29 @@ def nearest(model: Any, cache: LevelsCache, ids: list[int], start: int, context:
     Args:
         ids: scored in a fresh context, after the token `start`, without learning.
         context: after which attention begins anew.
+        nothing: whether it may be that nothing was learned.
 
     Returns:
         None: the levels as they stand; a snapshot's name; or `NOTHING`.
     """
-    names: list[str | None] = [None, *(cache.snapshots or ()), NOTHING]
+    names: list[str | None] = [None, *(cache.snapshots or ()), *[NOTHING] * nothing]
+    if not ids or len(names) == 1 or not cache.streams:
+        return None
     losses = []
     for name in names:
         then = cache.fork()
         if name is not None:
             then.recall(name or None)
-        losses.append(-float(score(model, then, ids, start, context).double().sum()))
-    losses[-1] -= AHEAD
+        found = -float(score(model, then, ids, start, context).double().sum())
+        losses.append(found - AHEAD if name == NOTHING else found)
     return names[min(range(len(names)), key=losses.__getitem__)]
 
 
 def recall_nearest(
-    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None
+    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None, nothing: bool = True
 ) -> str | None:
     """Put the levels to what is `nearest` to a text, and return its name; the context and all snapshots stay."""
-    best = nearest(model, cache, ids, start, context)
+    best = nearest(model, cache, ids, start, context, nothing)
     if best is not None:
         cache.recall(best or None)
     return best
