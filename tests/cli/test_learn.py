@@ -132,9 +132,11 @@ def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path
     document = read["documents"][0]
     assert document["after"]["bits_per_byte"] < document["before"]["bits_per_byte"]
     before = (tmp_path / "out.state").read_bytes()
-    found = json.loads(call("ask", tmp_path / "out", "who sat?", "-n", 5, "--json").stdout)
+    found = json.loads(call("ask", tmp_path / "out", "who sat?", "-n", 5, "--json", "--always").stdout)
     assert 0 < found["confidence"] <= 1 and 0 < found["without_levels"] <= 1
-    assert found["confidence"] != found["without_levels"]
+    assert found["confidence"] != found["without_levels"] and found["recalled"] is None
+    other = json.loads(call("ask", tmp_path / "out", "0=1;7=4;96:7|40=1;7=4;" * 2, "-n", 5, "--json").stdout)
+    assert other["recalled"] == "" and other["confidence"] == pytest.approx(other["without_levels"], rel=1e-5)
     assert (tmp_path / "out.state").read_bytes() == before
     assert "question is empty" in call("ask", tmp_path / "out", " ").stderr
     assert "no levels" in call("ask", tmp_path / "plain", "who?", "--state", tmp_path / "out.state").stderr
@@ -189,7 +191,7 @@ def test_a_question_is_answered_by_a_snapshot(call, folder, short, tmp_path):
     read = call("learn", folder, short, other, "--state", state, "--snapshots", 2, "--probe", 0, "--threads", 1)
     assert read.exit_code == 0, read.stderr
     before = state.read_bytes()
-    found = json.loads(call("ask", folder, "the cat sat", "--state", state, "-n", 3, "--json").stdout)
+    found = json.loads(call("ask", folder, "the cat sat", "--state", state, "-n", 3, "--json", "--always").stdout)
     assert found["recalled"] in ("short.txt", "other.txt", None) and state.read_bytes() == before
     assert list(load_state(state, load_model(folder, "cpu")[0]).snapshots) == ["short.txt", "other.txt"]
     refused = call("learn", folder, short, "--snapshots", -1)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def test_it_is_remembered_in_a_later_session(talk, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(deltas(later), deltas(first), strict=True))
     say(later, SECOND)
     assert any(not torch.equal(a, b) for a, b in zip(deltas(later), deltas(first), strict=True))
+
+
+def test_a_turn_about_something_else_is_answered_as_if_nothing_was_remembered(small_model, tokenizer):
+    model = small_model((Level(16, lr=0.02, optimizer="adamw"),))
+    it, that = Conversation(model, tokenizer), Conversation(model, tokenizer)
+    for _ in range(3):
+        say(it, FIRST, 1), say(that, SECOND, 1)
+    assert it.bears_on(FIRST) and not it.bears_on("0=1;7=4;96:7|40=1;7=4;" * 3)
+    it.now, that.now = (replace(talk.now, turns=()) for talk in (it, that))
+    other, before = "0=1;7=4;96:7|40=1;7=4;" * 2, deltas(it)
+    assert say(it, other, 12) == say(that, other, 12)
+    assert not torch.equal(before[0], deltas(it)[0])  # it is learned nevertheless
+    it._always = True
+    assert it.bears_on(other[::-1])
 
 
 def test_undo_and_forget(talk):

@@ -35,12 +35,17 @@ def test_a_checked_session_says_what_is_known_of_them(model, tokenizer, session,
     for part, now in (("sentences", alone.known(path, made.cache)), ("elsewhere", alone.elsewhere(made.cache))):
         assert check[part]["without"] == check[part]["before"]  # nothing was learned yet
         assert check[part]["after"] == now != check[part]["before"]
+    chosen = alone.elsewhere(made.cache, choose=True)
+    assert check["elsewhere"]["chosen"] == chosen != check["elsewhere"]["after"]
     learned = check["sentences"]
     assert learned["after"]["bits_per_byte"] < learned["before"]["bits_per_byte"]  # of the same words
     page = check_page(result, tmp_path / "check.md")
     assert (tmp_path / "check.md").read_text() == page
     bits = [check[p][n]["bits_per_byte"] for p in ("sentences", "elsewhere") for n in ("without", "before", "after")]
-    assert f"| a\\|b.txt | {check['count']} | {' | '.join(f'{b:.3f}' for b in bits)} |" in page
+    assert (
+        f"| a\\|b.txt | {check['count']} | {' | '.join(f'{b:.3f}' for b in bits)} | {chosen['bits_per_byte']:.3f} |"
+        in page
+    )
     more = session(model, [path], state="other", check=False, probe=0)
     assert "check" not in more.run()["documents"][0]
 

@@ -5,8 +5,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from nestling import Level
+from nestling.cms.cache import LevelsCache
 from nestling.generation import load_state
-from nestling.sessions.snapshots import NOTHING, recall_nearest
+from nestling.sessions.scores import score
+from nestling.sessions.snapshots import AHEAD, NOTHING, nearest, recall_nearest
 
 KINDS = {"a": "the cat sat on a mat. ", "b": "0=1;7=4;96:7|40=1;7=4;"}
 LEVELS = (Level(16, lr=0.02, optimizer="adamw"),)
@@ -48,6 +50,20 @@ def test_a_document_begins_with_what_was_known_of_its_kind(model, session, shelf
     kept = load_state(made.path, model)
     assert recall_nearest(model, kept, ids, 257, nothing=False) == "2.txt"
     assert same(kept, made.cache.snapshots["2.txt"])
+
+
+def test_what_was_learned_is_taken_only_where_it_is_surely_ahead(model, session, shelf, tokenizer):
+    made = session(model, shelf[:1], probe=0)
+    made.run()
+    known, other = (tokenizer(KINDS[kind], add_special_tokens=False).input_ids for kind in "ab")
+    assert nearest(model, made.cache, known, 257) is None and nearest(model, made.cache, other, 257) == NOTHING
+    ahead = (score(model, made.cache, known, 257, None) - score(model, None, known, 257, None)).cumsum(0)
+    few = int((ahead < AHEAD).sum())  # tokens that it is ahead on, but by less
+    assert few and ahead[few - 1] > 0
+    assert nearest(model, made.cache, known[:few], 257) == NOTHING
+    assert nearest(model, made.cache, known[: few + 1], 257) is None
+    assert nearest(model, made.cache, other, 257, nothing=False) is None
+    assert nearest(model, LevelsCache(), other, 257) is None and nearest(model, made.cache, [], 257) is None
 
 
 def test_of_two_alike_the_earlier_goes_and_snapshots_go_into_the_next_session(model, session, shelf, write):

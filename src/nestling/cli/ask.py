@@ -18,6 +18,12 @@ def main(
         Path | None, typer.Option(help="What it learned, the file that nestling learn wrote [MODEL.state].")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")] = 60,
+    always: Annotated[
+        bool,
+        typer.Option(
+            "--always", help="Answer by what was learned, also where nothing learned expects the question more."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
@@ -25,7 +31,8 @@ def main(
 
     It answers from what its levels have learned alone: the text itself is out of its sight. With the answer stands how
     sure it is, the mean probability of the answer's tokens, and how sure the model without levels would be of the same.
-    Of the snapshots in a state (nestling learn --snapshots) the one that predicts the question best answers.
+    Whatever predicts the question best answers: what was learned, of snapshots (nestling learn --snapshots) one of
+    them, or the model as it was before it read anything, where the question is about something else.
 
     [bold]Examples[/bold]
 
@@ -35,6 +42,7 @@ def main(
     Of another reader, for a program:
       nestling ask runs/smol --state my.state --json "Who has the key of shed B?"
     """
+    from nestling.cms.cache import LevelsCache
     from nestling.cms.learning_model import LearningMixin
     from nestling.generation import load_state
     from nestling.generation.answers import answer, prompt_ids
@@ -49,14 +57,15 @@ def main(
         raise ValueError(f"{model} has no levels that learn while it reads: make one with nestling convert")
     cache = load_state(state, loaded)
     recalled = None
-    if getattr(cache, "snapshots", None) and question.strip():
+    if isinstance(cache, LevelsCache) and question.strip():
         ids = prompt_ids(tokenizer, [(question, "")])
-        recalled = recall_nearest(loaded, cache, ids, tokenizer.eos_token_id, nothing=False)
+        recalled = recall_nearest(loaded, cache, ids, tokenizer.eos_token_id, nothing=not always)
     found = answer(loaded, tokenizer, cache, question, max_new_tokens)
     if as_json:
         print_json({"question": question, **asdict(found), "state": str(state), "recalled": recalled})
         return
     typer.echo(found.answer)
     if recalled is not None:
-        typer.echo(f"by what was known after {recalled}", err=True)
+        by = f"what was known after {recalled}" if recalled else "nothing learned, which expects this question more"
+        typer.echo(f"by {by}", err=True)
     typer.echo(f"sure {found.confidence:.3f}, without levels {found.without_levels:.3f}", err=True)

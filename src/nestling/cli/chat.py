@@ -26,13 +26,20 @@ def main(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    always: Annotated[
+        bool,
+        typer.Option(
+            "--always", help="Answer by what is remembered, also where nothing learned expects the turn more."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as JSON at its end.")] = False,
 ) -> None:
     """Talk with a model that remembers.
 
     It learns from what it is told, turn by turn, and remembers it in the next session, when the transcript is gone. Its
-    own words it does not learn from. Where the tokenizer has a chat template the turns are put as that does.
+    own words it does not learn from. A turn that has nothing to do with what is remembered is answered as if nothing
+    was. Where the tokenizer has a chat template the turns are put as that does.
 
     /what-changed shows what it knows better than before this session, /undo unlearns the last turn, /forget everything,
     /quit ends. What is said may also come from a pipe, a turn a line.
@@ -58,7 +65,7 @@ def main(
     with sole_writer(state):
         loaded, tokenizer = load_model(model, device)
         kept, notes = (load_state(state, loaded), load_notes(state)) if state.exists() else (None, None)
-        talk = Conversation(loaded, tokenizer, kept if isinstance(kept, LevelsCache) else None, seed)
+        talk = Conversation(loaded, tokenizer, kept if isinstance(kept, LevelsCache) else None, seed, always)
         shown = not as_json
         if shown and sys.stdin.isatty():
             typer.echo(HELP, err=True)

@@ -20,6 +20,7 @@ from nestling.generation.stream import Sampling, TextGenerator
 from nestling.sessions.notes import measured
 from nestling.sessions.scores import examples, score
 from nestling.sessions.settings import check_model, choose_context
+from nestling.sessions.snapshots import nearest
 from nestling.training.tokenizers import encode
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Conversation:
         model: with levels that learn.  tokenizer: the model's; its chat template is used where it has one.
         memory: what earlier sessions learned; None for nothing.
         seed: of the sampling; None draws a fresh one.
+        always: answer by the memory also where nothing learned predicts what is said better (`snapshots.nearest`).
 
     Raises:
         ValueError: a model without levels that learn.
@@ -54,13 +56,13 @@ class Conversation:
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, memory: LevelsCache | None = None,
-        seed: int | None = None,
+        seed: int | None = None, always: bool = False,
     ) -> None:  # fmt: skip
         check_model(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.model.learner.context = choose_context(model, None)
         self.now, self._before = Moment(LevelsCache() if memory is None else memory.fork()), []
-        self._seed, self._device = seed, next(model.parameters()).device
+        self._seed, self._always, self._device = seed, always, next(model.parameters()).device
         if memory is not None and memory.levels is not None:  # of another text: none of it is lost, none is in sight
             with torch.no_grad():
                 self.model.finish(self.now.memory)
@@ -88,7 +90,7 @@ class Conversation:
                 "the model may see: let nestling learn read it, or ask for a shorter answer"
             )
         memory, pieces = self.learned(text), []
-        with self.model.adapted(memory):
+        with self.model.adapted(memory if self.bears_on(text) else LevelsCache()):
             writer = TextGenerator(self.model, self.tokenizer, seed=self._seed)
             for piece in writer.continued(ids, max_new_tokens, sampling, stop):
                 pieces.append(piece)
@@ -103,6 +105,13 @@ class Conversation:
         memory = self.model(ids, past_key_values=memory, use_cache=True, logits_to_keep=1).past_key_values
         self.model.finish(memory, ids[:, :1])
         return memory
+
+    def bears_on(self, text: str) -> bool:
+        """Whether the answer to a text is written by the memory: not where nothing learned predicts the text better."""
+        known, ids = self.now.memory.fork(), prompt_ids(self.tokenizer, [(text, "")])
+        known.snapshots = None  # a conversation goes on with what stands
+        context = self.model.learner.context
+        return self._always or nearest(self.model, known, ids, self.tokenizer.eos_token_id, context) is None
 
     def undo(self) -> bool:
         """Go back to before the last turn or `forget`: what was learned then is unlearned. False: none is left."""

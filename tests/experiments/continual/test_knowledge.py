@@ -112,7 +112,7 @@ def test_the_experiment_runs_and_reports(settings, tmp_path):
     assert found["closed book"]["gain"]["mean"] == 0 == found["in context"]["harm"]["mean"]
     assert found["1 level"]["gain"]["mean"] != 0 != found["1 level"]["harm"]["mean"]
     assert set(found["1 level"]["by_attribute"]) == set(ATTRIBUTES)
-    assert 0 <= found["1 level"]["chosen"]["taken"]["mean"] <= 1 and found["width"]["chosen"] is None
+    assert 0 <= found["1 level"]["chosen"]["taken"]["mean"] <= 1 and found["same weights"]["chosen"] is None
     # of 40 tokens all are "first", which nothing learned predicts
     assert found["1 level"]["chosen"]["harm"]["mean"] == 0
     assert "| 1 level | 32 |" in (out / "table.md").read_text() and (out / "plot.png").stat().st_size > 10_000
