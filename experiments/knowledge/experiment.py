@@ -83,8 +83,8 @@ def defaults() -> Knowledge:
         LearnerContender(BASE, "none"),
         LearnerContender("in context", "context"),
         LearnerContender("1 level", "levels", one),
-        LearnerContender("default", "levels", options={"choice": True}),
-        LearnerContender("default, sleep", "levels", options={"sleep": 1, "choice": True}),
+        LearnerContender("default", "levels"),
+        LearnerContender("default, sleep", "levels", options={"sleep": 1}),
         LearnerContender("default, sleep, anchored", "levels", options={"sleep": 1, "anchor": 16.0}),
         LearnerContender("2 levels", "levels", levels(2e-4, 64, 256)),
         LearnerContender("3 levels", "levels", levels(2e-4, 64, 256, 512)),
@@ -210,7 +210,7 @@ class KnowledgeWork(ContinualWork):
             found = measures(world.questions, likely) | {"by_attribute": by_attribute(world, likely)}
             losses = token_losses(model, parts)
         bits = losses.sum().item() / math.log(2) / size
-        if contender.options.get("choice"):
+        if contender.method == "levels" and not contender.levels:
             found["choice"] = choice(plain, model, cache, world, encode, likely, parts, size, tokenizer.eos_token_id)
         return found | {"other_bits": bits, "updates": updates, "tokens": documents.shape[1],
                         "learning_seconds": seconds, "chance": chance(world.questions)}  # fmt: skip

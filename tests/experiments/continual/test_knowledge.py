@@ -24,7 +24,8 @@ def settings(model):
         other_parts=2, seeds=[0, 1], contenders=[
             LearnerContender("closed book", "none"),
             LearnerContender("in context", "context"),
-            LearnerContender("1 level", "levels", LEVELS, STACK, {"choice": True}),
+            LearnerContender("1 level", "levels", LEVELS, STACK),
+            LearnerContender("default", "levels", [], STACK),
             LearnerContender("width", "levels", LEVELS, {"placement": "width", "width": 4}),
             LearnerContender("same weights", "finetune", LEVELS, STACK, {"lr": 1e-2, "size": 32}),
             LearnerContender("all weights", "finetune", options={"lr": 1e-2, "size": 32}),
@@ -112,7 +113,7 @@ def test_the_experiment_runs_and_reports(settings, tmp_path):
     assert found["closed book"]["gain"]["mean"] == 0 == found["in context"]["harm"]["mean"]
     assert found["1 level"]["gain"]["mean"] != 0 != found["1 level"]["harm"]["mean"]
     assert set(found["1 level"]["by_attribute"]) == set(ATTRIBUTES)
-    assert 0 <= found["1 level"]["chosen"]["taken"]["mean"] <= 1 and found["same weights"]["chosen"] is None
+    assert 0 <= found["default"]["chosen"]["taken"]["mean"] <= 1 and found["1 level"]["chosen"] is None
     # of 40 tokens all are "first", which nothing learned predicts
-    assert found["1 level"]["chosen"]["harm"]["mean"] == 0
+    assert found["default"]["chosen"]["harm"]["mean"] == 0
     assert "| 1 level | 32 |" in (out / "table.md").read_text() and (out / "plot.png").stat().st_size > 10_000
