@@ -25,7 +25,6 @@ def settings(model):
             LearnerContender("closed book", "none"),
             LearnerContender("in context", "context"),
             LearnerContender("1 level", "levels", LEVELS, STACK),
-            LearnerContender("default", "levels", [], STACK),
             LearnerContender("width", "levels", LEVELS, {"placement": "width", "width": 4}),
             LearnerContender("same weights", "finetune", LEVELS, STACK, {"lr": 1e-2, "size": 32}),
             LearnerContender("all weights", "finetune", options={"lr": 1e-2, "size": 32}),
@@ -106,6 +105,7 @@ def test_the_experiment_runs_and_reports(settings, tmp_path):
     out.mkdir()
     (books / "a.txt").write_text("Nothing that anybody asks about. " * 100)
     settings.contenders = [c for c in settings.contenders if c.name not in ("width", "all weights")]  # as two others
+    settings.contenders.append(LearnerContender("default", "levels", [], STACK))
     (out / "config.json").write_text(json.dumps(settings.stored()))
     summary = run_experiment("knowledge", out, data=books, workers=0, show=False)
     assert not summary["missing"] and not summary["failed"]
