@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,8 +113,41 @@ def process_group(device: str) -> Iterator[Ranks]:
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=_of_this_start(store, rank, size), rank=rank, world_size=size)
     try:
         yield find_ranks()
     finally:
         dist.destroy_process_group()
+
+
+def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """The store under a name that only the processes of this start have agreed on.
+
+    torchrun keeps one store while it starts processes again. Who comes first there reads the address of one that is
+    dead, and gloo waits for it. So the first process names the start, and tells the name to whoever asks it now.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+
+    def said(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def pause() -> None:
+        if time.monotonic() > deadline:
+            raise OSError(f"process {rank}: not all of {size} processes came within {store.timeout}; start them again")
+        time.sleep(0.01)
+
+    if rank == 0:
+        others = range(1, size)
+        while missing := [i for i in others if said(f"has {i}") != own]:
+            for i in missing:
+                store.set(f"answer {i}", said(f"asks {i}") + own)
+            pause()
+        return dist.PrefixStore(own, store)
+    store.set(f"asks {rank}", own)
+    while not (answer := said(f"answer {rank}")).startswith(own):
+        pause()
+    name = answer.removeprefix(own)
+    store.set(f"has {rank}", name)
+    return dist.PrefixStore(name, store)
