@@ -16,6 +16,9 @@ from nestling.bench.table import Table, compare
 from nestling.layers.mixers import MIXERS
 from nestling.ops import compiled, delta_rule, delta_rule_reference
 
+# what is measured over the length: the layers of the default Hope, and the paper's
+LENGTHS: dict[str, dict] = {"memory_and_attention": {}, "window_attention": {"window": 256}, "selfmod": {}}
+
 
 def chunk(settings: BenchSettings) -> Table:
     """The chunk form against the token loop: the operator, and the layer fed one token at a time."""
@@ -66,22 +69,25 @@ def chunk(settings: BenchSettings) -> Table:
 
 
 def lengths(settings: BenchSettings) -> Table:
-    """The layer against the softmax block of its width, over the length of the sequence."""
+    """The layers of the default Hope and the self-modifying one against the softmax block, over the length."""
     s, rows = settings, []
-    layer, base = layer_of(s), block(s.dim, s.heads, s.device)
+    layers = {name: layer_of(s, name, **options) for name, options in LENGTHS.items()}
+    base = block(s.dim, s.heads, s.device)
     for tokens in s.lengths:
         batch = s.batch if tokens <= s.tokens else 1
         x = s.random(batch, tokens, s.dim)
-        steps = {"layer": measure.train_step(layer, x, s), "block": measure.train_step(base, x, s)}
+        steps = {name: measure.train_step(module, x, s) for name, module in (layers | {"block": base}).items()}
         timing = measure.interleave(steps, s)
-        rows.append({"tokens": tokens, "batch": batch} | compare(timing, "layer", "block", batch * tokens))
-    table = Table("SelfModifyingTitans against a softmax attention + MLP block, forward and backward", rows)
-    where = crossing(rows)
-    table.notes.append(
-        f"The layer overtakes the block at about {where:,.0f} tokens."
-        if where
-        else f"The layer does not overtake the block up to {rows[-1]['tokens']:,} tokens."
-    )
+        head = {"tokens": tokens, "batch": batch}
+        rows += [{"layer": name} | head | compare(timing, name, "block", batch * tokens) for name in layers]
+    table = Table("Layers against a softmax attention + MLP block, forward and backward", rows)
+    for name in layers:
+        where = crossing([row for row in rows if row["layer"] == name])
+        table.notes.append(
+            f"`{name}` is as fast as the block from about {where:,.0f} tokens."
+            if where
+            else f"`{name}` is slower than the block up to {rows[-1]['tokens']:,} tokens."
+        )
     return table
 
 

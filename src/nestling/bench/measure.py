@@ -14,12 +14,14 @@ from nestling.bench.settings import BenchSettings
 
 
 def clock(function: Callable[[], object], settings: BenchSettings) -> float:
-    """Seconds of one call."""
+    """Seconds of one call; on one thread of a CPU those of the processor, in which other work does not count."""
+    alone = settings.device == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else time.perf_counter
     settings.synchronize()
-    start = time.perf_counter()
+    start = now()
     function()
     settings.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 @dataclass(frozen=True)

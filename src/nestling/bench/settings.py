@@ -36,7 +36,7 @@ class BenchSettings:
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     loop_tokens: int = 2048
     layer_loop_tokens: int = 256
-    positions: tuple[int, ...] = (1024, 8192, 65536)
+    positions: tuple[int, ...] = (1024, 8192, 65536, 1_048_576)
     decode_tokens: int = 128
     memory_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
     product: int = 1024

@@ -89,9 +89,12 @@ def _length_axis(ax, values: list[int], label: str) -> None:
 
 
 def _lengths(ax, rows) -> None:
-    tokens = [r["tokens"] for r in rows]
-    ax.plot(tokens, [r["tokens/s"] for r in rows], "o-", label="self-modifying Titans")
-    ax.plot(tokens, [r["block tokens/s"] for r in rows], "s--", label="softmax attention + MLP block")
+    names = list(dict.fromkeys(r["layer"] for r in rows))
+    for name in names:
+        own = [r for r in rows if r["layer"] == name]
+        ax.plot([r["tokens"] for r in own], [r["tokens/s"] for r in own], "o-", label=name.replace("_", " "))
+    tokens = [r["tokens"] for r in own]
+    ax.plot(tokens, [r["block tokens/s"] for r in own], "s--", label="softmax attention + MLP block")
     _length_axis(ax, tokens, "tokens of the sequence")
     ax.set_ylim(bottom=0)
     ax.set(title="Training speed", ylabel="tokens/s, forward and backward")
@@ -116,7 +119,7 @@ def _mixers(ax, rows) -> None:
 
 
 def _decode(ax, rows) -> None:
-    labels = {"hope_memory": "Hope's memory", "selfmod": "self-modifying Titans", "attention": "attention"}
+    labels = {"memory_and_attention": "Hope's memory", "selfmod": "self-modifying Titans", "attention": "attention"}
     for (name, label), style in zip(labels.items(), ("^-", "o-", "s--")):
         own = [r for r in rows if r["layer"] == name]
         ax.plot([r["position"] for r in own], [r["ms/token"] for r in own], style, label=label)

@@ -118,9 +118,9 @@ class TitansConfig:
     """Gate the output by silu of a projection of the input."""
     meta_grad: str = "full"
     """How the outer loss is differentiated through the writes (decision D9)."""
-    segment_size: int = 512
+    segment_size: int = 4096
     """Tokens: longer calls are recomputed piece by piece in the backward pass, so that only the states between pieces
-    are kept; 0 keeps everything. A piece is 8 times as long where chunks are taken at once (`ops.chunks`)."""
+    are kept; 0 keeps everything. Keeping all costs half as much memory again, recomputing as much time."""
     norm_limit: float = 8.0
     """A weight whose root mean square exceeds this at a chunk's end is scaled back to it."""
 

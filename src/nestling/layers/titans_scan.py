@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from nestling.ops import compiled
 from nestling.ops.chunk import decay_table
 
 Observer = Callable[[TokenFigures, FastWeights, Gates], None]  # told of every segment of the main memory
-WIDER = 8  # so many times `segment_size` is a recomputed piece where chunks are taken at once: each is some launches
 Memories = tuple[FastWeights, ...]  # one for each group, [n, B, H, o, i]
 
 
@@ -57,7 +56,7 @@ class MemoryScan:
         plan = segments(positions, lengths, [g.chunk_size for g in groups_of(self.config)])
         longest, size = max(lengths), self.config.segment_size
         recompute = size and torch.is_grad_enabled() and longest > size and self.observe is None
-        pieces = _pieces(plan, size * (WIDER if self.together(memories) else 1)) if recompute else [plan]
+        pieces = _pieces(plan, size) if recompute else [plan]
         outputs = []
         for piece in pieces:
             if recompute:
@@ -77,10 +76,18 @@ class MemoryScan:
         # split at once: a slice's gradient would fill the whole length for every segment
         runs = _runs(plan, self.config.main_chunk_size) if self.together(memories) else [[s] for s in plan]
         sizes, begin, end = [run[-1].stop - run[0].start for run in runs], plan[0].start, plan[-1].stop
-        parts = {name: f[:, :, begin:end].split(sizes, 2) for name, f in features.items()}
+        whole = {name: f[:, :, begin:end] for name, f in features.items()}
+        parts = {name: f.split(sizes, 2) for name, f in whole.items()}
+        gates: list[Gates | None] = [None] * len(runs)
+        if not self.config.adaptive:  # all gates at once: of a chunk they are a dozen small operations
+            known = gates_of(self.config, whole, self.numbers)
+            gates = [
+                Gates(*cut) for cut in zip(*([None] * len(runs) if g is None else g.split(sizes, 2) for g in known))
+            ]
         for i, run in enumerate(runs):
             part = {name: pieces[i] for name, pieces in parts.items()}
-            y, memories = self.segment(run[0], memories, part) if len(run) == 1 else self.chunks(memories, part)
+            step = self.chunks if len(run) > 1 else partial(self.segment, run[0])
+            y, memories = step(memories, part, gates[i])
             reads.append(y)
         return torch.cat(reads, 2), memories
 
@@ -95,10 +102,9 @@ class MemoryScan:
         plain = not (config.adaptive or config.momentum or self.anchors[-1] or self.observe)
         return plain and config.read != "chunk" and goes_by_chunks(main.architecture, config.rule)
 
-    def chunks(self, memories: Memories, part: dict[str, Tensor]) -> tuple[Tensor, Memories]:
+    def chunks(self, memories: Memories, part: dict[str, Tensor], gates: Gates) -> tuple[Tensor, Memories]:
         """`segment` for whole chunks in a row, where `by_chunks`."""
         config, (fast,) = self.config, memories
-        gates = gates_of(config, part, self.numbers)
         context = Context(part["k"], part["v"], gates.eta, gates.alpha, None, None, gates.erase)
         new, y = advance_chunks(
             config.rule, fast, context, chunk_size=config.main_chunk_size, queries=part["q"],
@@ -106,10 +112,12 @@ class MemoryScan:
         )  # fmt: skip
         return y, (new,)
 
-    def segment(self, segment: Segment, memories: Memories, part: dict[str, Tensor]) -> tuple[Tensor, Memories]:
-        """Project with the chunk's first weights, write to every memory, read the main one."""
+    def segment(
+        self, segment: Segment, memories: Memories, part: dict[str, Tensor], gates: Gates | None = None
+    ) -> tuple[Tensor, Memories]:
+        """Project with the chunk's first weights, write to every memory, read the main one; no gates: they learn."""
         part = projected(self.config, part, memories)
-        gates = gates_of(self.config, part, self.numbers)
+        gates = gates_of(self.config, part, self.numbers) if gates is None else gates
         decays = decay_table(gates.alpha, gates.mu)
         context = Context(part["k"], part["v"], gates.eta, gates.alpha, gates.mu, decays)
         q, updated, y = part["q"], [], None
