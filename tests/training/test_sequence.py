@@ -69,6 +69,37 @@ def test_loss_and_gradients_are_those_of_one_process(world):
     on_ranks(world, compare, expected)
 
 
+def compare_rounded(expected: dict[str, tuple[str, float, dict]], distance: dict[str, float]) -> None:
+    """On every rank: in bfloat16 the gradients of one process, nearer than these are to those of float32."""
+    for name, (kind, loss, gradients) in expected.items():
+        model = model_of(CASES[kind]).to(torch.bfloat16 if name.endswith("weights") else torch.float32)
+        pipeline = SequencePipeline(model, 2, 2, torch.device("cpu"), "float32" if name.endswith("weights") else "bf16")
+        found = find_ranks().mean(pipeline.backward(windows()))
+        pipeline.exchange()
+        assert found == pytest.approx(loss, rel=2**-8), name
+        assert apart(by_name(model), gradients) < distance[name] / 2, name
+
+
+def apart(found: dict, expected: dict) -> float:
+    """The norm of the difference of all gradients over theirs."""
+    a, b = (torch.cat([g.double().flatten() for g in x.values() if g is not None]) for x in (found, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_bfloat16_is_handed_on_as_it_is():
+    expected, distance = {}, {}
+    for kind in list(CASES)[:2]:
+        exact = model_of(CASES[kind])
+        token_losses(exact, windows()).mean().backward()
+        for name, dtype, precision in (("autocast", torch.float32, "bf16"), ("weights", torch.bfloat16, "float32")):
+            model = model_of(CASES[kind]).to(dtype)
+            loss = token_losses(model, windows(), precision).mean()
+            loss.backward()
+            expected[f"{kind}, {name}"] = kind, loss.item(), by_name(model)
+            distance[f"{kind}, {name}"] = apart(by_name(model), by_name(exact))
+    on_ranks(2, compare_rounded, expected, distance)
+
+
 def go_on(values: dict, steps: int, expected: list[float]) -> None:
     """On every rank: a run, or its continuation, with the losses of one process, and a checkpoint."""
     run = trainer(TrainConfig.from_dict(values), resume=checkpoint.list_checkpoints(values["out"]) != [])
