@@ -13,16 +13,17 @@ from torch.utils._pytree import tree_leaves
 from nestling.bench.modules import layer_of
 from nestling.bench.settings import BenchSettings
 from nestling.bench.table import Table
-
-PIECE = 512  # tokens that are recomputed at once
+from nestling.layers.titans_scan import PIECES
 
 
 def memory(settings: BenchSettings) -> Table:
     """Peak memory of a training step over the length, each in a process of its own."""
     s, rows = settings, []
     layer = layer_of(s)
+    segment = layer.config.segment_size
+    piece = segment // PIECES
     boundary = sum(t.numel() * t.element_size() for t in tree_leaves(layer.initial_state(1)))
-    for kept, size in (("boundary states", PIECE), ("everything", 0)):
+    for kept, size in (("boundary states", segment), ("everything", 0)):
         for tokens in s.memory_lengths if size else s.memory_lengths[:2]:
             grown = peak_growth(s, tokens, size)
             rows.append({"keeps": kept, "tokens": tokens, "MiB over idle": grown / 2**20})
@@ -30,8 +31,8 @@ def memory(settings: BenchSettings) -> Table:
             linear = tokens / base["tokens"]
             first = base["MiB over idle"]
             rows[-1]["over linear growth"] = rows[-1]["MiB over idle"] / first / linear if first else None
-            rows[-1]["boundary states MiB"] = (tokens / PIECE * boundary / 2**20) if size else None
-    note = f"Recomputed in pieces of {PIECE} tokens; one boundary state is {boundary / 2**20:.2f} MiB."
+            rows[-1]["boundary states MiB"] = (tokens / piece * boundary / 2**20) if size else None
+    note = f"Recomputed in pieces of {piece} tokens; one boundary state is {boundary / 2**20:.2f} MiB."
     return Table("Peak memory of a training step, one sequence", rows, [note])
 
 

@@ -38,7 +38,7 @@ class BenchSettings:
     layer_loop_tokens: int = 256
     positions: tuple[int, ...] = (1024, 8192, 65536, 1_048_576)
     decode_tokens: int = 128
-    memory_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    memory_lengths: tuple[int, ...] = (8192, 16384, 32768)
     product: int = 1024
     repeats: int = 7
     seconds: float = 30.0

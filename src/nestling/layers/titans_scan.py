@@ -23,6 +23,7 @@ from nestling.ops import compiled
 from nestling.ops.chunk import decay_table
 
 Observer = Callable[[TokenFigures, FastWeights, Gates], None]  # told of every segment of the main memory
+PIECES = 8  # of `segment_size`: small ones stay in a CPU's caches, where chunks are taken at once each costs launches
 Memories = tuple[FastWeights, ...]  # one for each group, [n, B, H, o, i]
 
 
@@ -56,7 +57,7 @@ class MemoryScan:
         plan = segments(positions, lengths, [g.chunk_size for g in groups_of(self.config)])
         longest, size = max(lengths), self.config.segment_size
         recompute = size and torch.is_grad_enabled() and longest > size and self.observe is None
-        pieces = _pieces(plan, size) if recompute else [plan]
+        pieces = _pieces(plan, size if self.together(memories) else max(1, size // PIECES)) if recompute else [plan]
         outputs = []
         for piece in pieces:
             if recompute:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -61,8 +61,8 @@ class HopeCacheLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Sequences of the state; -1 before the first token."""
-        tensors = [leaf for leaf in tree_flatten(self.state)[0] if isinstance(leaf, Tensor)]
-        return tensors[0].shape[0] if tensors else -1
+        first = next((leaf for leaf in tree_iter(self.state) if isinstance(leaf, Tensor)), None)  # asked at every token
+        return -1 if first is None else first.shape[0]
 
     def state_bytes(self) -> int:
         """Bytes the state's tensors take."""
