@@ -97,8 +97,8 @@ def go_on(values: dict, steps: int, expected: list[float]) -> None:
 @pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-10), (False, 1e-5)])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_fifty_steps(base, mode, double, tolerance):
-    # rates at which one process does not enlarge a change of its weights by one rounding in 50 steps: 1e-15 at ten times
-    # these makes 0.03 in float64, 1e-7 makes 0.01 in float32
+    # rates at which one process does not enlarge a rounding of its weights in 50 steps: at ten times these 1e-15
+    # becomes 0.03 in float64, 1e-7 becomes 0.01 in float32
     rate, inner = (1e-3, 0.005) if double else (1e-4, 0.001)
     levels = [{"chunk_size": 4, "lr": inner}, {"chunk_size": 8, "lr": inner}, {"chunk_size": None}]
     options = {**base.model.options, "cms_levels": levels, "cms_meta_grad": "full", "num_hidden_layers": 2}

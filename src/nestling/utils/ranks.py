@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 T = TypeVar("T")
 STARTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
@@ -128,14 +129,14 @@ def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
     torchrun keeps one store while it starts processes again. Who comes first there reads the address of one that is
     dead, and gloo waits for it. So the first process names the start, and tells the name to whoever asks it now.
     """
-    own, deadline = uuid.uuid4().hex, time.monotonic() + store.timeout.total_seconds()
+    own, deadline = uuid.uuid4().hex, time.monotonic() + default_pg_timeout.total_seconds()
 
     def said(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
     def pause() -> None:
         if time.monotonic() > deadline:
-            raise OSError(f"process {rank}: not all of {size} processes came within {store.timeout}; start them again")
+            raise OSError(f"not all of {size} processes came within {default_pg_timeout}: start them again")
         time.sleep(0.01)
 
     if rank == 0:
