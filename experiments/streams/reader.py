@@ -56,8 +56,8 @@ class Slow:
 class Snapshots:
     """What the level of each stream had learned at the end of every text; a stream goes on with what predicts best.
 
-    It is the choice of `nestling learn --snapshots`, of each stream for itself: nothing learned, or one of them, by the
-    loss of the first tokens of a text in a fresh context.
+    It is the choice of `nestling learn --snapshots`, of each stream for itself: nothing learned (without the advantage
+    that it has there), or one of them, by the loss of the first tokens of a text in a fresh context.
     """
 
     def __init__(self) -> None:

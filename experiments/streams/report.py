@@ -101,4 +101,6 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             row[2].set(title="harm to novels nobody reads", xlabel="parts read")
             for axis in row:
                 axis.axhline(0, color="0.3", linewidth=1)
-        (axes[0] if len(models) == 1 else axes[0][0]).legend(fontsize=8)
+        first = axes[0] if len(models) == 1 else axes[0][0]
+        first.set_ylim(top=1.3 * first.get_ylim()[1])  # room for the names above the lines
+        first.legend(fontsize=8, loc="upper left", ncols=2)
