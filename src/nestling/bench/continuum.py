@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from nestling.bench import measure
@@ -73,25 +72,6 @@ def reading(settings: BenchSettings) -> Table:
 
         return run
 
-    def in_chunks(gradient: bool) -> Callable[[], None]:
-        """What no reader that learns after each chunk can do without; with the gradient of activations, no update."""
-
-        def run() -> None:
-            cache, embed = None, model.get_input_embeddings()
-            for at in range(0, tokens, CHUNKS[0]):
-                part, targets = (ids[:, at + n : at + n + CHUNKS[0]] for n in (0, 1))
-                with torch.set_grad_enabled(gradient), s.autocast():
-                    first = embed(part).detach().requires_grad_(gradient)
-                    out = model(inputs_embeds=first, past_key_values=cache, use_cache=True)
-                    if gradient:
-                        loss = F.cross_entropy(out.logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-                        torch.autograd.grad(loss, first)
-                cache = out.past_key_values
-                for layer in cache.layers:
-                    layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-
-        return run
-
     def tune() -> None:
         with s.autocast():
             loss = model(ids[:, :tokens], labels=ids[:, :tokens]).loss
@@ -101,8 +81,6 @@ def reading(settings: BenchSettings) -> Table:
 
     calls = {
         PLAIN: plain,
-        f"the same, {CHUNKS[0]} tokens at a time": in_chunks(False),
-        f"and the gradient of its activations, {CHUNKS[0]} at a time": in_chunks(True),
         "levels, depth": read(_stacked(model, "depth")),
         "levels, depth, down_proj only": read(_stacked(model, "depth", target_modules=["down_proj"])),
         "levels, width": read(_stacked(model, "width")),

@@ -61,6 +61,13 @@ def main(
             "afterwards, and more is harmed elsewhere."
         ),
     ] = 0,
+    least: Annotated[
+        int | None,
+        typer.Option(
+            help="A short document, a note of a few sentences, is read again until so many tokens of it were read; "
+            "0: once [256]."
+        ),
+    ] = None,
     snapshots: Annotated[
         int,
         typer.Option(
@@ -122,7 +129,7 @@ def main(
     from nestling.sessions import Session, Settings, Stopped, find_texts
     from nestling.sessions.check import check_page, open_rest
     from nestling.sessions.progress import ReadingProgress
-    from nestling.sessions.sleep import with_sleep
+    from nestling.sessions.sleep import LEAST, with_readings, with_sleep
     from nestling.utils.locks import sole_writer
     from nestling.utils.machine import stop_requests
 
@@ -137,8 +144,9 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     texts = find_texts(text, pattern) if check is None else find_texts(text, pattern, open_rest)
-    texts = with_sleep(texts, sleep)
+    slept = with_sleep(texts, sleep)[len(texts) :]
     loaded, tokenizer = load_model(model, device)
+    texts = with_readings(texts, tokenizer, LEAST if least is None else least) + slept
     loaded = loaded.to(getattr(torch, dtype))
     ids = None if held_out is None else _held_out(held_out, tokenizer, probe)
     progress = ReadingProgress(shown=not quiet)

@@ -27,13 +27,17 @@ Read = Callable[[int], bytes]  # at most so many bytes, b"" at the end
 
 @dataclass(frozen=True)
 class Text:
-    """One document: a file of known content, or the pipe (no path, size or digest). `opened` gives what is read."""
+    """One document: a file of known content, or the pipe (no path, size or digest). `opened` gives what is read.
+
+    again: of one that was read before, the name under which snapshots keep what is known after it. It is out of sight.
+    """
 
     name: str
     path: Path | None = None
     size: int | None = None
     digest: str | None = None
     opened: Opener = open_document
+    again: str = ""
 
 
 def find_texts(names: list[str], pattern: str = "**/*", opened: Opener = open_document) -> list[Text]:

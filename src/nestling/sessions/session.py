@@ -173,10 +173,14 @@ class Session:
                     if isinstance(source, Journal):
                         source.trim(notes.offset)
                 self._show(self)
-            if self.settings.snapshots or notes.document == len(self.texts) - 1:
+            following = self.texts[notes.document + 1 : notes.document + 2]
+            again = text.again or any(t.again for t in following)
+            if self.settings.snapshots or again or not following:
                 self._finish()
             if self.settings.snapshots:
-                keep(self.cache, text.name, self.settings.snapshots)
+                keep(self.cache, text.again or text.name, self.settings.snapshots)
+            if again:  # in sight it would be copied, and teach nothing
+                self.cache.forget_context()
             self._close(text, tokens)
             if isinstance(source, Journal):
                 self._save()  # before the journal goes

@@ -1,6 +1,8 @@
-"""Sleep: when all documents were read, each is read again, its sentences in an order of their own.
+"""Documents that are read again: short ones at once, and in sleep all of them, when the last was read.
 
-Read in order, a sentence is half known from those in front of it; out of order, it has to come from the levels.
+A document of few tokens teaches little in one reading: it is read until it has made as many steps as a longer one. In
+sleep sentences are in an order of their own: read in order, a sentence is half known from those in front of it; out of
+order, it has to come from the levels.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ import io
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nestling.sessions.check import sentences
 from nestling.sessions.documents import Opener, Text
 from nestling.training.texts import scan
+from nestling.training.tokenizers import encode
 
 TOGETHER = 5  # sentences of a paragraph
+LEAST, MOST = 256, 8  # tokens that a document is read until, and readings of one of very few
+BYTES = 16  # of a token, hardly ever more: a longer document is not tokenized to know that it is no short one
 
 
 def shuffled(text: str, turn: int) -> str:
@@ -23,6 +28,26 @@ def shuffled(text: str, turn: int) -> str:
     found = [part.strip() for part in sentences(text) if part.strip()]
     random.Random(turn).shuffle(found)
     return "\n\n".join(" ".join(found[at : at + TOGETHER]) for at in range(0, len(found), TOGETHER))
+
+
+def with_readings(texts: list[Text], tokenizer: Any, least: int = LEAST) -> list[Text]:
+    """The documents, and behind a short one itself again, until about `least` tokens of it were read.
+
+    Raises:
+        ValueError: `least` is negative.
+    """
+    if least < 0:
+        raise ValueError(f"least must not be negative (0: every document is read once), not {least}")
+    found = []
+    for text in texts:
+        found.append(text)
+        if text.path is None or text.size > least * BYTES:
+            continue
+        with text.opened(text.path) as file:
+            count = len(encode(tokenizer, file.read().decode("utf-8")))
+        readings = min(MOST, round(least / max(1, count)))
+        found += [replace(text, name=f"{text.name}, reading {n}", again=text.name) for n in range(2, readings + 1)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -52,5 +77,6 @@ def with_sleep(texts: list[Text], turns: int) -> list[Text]:
         for text in texts:
             opened = Shuffled(text.opened, turn)
             size, digest = scan(text.path, opened)
-            again.append(replace(text, name=f"{text.name}, again ({turn})", size=size, digest=digest, opened=opened))
+            name = f"{text.name}, again ({turn})"
+            again.append(replace(text, name=name, size=size, digest=digest, opened=opened, again=name))
     return texts + [text for text in again if text.size]
