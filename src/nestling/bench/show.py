@@ -83,7 +83,8 @@ def plot(result: dict, path: str | Path) -> None:
 
 def _length_axis(ax, values: list[int], label: str) -> None:
     ax.set_xscale("log", base=2)
-    ax.set_xticks(values, [f"{v // 1024}K" if v >= 1024 else str(v) for v in values])
+    names = [f"{v >> 20}M" if v >= 1 << 20 else f"{v >> 10}K" if v >= 1024 else str(v) for v in values]
+    ax.set_xticks(values, names)
     ax.minorticks_off()
     ax.set_xlabel(label)
 
@@ -96,7 +97,7 @@ def _lengths(ax, rows) -> None:
     tokens = [r["tokens"] for r in own]
     ax.plot(tokens, [r["block tokens/s"] for r in own], "s--", label="softmax attention + MLP block")
     _length_axis(ax, tokens, "tokens of the sequence")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.5 * max(r["tokens/s"] for r in rows))  # room for the names
     ax.set(title="Training speed", ylabel="tokens/s, forward and backward")
     ax.legend(frameon=False)
 
