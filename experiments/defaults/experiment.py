@@ -32,6 +32,7 @@ from nestling.cms.defaults import FADE, RANK, RATE, default_blocks, default_leve
 from nestling.models.hope.levels import give_levels
 from nestling.models.hope.modeling import HopeForCausalLM
 from nestling.sessions.check import ANCHORS, own_texts
+from nestling.sessions.snapshots import FIRST, nearest
 
 GROUP = "Continual learning"
 QUESTION = "A text is read once with no option chosen: what is gained, what is harmed, what does it cost?"
@@ -99,7 +100,7 @@ def defaults() -> Defaults:
 
     return Defaults(contenders=[
         LearnerContender(BASE, "none"),
-        LearnerContender(DEFAULT, "levels"),
+        LearnerContender(DEFAULT, "levels", options={"choice": True}),  # whether to take what was learned, too
         one("AdamW, rank 16", lr=3e-3, optimizer="adamw", rank=16),
         LearnerContender(ANCHORED, "levels", options={"anchor": 16.0}),
         one("anchored, twice the rate", lr=2 * RATE, optimizer="spectral", rank=RANK, decay=FADE, anchor=16.0),
@@ -123,14 +124,15 @@ def built(plain: nn.Module, contender: LearnerContender, context: int) -> nn.Mod
     return learner(plain, replace(contender, levels=levels, stack=stack))
 
 
-def bits_per_byte(model: nn.Module, tokenizer: Any, ids: list[int], context: int) -> float:
-    """Of a text after an end-of-text token, attention beginning anew after `context` tokens."""
-    row, nats = [tokenizer.eos_token_id, *ids], 0.0
+def bits_per_byte(model: nn.Module, tokenizer: Any, ids: list[int], context: int, start: int = 0) -> float:
+    """Of a text's tokens from `start` on, read after an end-of-text token; attention begins anew after `context`."""
+    row, found = [tokenizer.eos_token_id, *ids], []
     for at in range(0, len(ids), context):
         part = torch.tensor([row[at : at + context + 1]], device=model.device)
         logits = model(part[:, :-1], use_cache=False).logits[0].float()
-        nats += F.cross_entropy(logits, part[0, 1:], reduction="sum").item()
-    return nats / math.log(2) / max(1, len(tokenizer.decode(ids).encode()))
+        found.append(F.cross_entropy(logits, part[0, 1:], reduction="none"))
+    size = len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:start]).encode())
+    return torch.cat(found)[start:].sum().item() / math.log(2) / max(1, size)
 
 
 def speed(model: nn.Module, ids: torch.Tensor) -> float:
@@ -188,6 +190,12 @@ class DefaultsWork(ContinualWork):
                 part = row[:, : settings.context]
                 plain_seconds = speed(plain, part) / part.shape[1] * row.shape[1]  # beside it, under the same load
             timed = cache is not None and self.device == "cpu"  # of a GPU a thread's time says nothing
+            found = {}
+            if contender.options.get("choice"):
+                known = {"text": probes[0], **dict(other)} | ({"after": after} if len(after) == settings.after else {})
+                found = {"choice": {
+                    name: self._chosen(plain, model, cache, tokenizer, ids) for name, ids in known.items()
+                }}  # fmt: skip
             with adapted(model, cache):
                 return {
                     "read": len(ids),
@@ -199,7 +207,15 @@ class DefaultsWork(ContinualWork):
                     "state_bytes": 0 if cache is None else cache.nbytes,
                     "reading_seconds": seconds if timed else None,
                     "plain_seconds": plain_seconds if timed else None,
-                }
+                } | found
+
+    def _chosen(self, plain: nn.Module, model: nn.Module, cache: Any, tokenizer: Any, ids: list[int]) -> dict[str, Any]:
+        """Whether a reader takes what was learned to a text, and bits per byte of what it has not seen by then."""
+        context = self.settings.context
+        taken = nearest(model, cache, ids[:FIRST], tokenizer.eos_token_id, context) is None
+        without = bits_per_byte(plain, tokenizer, ids, context, FIRST)
+        with adapted(model, cache if taken else None):
+            return {"levels": taken, "without": without, "bits": bits_per_byte(model, tokenizer, ids, context, FIRST)}
 
     def _model(self, name: str) -> tuple[nn.Module, Any]:
         small = name in FAMILIES

@@ -35,8 +35,18 @@ def _cell(text: str, name: str, plain: dict[str, Any], found: dict[str, Any]) ->
         "text": text, "kind": found["text_kind"], "contender": name, "tokens": found["read"],
         "before": plain["text_bits"], "gain": plain["text_bits"] - found["text_bits"], "carried": carried,
         "harm": statistics.fmean(harms.values()), "worst_harm": max(harms.values()),
-        "state_bytes": found["state_bytes"], "of_plain": speed,
+        "state_bytes": found["state_bytes"], "of_plain": speed, "chosen": _chosen(found.get("choice"), set(harms)),
     }  # fmt: skip
+
+
+def _chosen(choice: dict[str, Any] | None, other: set[str]) -> dict[str, float] | None:
+    """What changes where a reader chooses by a text's beginning whether it takes what was learned to the rest."""
+    if choice is None:
+        return None
+    rises = {name: c["bits"] - c["without"] for name, c in choice.items()}
+    harms = [rises[name] for name in other]
+    return {"gain": -rises["text"], "passed": sum(not c["levels"] for n, c in choice.items() if n not in other),
+            "harm": statistics.fmean(harms), "worst_harm": max(harms)}  # fmt: skip
 
 
 def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -45,6 +55,7 @@ def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict
         return None
     carried = [c["carried"] for c in cells if c["carried"] is not None]
     times = [c["of_plain"] for c in cells if c["of_plain"] is not None]
+    chosen = [c["chosen"] for c in cells if c["chosen"] is not None]
     same = [reference[c["text"]]["gain"] for c in cells if c["text"] in reference]
     return {
         "contender": name,
@@ -58,7 +69,13 @@ def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict
         "longest": max(c["tokens"] for c in cells),
         "state_bytes": max(c["state_bytes"] for c in cells),
         "of_plain": statistics.median(times) if times else None,
-    }
+        "chosen": {
+            "gain": statistics.fmean(c["gain"] for c in chosen),
+            "passed": sum(c["passed"] for c in chosen),
+            "harm": statistics.fmean(c["harm"] for c in chosen),
+            "worst_harm": max(c["worst_harm"] for c in chosen),
+        } if chosen else None,
+    }  # fmt: skip
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -69,24 +86,34 @@ def table(summary: dict[str, Any]) -> str:
             rows.append([c["contender"], model["model"], f"{c['texts']}", f"{c['longest']:,}", f"{c['worse']}",
                          f"{c['gain']:.3f}", _number(c["default_gain"]), _number(c["carried"]), f"{c['harm']:.4f}",
                          f"{c['worst_harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}",
-                         "-" if c["of_plain"] is None else f"{c['of_plain']:.2f}"])  # fmt: skip
+                         "-" if c["of_plain"] is None else f"{c['of_plain']:.2f}", *_choice(c["chosen"])])  # fmt: skip
         for c in model["cells"]:
             if c["contender"] == DEFAULT:
                 texts.append([model["model"], c["text"], c["kind"], f"{c['tokens']:,}", f"{c['before']:.3f}",
                               f"{c['before'] - c['gain']:.3f}", _number(c["carried"]), f"{c['harm']:+.4f}",
-                              f"{c['worst_harm']:+.3f}"])  # fmt: skip
+                              f"{c['worst_harm']:+.3f}", *_choice(c["chosen"])[1:]])  # fmt: skip
     text = markdown(["levels", "model", "texts", "longest", "worse after", "gain", "default's gain there", "gain on "
-                     "what follows", "harm", "largest harm", "state, MB", "speed, of plain"], rows, left=2)  # fmt: skip
+                     "what follows", "harm", "largest harm", "state, MB", "speed, of plain", "gain, chosen", "harm, "
+                     "chosen", "largest, chosen"], rows, left=2)  # fmt: skip
     text += "\nThe default, text by text:\n\n"
     text += markdown(["model", "text", "kind", "tokens", "before", "after", "gain on what follows", "harm",
-                      "largest harm"], texts, left=3)  # fmt: skip
+                      "largest harm", "harm, chosen", "largest, chosen"], texts, left=3)  # fmt: skip
     text += "\nBits per byte, in a fresh context. Before, after: the text that was read (its first and last "
     text += f"{summary['ends']} tokens, if it is longer). Gain: before minus after, the mean over texts; beside it the "
     text += "default's on the same texts, for contenders that read fewer. What follows: the text's own continuation, "
     text += "unread, where there is one. Harm: the rise on three ordinary texts that were not read, their mean, and "
     text += "the largest of a single one. Speed: seconds of this thread for a plain forward over those for reading, "
-    text += "the median over texts, on a loaded machine: see the benchmarks for a quiet one.\n"
+    text += "the median over texts, on a loaded machine: see the benchmarks for a quiet one. Chosen: whether a text is "
+    text += (
+        "predicted by what was learned or by nothing is chosen by its first 64 tokens, and the others are counted.\n"
+    )
     return text
+
+
+def _choice(chosen: dict[str, float] | None) -> list[str]:
+    if chosen is None:
+        return ["-"] * 3
+    return [f"{chosen['gain']:.3f}", f"{chosen['harm']:+.4f}", f"{chosen['worst_harm']:+.3f}"]
 
 
 def _number(value: float | None) -> str:

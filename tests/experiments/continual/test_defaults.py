@@ -39,6 +39,10 @@ def rows_of(settings):
             "other_bits": {"x": 1.0 + harm, "y": 1.0}, "state_bytes": 7_000_000 * levels,
             "reading_seconds": 4.0 if levels else None, "plain_seconds": 2.0 if levels else None,
         }  # fmt: skip
+        if job.contender == DEFAULT:  # taken to what was read and to x, not to y
+            bits = {"text": 1.5, "x": 1.02, "y": 1.0}
+            rows[job]["choice"] = {n: {"levels": n != "y", "without": 2.0 if n == "text" else 1.0, "bits": b}
+                                   for n, b in bits.items()}  # fmt: skip
     return rows
 
 
@@ -49,6 +53,8 @@ def test_figures_are_differences_to_the_model_without_levels(tmp_path):
     assert (first[0]["contender"], first[0]["texts"], first[0]["worse"]) == (DEFAULT, 20, 0)
     assert first[0]["gain"] == pytest.approx(0.5) and first[0]["carried"] == pytest.approx(0.25)
     assert first[0]["harm"] == pytest.approx(0.005) and first[0]["worst_harm"] == pytest.approx(0.01)
+    assert first[0]["chosen"] == pytest.approx({"gain": 0.5, "passed": 0, "harm": 0.01, "worst_harm": 0.02})
+    assert first[1]["chosen"] is None
     assert first[0]["of_plain"] == 0.5 and first[1]["default_gain"] == pytest.approx(0.5)
     assert first[-1]["texts"] < 20  # which reads short texts only
     text = report.table(summary)
@@ -78,3 +84,5 @@ def test_bits_per_byte_are_those_of_the_models_own_loss(model):
         assert bits_per_byte(plain, tokenizer, ids, 64) == pytest.approx(
             float(plain(row, labels=row).loss) / math.log(2), rel=1e-5
         )
+        rest, first = bits_per_byte(plain, tokenizer, ids, 64, 5), bits_per_byte(plain, tokenizer, ids[:5], 64)
+        assert 17 * rest + 5 * first == pytest.approx(22 * bits_per_byte(plain, tokenizer, ids, 64), rel=1e-5)
