@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.choice.experiment import DELTA, HOPE, beside, horizon
 from experiments.shared.models.paper import PaperRun
 from experiments.shared.models.runs import TrainingWork
 from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
@@ -19,25 +20,45 @@ GROUP = "Models"
 QUESTION = "How good is Hope beside other sequence layers, at equal parameters, tokens and tuned learning rate?"
 
 
+# every option written out: the table keeps its meaning when a default changes
+WINDOW = {"mixer": "window_attention", "window": 256}
+HYBRID = {"mixers": [WINDOW, beside(HOPE | horizon(2048, 32768))], "num_attention_heads": 2}
+GATED_DELTANET = {"mixers": [{"mixer": "selfmod"} | DELTA], "num_attention_heads": 2}
+SAMBA = {"mixers": [{"mixer": "selfmod"} | DELTA, WINDOW], "num_attention_heads": 2}
+
+
 def defaults() -> TrainingStudy:
     """The experiment's settings."""
+    plain = {"mixer": "attention", "options": {"conv_size": 0}}
     return TrainingStudy.from_dict(
         {
             "name": "quality",
             "steps": 800,
             "test": True,
-            "model": {"name": "tiny", "options": _model(128, 2, 4)},
+            # what everybody's parameters are set to: those of Hope with memories of expansion 2
+            "model": {"name": "tiny", "options": _model(128, 2, 4) | {"mixer_options": {"expansion": 2}}},
             "data": {"seq_len": 512, "batch_size": 2},
             "lrs": [1e-3, 3e-3, 1e-2],
             # the slow ones first, so that no process waits for them at the end
             "contenders": [
+                {"name": "hope, hybrid, muon", "model": HYBRID, "optim": "muon"},
                 {"name": "hope"},
                 {"name": "hope, expansion 2", "options": {"expansion": 2}},
                 {"name": "titans", "mixer": "titans"},
                 {"name": "titans, expansion 2", "mixer": "titans", "options": {"expansion": 2}},
                 {"name": "deltanet", "mixer": "deltanet"},
                 {"name": "transformer + conv", "mixer": "attention"},
-                {"name": "transformer", "mixer": "attention", "options": {"conv_size": 0}},
+                {"name": "transformer"} | plain,
+                {"name": "transformer + conv, muon", "mixer": "attention", "optim": "muon"},
+                {"name": "gated deltanet, muon", "model": GATED_DELTANET, "optim": "muon"},
+                {"name": "gated deltanet and window, muon", "model": SAMBA, "optim": "muon"},
+                {"name": "hope, hybrid", "model": HYBRID},
+                {"name": "gated deltanet", "model": GATED_DELTANET},
+                {"name": "gated deltanet and window", "model": SAMBA},
+                {"name": "transformer, muon", "optim": "muon"} | plain,
+                {"name": "hope, hybrid, m3", "model": HYBRID, "optim": "m3"},
+                {"name": "transformer + conv, m3", "mixer": "attention", "optim": "m3"},
+                {"name": "hope, muon", "optim": "muon"},
             ],
         }
     )
@@ -63,7 +84,7 @@ def paper() -> list[PaperRun]:
     return [PaperRun(size, tokens, contenders, train) for size, tokens in (("760m", 30e9), ("1.3b", 100e9))]
 
 
-def _model(width: int, layers: int, heads: int) -> dict[str, int]:
+def _model(width: int, layers: int, heads: int) -> dict[str, Any]:
     return {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # distinct for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#A0522D")
 
@@ -30,6 +32,16 @@ def pm(found: dict[str, Any] | None, digits: int = 3) -> str:
         return "-"
     text = f"{found['mean']:.{digits}f}"
     return f"{text} ± {found['std']:.{digits}f}" if len(found["values"]) > 1 else text
+
+
+def bootstrap(differences: list[list[float]], samples: int = 2000) -> list[float] | None:
+    """95% interval of the mean of paired differences [seeds][windows]; both are drawn again, with replacement."""
+    if not differences:
+        return None
+    values, generator = torch.tensor(differences, dtype=torch.float64), torch.Generator().manual_seed(0)
+    seeds, windows = (torch.randint(n, (samples, n), generator=generator) for n in values.shape)
+    means = values[seeds].mean(1).gather(1, windows).mean(1)
+    return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 def mean_bins(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from experiments.shared.work import Progress, Work, curve, one_thread, versions
 from nestling.models import HopeForCausalLM, sizes
 from nestling.models.hope import HopeConfig
 from nestling.training.data import Tokens
-from nestling.training.evaluation import evaluate
+from nestling.training.evaluation import bits_per_byte, evaluate
 from nestling.training.loop import Trainer
 
 
@@ -148,7 +148,11 @@ def _held_out(experiment: TrainingStudy, model: HopeForCausalLM, tokens: Tokens,
     found = evaluate(
         model, tokens, seq_len=experiment.data.seq_len, batch_size=size, max_batches=batches, precision=precision
     )
-    return {"bits_per_byte": found.bits_per_byte, "loss_by_position": found.binned(experiment.position_bins)}
+    return {
+        "bits_per_byte": found.bits_per_byte,
+        "loss_by_position": found.binned(experiment.position_bins),
+        "bits_by_window": [round(bits_per_byte(loss, tokens), 5) for loss in found.loss_in.tolist()],
+    }
 
 
 def _save(model: torch.nn.Module, path: Path) -> None:

@@ -35,13 +35,14 @@ _SMOKE_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads"
 class ModelContender(Contender):
     """A sequence layer with its options.
 
-    `model` changes other fields of the model's configuration; `seeds` replaces the experiment's. The MLPs' width is
-    set so that every contender has the parameters of the experiment's own model.
+    `model` changes other fields of the model's configuration; `optim` and `seeds` replace the experiment's optimiser, by
+    its name, and its seeds. The MLPs' width is set so that every contender has the parameters of the experiment's model.
     """
 
     mixer: str = "selfmod"
     options: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    optim: str = ""
     seeds: list[int] | None = None
 
 
@@ -91,7 +92,7 @@ class TrainingStudy(TrainConfig):
         values["data"] = {name: values["data"][name] for name in ("seq_len", "batch_size", "val_fraction")}
         values["optim"].pop("lr")
         for contender in values["contenders"]:
-            for name in ("options", "model", "seeds"):
+            for name in ("options", "model", "optim", "seeds"):
                 if not contender[name]:
                     contender.pop(name)
         return values
@@ -107,7 +108,10 @@ class TrainingStudy(TrainConfig):
         """The training run of a job."""
         values = self.to_dict()
         run = TrainConfig.from_dict({f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
-        return run.changed(**{"seed": job.seed, "precision": job.precision, "optim.lr": job.lr})
+        own = self.contender(job.contender).optim or run.optim.name
+        return run.changed(
+            **{"seed": job.seed, "precision": job.precision, "optim.lr": job.lr, "optim.name": own}
+        )
 
     def fingerprint(self, job: TrainingJob, corpus: str) -> str:
         """A digest of everything that decides the result of a job: a result of other settings does not count."""
@@ -117,6 +121,7 @@ class TrainingStudy(TrainConfig):
         run["data"] = {k: v for k, v in run["data"].items() if k in ("seq_len", "batch_size")}
         run["schedule"] = without_stages(run["schedule"])
         contender = dataclasses.asdict(self.contender(job.contender)) | {"seeds": None}
+        contender.pop("optim")  # it stands in the run
         own = {
             k: getattr(self, k) for k in ("eval_windows", "position_bins", "long_context", "max_skips", "curve_points")
         }

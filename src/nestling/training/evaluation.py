@@ -18,12 +18,14 @@ from nestling.utils.ranks import Ranks
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss. `loss_at` [T] is the mean loss (nats per token) of the prediction made after 1..T tokens."""
+    """Held-out loss in nats per token: `loss_at` [T] of the prediction made after 1..T tokens, `loss_in` [W] of each window,
+    windows apart by as much of the text."""
 
     loss: float
     bits_per_byte: float
     tokens: int
     loss_at: Tensor
+    loss_in: Tensor
 
     def binned(self, bins: int) -> list[dict[str, float]]:
         """The loss by position in bins that widen geometrically: `first` and `last` position (from 1) and mean
@@ -109,7 +111,7 @@ def evaluate(
         ]  # fmt: skip
         loss_at = torch.stack([share * one.loss_at for share, one in zip(tokens.shares, found)]).sum(0)
         loss, total = float(loss_at.mean()), sum(one.tokens for one in found)
-        return Evaluation(loss, bits_per_byte(loss, tokens), total, loss_at)
+        return Evaluation(loss, bits_per_byte(loss, tokens), total, loss_at, torch.cat([one.loss_in for one in found]))
     if len(tokens) < 2:
         raise ValueError(
             f"{len(tokens)} held-out tokens are too few to evaluate; hold out more (data.val_fraction or data.val_text)"
@@ -119,19 +121,22 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total = torch.zeros(seq_len, dtype=torch.float64)
+    total, loss_in = torch.zeros(seq_len, dtype=torch.float64), torch.zeros(len(starts), dtype=torch.float64)
     try:
         for first in range(0, len(starts), batch_size):
-            mine = starts[first : first + batch_size][ranks.rank :: ranks.size]
+            own = slice(first + ranks.rank, first + batch_size, ranks.size)
+            mine = starts[own]
             # a rank without a row of its own runs too: a sharded model's parts are exchanged in its forward pass
             window = windows(tokens, mine or starts[:1], seq_len).to(device)
-            losses = token_losses(model, window, precision, apart).double().sum(0).cpu()
-            total += losses if mine else 0
+            losses = token_losses(model, window, precision, apart).double().cpu()
+            if mine:
+                total += losses.sum(0)
+                loss_in[own] = losses.mean(1)
     finally:
         model.train(was_training)
     loss_at = ranks.sum(total) / len(starts)
     loss = float(loss_at.mean())
-    return Evaluation(loss, bits_per_byte(loss, tokens), seq_len * len(starts), loss_at)
+    return Evaluation(loss, bits_per_byte(loss, tokens), seq_len * len(starts), loss_at, ranks.sum(loss_in))
 
 
 def bits_per_byte(loss: float, tokens: Tokens | Mixture) -> float:
