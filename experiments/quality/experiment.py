@@ -13,7 +13,7 @@ from experiments.choice.experiment import DELTA, HOPE, beside, horizon
 from experiments.shared.models.paper import PaperRun
 from experiments.shared.models.runs import TrainingWork
 from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
-from experiments.shared.report import COLOURS, band, count, figure, markdown, mean_bins, mean_curve, pm, spread
+from experiments.shared.report import COLOURS, band, bootstrap, count, figure, markdown, mean_bins, mean_curve, pm, spread
 from experiments.shared.work import Row
 
 GROUP = "Models"
@@ -123,6 +123,8 @@ def summarize(experiment: TrainingStudy, contenders: list[ModelContender], row: 
     own = next((s for s in found if s["contender"] == experiment.contenders[0].name), None)
     for s in found:
         s["book_minus_first"] = _paired(s, own)
+    for s in found:
+        s.pop("book_by_window")  # only for the interval
     return {
         "experiment": "quality",
         "first": experiment.contenders[0].name,
@@ -151,6 +153,7 @@ def _summary(experiment: TrainingStudy, contender: ModelContender, row: Row) -> 
         "tails": spread(r["bits_per_byte"] for r in rows),
         "book": spread(r["bits_per_byte"] for _, r in tests),
         "book_by_seed": {str(seed): r["bits_per_byte"] for seed, r in tests},
+        "book_by_window": {str(seed): r["bits_by_window"] for seed, r in tests if "bits_by_window" in r},
         "diverged": sum(r["diverged"] for r in rows),
         "tails_by_position": mean_bins(rows),
         "book_by_position": mean_bins([r for _, r in tests]),
@@ -160,16 +163,19 @@ def _summary(experiment: TrainingStudy, contender: ModelContender, row: Row) -> 
 
 
 def _paired(s: dict[str, Any], own: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The difference to the first contender, seed by seed."""
+    """The difference to the first contender, seed by seed, and its interval by a bootstrap over seeds and windows."""
     if own is None or own is s:
         return None
     shared = [seed for seed in own["book_by_seed"] if s["book_by_seed"].get(seed) and own["book_by_seed"][seed]]
-    return spread(s["book_by_seed"][seed] - own["book_by_seed"][seed] for seed in shared)
+    found = spread(s["book_by_seed"][seed] - own["book_by_seed"][seed] for seed in shared)
+    mine, first = s["book_by_window"], own["book_by_window"]
+    windows = [[a - b for a, b in zip(mine[seed], first[seed])] for seed in shared if seed in mine and seed in first]
+    return found and found | {"interval": bootstrap(windows) if len(windows) > 1 else None}
 
 
 def table(summary: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    header = ["model", "parameters", "lr", "held-out book", "tails", "book - " + summary["first"]]
+    header = ["model", "parameters", "lr", "held-out book", "tails", "book - " + summary["first"], "95% interval"]
     bins = next((s["book_by_position"] for s in summary["contenders"] if s["book_by_position"]), None)
     places = [bins[max(0, len(bins) - 4)], bins[-1]] if bins else []
     header += [f"book, bytes {b['first']}-{b['last']}" for b in places]
@@ -178,10 +184,13 @@ def table(summary: dict[str, Any]) -> str:
         bins = s["book_by_position"]
         lr = "-" if s["lr"] is None else f"{s['lr']:g}" + ("*" if s["lr_at_edge"] else "")
         ends = [pm(next((b for b in bins if b["first"] == place["first"]), None)) for place in places]
-        figures = [count(s["parameters"]), lr, pm(s["book"]), pm(s["tails"]), pm(s["book_minus_first"])]
+        difference = s["book_minus_first"]
+        interval = (difference or {}).get("interval")
+        figures = [count(s["parameters"]), lr, pm(s["book"]), pm(s["tails"]), pm(difference)]
+        figures.append(f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "-")
         rows.append([s["contender"], *figures, *ends])
     note = f"\nBits per byte, mean ± standard deviation over seeds, after {count(summary['tokens'])} training bytes; "
-    note += "differences are taken seed by seed.\n"
+    note += "differences are taken seed by seed, their intervals by a bootstrap over seeds and windows of the book.\n"
     if any(s["lr_at_edge"] for s in summary["contenders"]):
         note += "\\* the best learning rate lies at the edge of the grid: a wider grid may be better.\n"
     return markdown(header, rows) + note

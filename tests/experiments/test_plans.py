@@ -5,12 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.cost import experiment as cost
 from experiments.quality import experiment as quality
 from experiments.shared.models.runs import curve, judge, model_config
 from experiments.shared.models.study import TrainingJob, TrainingStudy
-from experiments.shared.report import pm, spread
+from experiments.shared.report import bootstrap, pm, spread
 from experiments.shared.run import load, save
 from experiments.stability import experiment as stability
 from nestling.models.sizes import parameters
@@ -157,6 +158,16 @@ def test_divergence(losses, diverged):
 def test_a_curve_keeps_every_loss():
     assert curve([1.0, 3.0, 5.0], 2) == [[2, 2.0], [3, 5.0]]
     assert len(curve([1.0] * 1000, 60)) <= 60
+
+
+def test_the_bootstraps_interval_holds_the_mean_and_narrows_with_more_windows():
+    draw = torch.Generator().manual_seed(1)
+    few, many = (bootstrap((0.1 + torch.randn(3, n, generator=draw)).tolist()) for n in (20, 2000))
+    assert few[0] < 0.1 < few[1]
+    assert many[0] < 0.1 < many[1]
+    assert many[1] - many[0] < (few[1] - few[0]) / 3
+    assert bootstrap([[0.5] * 9] * 2) == pytest.approx([0.5, 0.5])
+    assert bootstrap([]) is None
 
 
 def test_spread():

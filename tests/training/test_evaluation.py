@@ -32,6 +32,7 @@ def test_loss_is_exact_and_by_position():
     assert result.loss_at.tolist() == pytest.approx([same, same, same, (same + 2 * other) / 3], rel=1e-5)
     assert result.loss == pytest.approx((10 * same + 2 * other) / 12, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 2)
+    assert result.loss_in.tolist() == pytest.approx([(3 * same + other) / 4, same, (3 * same + other) / 4], rel=1e-5)
     assert result.tokens == 12
     assert model.training
     half = evaluate(model, tokens, seq_len=4, batch_size=1, max_batches=1)
