@@ -38,6 +38,8 @@ def defaults() -> Choice:
         for name, change in changes.items()
     ]
     contenders.append(ChoiceContender("no memory", mixers=[window], text_lr=5e-3))
+    short = {"window": 64}  # attention that does not see all of what is trained on
+    contenders.append(ChoiceContender("window of 64", mixers=[window | short, beside(MEMORY) | short], text_lr=5e-3))
     return Choice(name="ablation", contenders=contenders, tasks=["parity", "recall", "text 400"], seeds=[0, 1, 2])
 
 
