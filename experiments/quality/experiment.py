@@ -146,6 +146,7 @@ def _summary(experiment: TrainingStudy, contender: ModelContender, row: Row) -> 
         "contender": contender.name,
         "mixer": contender.mixer,
         "options": contender.options,
+        "optim": contender.optim or experiment.optim.name,
         "parameters": next(r["parameters"] for r in search.values() if r),
         "search": {f"{lr:g}": r and r["bits_per_byte"] for lr, r in search.items()},
         "lr": lr,
@@ -199,8 +200,13 @@ def table(summary: dict[str, Any]) -> str:
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Bits per byte of each seed, learning curves, and loss by position."""
     found = [s for s in summary["contenders"] if s["tails"]]
-    colours = {s["contender"]: colour for s, colour in zip(sorted(found, key=lambda s: s["contender"]), COLOURS)}
-    with figure(path, 3, (15, 4.8)) as (ranks, curves, positions):
+    layers = sorted({s["contender"].removesuffix(f", {s['optim']}") for s in found})  # a colour each
+    colours = {
+        s["contender"]: (*COLOURS, "#999933", "#000000")[layers.index(s["contender"].removesuffix(f", {s['optim']}")) % 10]
+        for s in found
+    }
+    lines = {s["contender"]: {"muon": "--", "m3": ":"}.get(s["optim"], "-") for s in found}
+    with figure(path, 3, (17, 2.4 + 0.34 * max(8, len(found)))) as (ranks, curves, positions):
         for place, s in enumerate(found):
             for text, shift, marker in (("book", -0.14, "o"), ("tails", 0.14, "s")):
                 if s[text]:
@@ -208,10 +214,11 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                     fill = {"facecolors": colours[s["contender"]] if text == "book" else "none"}
                     ranks.scatter(s[text]["values"], y, marker=marker, edgecolors=colours[s["contender"]], s=34, **fill)
             x, points = s["curve"]
-            band(curves, [tokens / 1e6 for tokens in x], points, s["contender"], colours[s["contender"]])
+            style = {"linestyle": lines[s["contender"]]}
+            band(curves, [tokens / 1e6 for tokens in x], points, s["contender"], colours[s["contender"]], **style)
             bins = s["book_by_position"] or s["tails_by_position"]
             middle = [(b["first"] * b["last"]) ** 0.5 for b in bins]
-            band(positions, middle, bins, s["contender"], colours[s["contender"]], marker=".")
+            band(positions, middle, bins, s["contender"], colours[s["contender"]], marker=".", **style)
         ranks.set_yticks(range(len(found)), [s["contender"] for s in found])
         ranks.invert_yaxis()
         ranks.set(xlabel="bits per byte (lower is better)", title="Held-out loss, each seed")
