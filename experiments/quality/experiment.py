@@ -13,7 +13,18 @@ from experiments.choice.experiment import DELTA, HOPE, beside, horizon
 from experiments.shared.models.paper import PaperRun
 from experiments.shared.models.runs import TrainingWork
 from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
-from experiments.shared.report import COLOURS, band, bootstrap, count, figure, markdown, mean_bins, mean_curve, pm, spread
+from experiments.shared.report import (
+    COLOURS,
+    band,
+    bootstrap,
+    count,
+    figure,
+    markdown,
+    mean_bins,
+    mean_curve,
+    pm,
+    spread,
+)
 from experiments.shared.work import Row
 
 GROUP = "Models"
@@ -41,6 +52,7 @@ def defaults() -> TrainingStudy:
             "lrs": [1e-3, 3e-3, 1e-2],
             # the slow ones first, so that no process waits for them at the end
             "contenders": [
+                {"name": "hope, muon", "optim": "muon"},
                 {"name": "hope, hybrid, muon", "model": HYBRID, "optim": "muon"},
                 {"name": "hope"},
                 {"name": "hope, expansion 2", "options": {"expansion": 2}},
@@ -58,7 +70,6 @@ def defaults() -> TrainingStudy:
                 {"name": "transformer, muon", "optim": "muon"} | plain,
                 {"name": "hope, hybrid, m3", "model": HYBRID, "optim": "m3"},
                 {"name": "transformer + conv, m3", "mixer": "attention", "optim": "m3"},
-                {"name": "hope, muon", "optim": "muon"},
             ],
         }
     )
@@ -200,11 +211,9 @@ def table(summary: dict[str, Any]) -> str:
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Bits per byte of each seed, learning curves, and loss by position."""
     found = [s for s in summary["contenders"] if s["tails"]]
-    layers = sorted({s["contender"].removesuffix(f", {s['optim']}") for s in found})  # a colour each
-    colours = {
-        s["contender"]: (*COLOURS, "#999933", "#000000")[layers.index(s["contender"].removesuffix(f", {s['optim']}")) % 10]
-        for s in found
-    }
+    layer = {s["contender"]: s["contender"].removesuffix(f", {s['optim']}") for s in found}  # a colour each
+    palette = dict(zip(sorted(set(layer.values())), (*COLOURS, "#999933", "#000000")))
+    colours = {name: palette[own] for name, own in layer.items()}
     lines = {s["contender"]: {"muon": "--", "m3": ":"}.get(s["optim"], "-") for s in found}
     with figure(path, 3, (17, 2.4 + 0.34 * max(8, len(found)))) as (ranks, curves, positions):
         for place, s in enumerate(found):

@@ -40,6 +40,14 @@ NOT_RUN = {
     "endless": {"default"},
     "knowledge": {"default", "default, sleep", "default, sleep, anchored"},
     "languages": {c.name for c in find("languages").defaults().contenders},
+    "quality": {
+        "gated deltanet",
+        "gated deltanet, muon",
+        "gated deltanet and window",
+        "transformer, muon",
+        "hope, hybrid, m3",
+        "transformer + conv, m3",
+    },
     "needles": {c.name for c in find("needles").defaults().contenders},
     "streams": {c.name for c in find("streams").defaults().contenders},
 }

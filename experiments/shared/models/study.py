@@ -35,8 +35,8 @@ _SMOKE_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads"
 class ModelContender(Contender):
     """A sequence layer with its options.
 
-    `model` changes other fields of the model's configuration; `optim` and `seeds` replace the experiment's optimiser, by
-    its name, and its seeds. The MLPs' width is set so that every contender has the parameters of the experiment's model.
+    `model` changes other fields of the model's configuration; `optim` (a name) and `seeds` replace the experiment's.
+    The MLPs' width is set so that every contender has the parameters of the experiment's own model.
     """
 
     mixer: str = "selfmod"
@@ -109,9 +109,7 @@ class TrainingStudy(TrainConfig):
         values = self.to_dict()
         run = TrainConfig.from_dict({f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
         own = self.contender(job.contender).optim or run.optim.name
-        return run.changed(
-            **{"seed": job.seed, "precision": job.precision, "optim.lr": job.lr, "optim.name": own}
-        )
+        return run.changed(**{"seed": job.seed, "precision": job.precision, "optim.lr": job.lr, "optim.name": own})
 
     def fingerprint(self, job: TrainingJob, corpus: str) -> str:
         """A digest of everything that decides the result of a job: a result of other settings does not count."""

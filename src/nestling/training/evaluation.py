@@ -18,8 +18,8 @@ from nestling.utils.ranks import Ranks
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss in nats per token: `loss_at` [T] of the prediction made after 1..T tokens, `loss_in` [W] of each window,
-    windows apart by as much of the text."""
+    """Held-out loss in nats per token: `loss_at` [T] of the prediction made after 1..T tokens, `loss_in` [W] of each
+    window, in the text's order."""
 
     loss: float
     bits_per_byte: float
