@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from nestling import Level
 from nestling.cli.main import app
 from nestling.generation import Sampling, load_state, save_state
-from nestling.generation.answers import prompt_ids
+from nestling.generation.answers import before_question, prompt_ids
 from nestling.sessions.chat import Conversation
 
 FIRST, SECOND = "the cat sat on the mat and then the dog ran", "today the log is under the cat"
@@ -104,6 +104,8 @@ def test_a_chat_template_puts_the_turns(talk):
     try:
         ids = prompt_ids(it.tokenizer, [("a", "b"), ("c", "")])
         assert it.tokenizer.decode(ids) == "<user>a<assistant>b<user>c!"
+        asked = prompt_ids(it.tokenizer, [("Where?", "")])
+        assert it.tokenizer.decode(asked[: before_question(it.tokenizer, asked)]) == "<user>"
     finally:
         it.tokenizer.chat_template = None
     assert it.tokenizer.decode(prompt_ids(it.tokenizer, [("a", "b"), ("c", "")])) == (

@@ -63,6 +63,9 @@ def test_what_was_learned_is_taken_only_where_it_is_surely_ahead(model, session,
     assert nearest(model, made.cache, known[:few], 257) == NOTHING
     assert nearest(model, made.cache, known[: few + 1], 257) is None
     assert nearest(model, made.cache, other, 257, nothing=False) is None
+    # what is read and not counted decides nothing
+    assert nearest(model, made.cache, known[: few + 1], 257, given=few + 1) == NOTHING
+    assert nearest(model, made.cache, known[: few + 1], 257, given=0) is None
     assert nearest(model, LevelsCache(), other, 257) is None and nearest(model, made.cache, [], 257) is None
 
 

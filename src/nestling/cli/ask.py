@@ -45,7 +45,7 @@ def main(
     from nestling.cms.cache import LevelsCache
     from nestling.cms.learning_model import LearningMixin
     from nestling.generation import load_state
-    from nestling.generation.answers import answer, prompt_ids
+    from nestling.generation.answers import answer, before_question, prompt_ids
     from nestling.generation.load import load_model
     from nestling.sessions.snapshots import recall_nearest
 
@@ -59,7 +59,8 @@ def main(
     recalled = None
     if isinstance(cache, LevelsCache) and question.strip():
         ids = prompt_ids(tokenizer, [(question, "")])
-        recalled = recall_nearest(loaded, cache, ids, tokenizer.eos_token_id, nothing=not always)
+        given = before_question(tokenizer, ids)
+        recalled = recall_nearest(loaded, cache, ids, tokenizer.eos_token_id, nothing=not always, given=given)
     found = answer(loaded, tokenizer, cache, question, max_new_tokens)
     if as_json:
         print_json({"question": question, **asdict(found), "state": str(state), "recalled": recalled})

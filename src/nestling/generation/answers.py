@@ -62,6 +62,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, st
     return encode(tokenizer, "\n".join(f"Question: {q}\nAnswer:{a and ' ' + a}" for q, a in turns))  # type: ignore[arg-type]
 
 
+def before_question(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """How many ids of a prompt stand in front of its question, the same in every prompt: of the template."""
+    other = prompt_ids(tokenizer, [("\N{INVERTED QUESTION MARK}", "")])
+    return next((i for i, (a, b) in enumerate(zip(ids, other)) if a != b), min(len(ids), len(other)))
+
+
 def _confidence(model: Any, ids: torch.Tensor, start: int) -> float:
     """Mean probability of the tokens from `start` on."""
     if ids.shape[1] == start:

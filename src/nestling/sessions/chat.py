@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nestling.cms.cache import LevelsCache
-from nestling.generation.answers import prompt_ids
+from nestling.generation.answers import before_question, prompt_ids
 from nestling.generation.stream import Sampling, TextGenerator
 from nestling.sessions.notes import measured
 from nestling.sessions.scores import examples, score
@@ -110,8 +110,9 @@ class Conversation:
         """Whether the answer to a text is written by the memory: not where nothing learned predicts the text better."""
         known, ids = self.now.memory.fork(), prompt_ids(self.tokenizer, [(text, "")])
         known.snapshots = None  # a conversation goes on with what stands
-        context = self.model.learner.context
-        return self._always or nearest(self.model, known, ids, self.tokenizer.eos_token_id, context) is None
+        context, given = self.model.learner.context, before_question(self.tokenizer, ids)
+        end = self.tokenizer.eos_token_id
+        return self._always or nearest(self.model, known, ids, end, context, given=given) is None
 
     def undo(self) -> bool:
         """Go back to before the last turn or `forget`: what was learned then is unlearned. False: none is left."""

@@ -23,8 +23,9 @@ NOTHING = ""  # learned
 
 
 def nearest(
-    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None, nothing: bool = True
-) -> str | None:
+    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None, nothing: bool = True,
+    given: int = 0,
+) -> str | None:  # fmt: skip
     """What the text that begins with `ids` is best read with, of all that the one stream in a cache ever knew.
 
     What was learned of other texts may predict this one worse than the model did before it read anything, so nothing
@@ -34,6 +35,7 @@ def nearest(
         ids: scored in a fresh context, after the token `start`, without learning.
         context: after which attention begins anew.
         nothing: whether it may be that nothing was learned.
+        given: so many of `ids` are read and not counted: a template is worse predicted whatever was learned.
 
     Returns:
         None: the levels as they stand; a snapshot's name; or `NOTHING`.
@@ -46,16 +48,17 @@ def nearest(
         then = cache.fork()
         if name is not None:
             then.recall(name or None)
-        found = -float(score(model, then, ids, start, context).double().sum())
+        found = -float(score(model, then, ids, start, context)[given:].double().sum())
         losses.append(found - AHEAD if name == NOTHING else found)
     return names[min(range(len(names)), key=losses.__getitem__)]
 
 
 def recall_nearest(
-    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None, nothing: bool = True
-) -> str | None:
+    model: Any, cache: LevelsCache, ids: list[int], start: int, context: int | None = None, nothing: bool = True,
+    given: int = 0,
+) -> str | None:  # fmt: skip
     """Put the levels to what is `nearest` to a text, and return its name; the context and all snapshots stay."""
-    best = nearest(model, cache, ids, start, context, nothing)
+    best = nearest(model, cache, ids, start, context, nothing, given)
     if best is not None:
         cache.recall(best or None)
     return best
