@@ -9,15 +9,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from nestling.bench import measure
+from nestling.bench.layers import LENGTHS
 from nestling.bench.measure import Timing
 from nestling.bench.modules import layer_of
 from nestling.bench.settings import BenchSettings
 from nestling.bench.table import Table
 
-# the two layers of the default Hope, the paper's layer, and what they are compared with
-LAYERS: dict[str, dict] = {
-    "memory_and_attention": {}, "window_attention": {"window": 256}, "selfmod": {}, "attention": {},
-}  # fmt: skip
+LAYERS: dict[str, dict] = LENGTHS | {"attention": {}}
 ATTENTION_UP_TO = 131_072  # tokens: a step makes a new cache, of gigabytes beyond
 
 
