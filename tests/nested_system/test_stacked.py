@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nestling.nested_system
 from nestling import Level, stack_levels
+from nestling.cms.state import shapes
 
 RULES = {
     "gd": ([], {"in-context gradient sum"}),
@@ -38,6 +39,16 @@ def blocks(placement):
     depth = {0: ["model.layers.1.mlp"], 1: ["model.layers.0.mlp"]}
     width = {i: [f"model.layers.{b}.mlp.added.{1 - i}" for b in range(2)] for i in range(2)}
     return depth if placement == "depth" else width
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_spectral_level_holds_what_its_state_holds(llama, rank):
+    llama = stack_levels(llama, [Level(4, optimizer="spectral", rank=rank)])
+    system = nestling.levels(llama)
+    levels = [m for m in system.memories if m.kind == "in-context level"]
+    held = sum(o * i for o, i in shapes(llama.learner.levels[0], llama.learner.modules[0]))
+    assert system.coverage.complete and sum(t.numel for m in levels for t in m.tensors) == held
+    assert all(("B (A x)" in m.retrieval) == (rank is not None) for m in levels)
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -60,12 +60,27 @@ def level_kinds(levels: tuple[Level, ...], context_length: int) -> list[str]:
 def _fast_level(module: ContinuumMemory, place: Place, index: int, level: Level, summed: Frequency | None) -> Parts:
     """A block of the layer that learns inside the context; the module's own weights are where it begins."""
     block = module.blocks[index]
-    macs = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-    weights = {n: (tuple(p.shape), torch.promote_types(p.dtype, torch.float32)) for n, p in block.named_parameters()
-               if p.ndim == 2}  # fmt: skip
+    own = {n: p for n, p in block.named_parameters() if p.ndim == 2}
+    weights, macs = learned(level, own), sum(reads(level, p) for p in own.values())
     yield from in_context_level(
         place, f"levels.{index}", level, weights, macs=macs, initial=(f"blocks.{index}",), summed=summed
     )
+
+
+def learned(level: Level, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of what a level holds of each weight [o, i]: as much, or of low rank the factor [o, r]."""
+    return {
+        name: (
+            tuple(w.shape) if level.rank is None else (w.shape[0], level.rank),
+            torch.promote_types(w.dtype, torch.float32),
+        )
+        for name, w in weights.items()
+    }
+
+
+def reads(level: Level, weight: torch.Tensor) -> int:
+    """Multiply-adds of a token's read of what a level holds of a weight [o, i]."""
+    return weight.numel() if level.rank is None else level.rank * sum(weight.shape)
 
 
 def in_context_level(
@@ -161,15 +176,16 @@ def in_context_level(
 
 _RULES = {
     "gd": "gradient descent", "momentum": "gradient descent with momentum", "adamw": "Adam",
-    "dgd": "Delta Gradient Descent", "m3": "M3",
+    "dgd": "Delta Gradient Descent", "m3": "M3", "spectral": "steepest descent under the spectral norm",
 }  # fmt: skip
 _DIRECTIONS = {
     "gd": "∂L/∂θ", "momentum": "m", "adamw": "m̂ / √v̂", "dgd": "(∂L/∂θ + (θ − θ₀) x xᵀ) / (1 + η |x|²)",
-    "m3": "(NS(m) + α o) / √v, of matched size",
+    "m3": "(NS(m) + α o) / √v, of matched size", "spectral": "σ(W) NS(∂L/∂θ), σ(W) the mean singular value",
 }  # fmt: skip
 _MOMENTS = {
     "gd": (),
     "dgd": (),
+    "spectral": (),
     "m3": (
         ("first moment", "m ← β m + (1 − β) g, β = {beta:g}"),
         ("second moment", "v ← 0.999 v + 0.001 g²"),

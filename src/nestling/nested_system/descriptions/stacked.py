@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from nestling.cms.fast_linear import FastLinear
@@ -13,7 +12,7 @@ from nestling.cms.learner import Learner
 from nestling.cms.stack import AddedBlock, Chain
 from nestling.cms.stacked_model import StackedForCausalLM
 from nestling.nested_system.describe import Place, describes, description_of, transparent
-from nestling.nested_system.descriptions.continuum import in_context_level, level_block
+from nestling.nested_system.descriptions.continuum import in_context_level, learned, level_block, reads
 from nestling.nested_system.descriptions.huggingface import mlp
 from nestling.nested_system.descriptions.torch_modules import Parts
 from nestling.nested_system.formalism import Transfer
@@ -41,15 +40,11 @@ def stacked(module: StackedForCausalLM, place: Place) -> Parts:
     found = fast_weights(learner, modules)
     for (owner, index), parts in found.items():
         level, own = learner.levels[index], f"{owner}.levels.{index}"
-        weights = {
-            f"{name.removeprefix(owner).lstrip('.')}.weight".lstrip("."): (
-                tuple(part.weight.shape), torch.promote_types(part.weight.dtype, torch.float32)
-            )
-            for name, part in parts.items()
-        }  # fmt: skip
+        held = {f"{name.removeprefix(owner).lstrip('.')}.weight".lstrip("."): p.weight for name, p in parts.items()}
+        change = "D x for each W of the block, D = θ − θ₀" if level.rank is None else "B (A x), A fixed, B learned"
         yield from in_context_level(
-            place, own, level, weights, macs=sum(part.weight.numel() for part in parts.values()), initial=(owner,),
-            retrieval="y = (W + D) x for each W of the block, D = θ − θ₀",
+            place, own, level, learned(level, held), macs=sum(reads(level, w) for w in held.values()),
+            initial=(owner,), retrieval=f"y = W x + {change}",
             summed=None if level.chunk_size == learner.chunk_size else Frequency.every(learner.chunk_size),
             note=_NOTE[learner.variant],
         )  # fmt: skip
