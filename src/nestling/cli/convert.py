@@ -39,6 +39,16 @@ def main(
     variant: Annotated[str, typer.Option(help="sequential, or nested: a slower level's update resets faster ones.")] = (
         "sequential"
     ),
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibrate",
+            metavar="TEXTS",
+            help="Refine the default rule for this model on a file or folder (may be repeated): a few rates and ranks "
+            "are tried on parts of it, some minutes for a small model.",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Make a continual learner out of a pre-trained model.
@@ -50,6 +60,9 @@ def main(
 
     One level of low rank over the MLPs of all blocks, a few megabytes for each text:
       nestling convert SmolLM2-135M runs/smol
+
+    The same, its rate and rank refined on texts like those it will read (what was tried is written into the folder):
+      nestling convert SmolLM2-135M runs/smol --calibrate notes/
 
     Two levels over the MLPs of the last four blocks:
       nestling convert SmolLM2-135M runs/smol -l 64,lr=0.1 -l 512,lr=0.05 --blocks=-4:
@@ -69,11 +82,16 @@ def main(
     from nestling.cms.pretrained import load_pretrained
     from nestling.cms.state import shapes
     from nestling.models.hope.levels import give_levels, is_hope
+    from nestling.sessions import find_texts
+    from nestling.sessions.calibrate import as_text
     from nestling.utils.locks import sole_writer
 
     levels = [_level(text) for text in level or ()]
     if not levels and placement != "depth":
         raise ValueError(f"--placement {placement} has no default levels: name them with --level, e.g. -l 64,lr=0.1")
+    if calibrate and (levels or placement != "depth"):
+        raise ValueError("--calibrate refines the default rule: leave out --level and --placement")
+    texts = find_texts(calibrate) if calibrate else []
     with sole_writer(out):
         if out.exists():
             raise ValueError(f"{out} exists already: choose another folder, or remove it first")
@@ -93,7 +111,9 @@ def main(
         if not levels:
             levels, chosen = default_levels(loaded.config), default_blocks(loaded.config) if chosen is None else chosen
         stacked = stack_levels(loaded, levels, placement, blocks=chosen, width=width, variant=variant)
-    save_new(stacked, out, tokenizer)
+    found = _calibrated(stacked, tokenizer, texts, out, quiet) if texts else None
+    save_new(stacked, out, tokenizer, found)
+    _journal(out).unlink(missing_ok=True)
     made = {
         "folder": str(out),
         "parameters": sum(p.numel() for p in stacked.parameters()),
@@ -103,14 +123,34 @@ def main(
             for settings, modules in zip(stacked.learner.levels, stacked.learner.modules)
         ],
     }
+    if found is not None:
+        made["calibration"] = found
     if as_json:
         print_json(made)
         return
+    if found is not None:
+        typer.echo(as_text(found))
     for i, row in enumerate(made["levels"]):
         rule = f"{row['optimizer']} at lr {row['lr']:g}, {row['weights']:,} weights"
         typer.echo(f"level {i}: every {row['chunk_size']} tokens, {rule}")
     typer.echo(f"one stream's state: {made['state_bytes'] / 1e6:,.1f} MB, beside {made['parameters']:,} shared weights")
     typer.echo(f"written: {out}")
+
+
+def _calibrated(model: Any, tokenizer: Any, texts: list[Any], out: Path, quiet: bool) -> dict[str, Any]:
+    """Set the model's rule to the best of those that were tried; what was tried is beside `out` until it is there."""
+    from nestling.sessions.calibrate import MOST, Trials, calibrated
+    from nestling.sessions.progress import TrialsProgress
+
+    progress = TrialsProgress(MOST, shown=not quiet)
+    try:
+        return calibrated(Trials(model, tokenizer, texts, _journal(out), progress))
+    finally:
+        progress.close()
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(f"{out.name}.calibrating")
 
 
 def _level(text: str) -> dict[str, Any]:

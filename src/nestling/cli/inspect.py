@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -110,6 +111,22 @@ def main(
     from rich.console import Console
 
     Console(width=100, file=sys.stdout).print(system.table())
+    if (tried := _calibration(target)) is not None:
+        typer.echo(tried)
     for path in (figure, html):
         if path is not None:
             typer.echo(f"written: {path}")
+
+
+def _calibration(target: str) -> str | None:
+    """How the rule of a converted model was found, where it was calibrated."""
+    from nestling.cms.files import CALIBRATION
+    from nestling.sessions.calibrate import as_text
+
+    file = Path(target).expanduser() / CALIBRATION
+    if not file.is_file():
+        return None
+    try:
+        return as_text(json.loads(file.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): remove it, the model does not need it") from None

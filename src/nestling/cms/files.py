@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nestling.cms.stacked_model import StackedConfig, StackedForCausalLM
-from nestling.utils.files import new_folder
+from nestling.utils.files import new_folder, write_text
 from nestling.utils.locks import sole_writer
 from nestling.utils.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CALIBRATION = "calibration.json"  # what was tried, in the folder of a model whose rule was calibrated
 # until version 0.1 the recipe lay beside the original's configuration
 OLD_RECIPE, OLD_FORMAT = "levels.json", "nestling-levels-1"
 
@@ -29,8 +30,14 @@ def save_stacked(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     save_new(model, folder, tokenizer)
 
 
-def save_new(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write any model into a new folder, whole or not at all; ValueError if it exists."""
+def save_new(
+    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write any model into a new folder, whole or not at all; ValueError if it exists.
+
+    calibration: what was tried to find its rule (`nestling.sessions.calibrate`), written beside it.
+    """
     folder = Path(folder)
     with sole_writer(folder):
         if folder.exists():
@@ -39,6 +46,8 @@ def save_new(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTo
             model.save_pretrained(aside)
             if tokenizer is not None:
                 tokenizer.save_pretrained(aside)
+            if calibration is not None:
+                write_text(aside / CALIBRATION, json.dumps(calibration, indent=1) + "\n")
 
 
 def is_stacked(folder: str | Path) -> bool:

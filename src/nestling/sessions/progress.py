@@ -1,4 +1,4 @@
-"""What a person sees while a session reads: a bar in a terminal, a line now and then elsewhere."""
+"""What a person sees while a session reads, or rules are tried: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nestling.sessions.calibrate import Trials, Tried
     from nestling.sessions.session import Session
 
 EVERY = 10.0  # seconds between two lines where there is no terminal
@@ -67,3 +68,45 @@ class ReadingProgress:
             self._task = self._bar.add_task("learn", total=session.total_bytes, figures="")
             self._bar.start()
         self._bar.update(self._task, completed=session.read_bytes, figures=figures)
+
+
+class TrialsProgress:
+    """Shows on stderr which rules were tried and what the rest may take; call it with the trials."""
+
+    def __init__(self, most: int, shown: bool = True) -> None:
+        from rich.console import Console
+
+        self._console, self._shown, self._most = Console(stderr=True), shown, most
+        self._bar: Any = None
+
+    def __call__(self, trials: Trials, tried: Tried | None) -> None:
+        """A rule was tried, None: the first begins."""
+        if not self._shown:
+            return
+        done = len(trials.tried)
+        if tried is None:
+            read = len(trials.chosen_on) * len(trials.chosen_on[0])
+            self._say(f"at most {self._most} rules, each on {read:,} tokens; {done} of them known from before")
+            if self._console.is_terminal:
+                from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+                from rich.progress import Progress as Bar
+
+                columns = [TextColumn("calibrate"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}")]
+                self._bar = Bar(*columns, TimeElapsedColumn(), console=self._console)
+                self._task = self._bar.add_task("calibrate", total=self._most, completed=done, left="")
+                self._bar.start()
+            return
+        seconds = sum(t.seconds for t in trials.tried) / done
+        left = f"at most {max(0, self._most - done) * seconds / 60:.1f} minutes left"
+        self._say(f"lr {tried.lr:g}, rank {tried.rank}: gain {tried.gain:.3f}, harm {tried.harm:+.3f} "
+                  f"bits per byte, {tried.seconds:.0f} s; {left}")  # fmt: skip
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, left=left)
+
+    def close(self) -> None:
+        """Stop the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _say(self, line: str) -> None:
+        self._bar.console.print(line) if self._bar is not None else print(line, file=sys.stderr, flush=True)

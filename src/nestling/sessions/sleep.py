@@ -45,9 +45,14 @@ def with_readings(texts: list[Text], tokenizer: Any, least: int = LEAST) -> list
             continue
         with text.opened(text.path) as file:
             count = len(encode(tokenizer, file.read().decode("utf-8")))
-        readings = min(MOST, round(least / max(1, count)))
-        found += [replace(text, name=f"{text.name}, reading {n}", again=text.name) for n in range(2, readings + 1)]
+        again = range(2, readings(count, least) + 1)
+        found += [replace(text, name=f"{text.name}, reading {n}", again=text.name) for n in again]
     return found
+
+
+def readings(count: int, least: int) -> int:
+    """How often a document of so many tokens is read, until about `least` of them were."""
+    return max(1, min(MOST, round(least / max(1, count))))
 
 
 @dataclass(frozen=True)
