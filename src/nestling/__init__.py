@@ -36,6 +36,9 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# The command line answers --help at once: its commands import what they need, when they need it.
-if PurePath(sys.argv[0] if sys.argv else "").stem != "nestling" and sys.orig_argv[1:3] != ["-m", "nestling"]:
+# The command line answers --help at once: its commands import what they need, when they need it. So do the processes
+# that they start, which find the command's own path as their first argument.
+_program = PurePath(sys.argv[0] if sys.argv else "")
+_is_command = _program.stem == "nestling" or _program.parts[-2:] == ("nestling", "__main__.py")
+if not _is_command and sys.orig_argv[1:3] != ["-m", "nestling"]:
     importlib.import_module("nestling.models")

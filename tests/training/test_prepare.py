@@ -2,21 +2,35 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from nestling.cli.main import app
-from nestling.training import checkpoint
+from nestling.training import checkpoint, tokenizers
 from nestling.training import prepare as module
 from nestling.training.data import load_corpus
 from nestling.training.evaluation import positions_apart, token_losses
 from nestling.training.loop import train
-from nestling.training.prepare import prepare
+from nestling.training.prepare import encoder_of, prepare
+from nestling.training.texts import pieces_of
+from tests.slowly import examples
 
 EOS = 257
+ENCODE = """
+import sys
+sys.argv[0] = "lib/nestling/__main__.py"  # as multiprocessing sets it for the processes of python -m nestling
+import pickle
+from nestling.training.prepare import encode
+encode(*pickle.loads(bytes.fromhex(sys.argv[1])))
+print([name for name in ("torch", "transformers", "typer") if name in sys.modules])
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +153,42 @@ def test_a_run_on_a_folder_goes_on_where_it_was(text, tmp_path, config):
     resumed = train(config.changed(**data), resume=True)
     assert last.name != checkpoint.list_checkpoints(config.out)[0].name
     assert resumed.evaluation.loss == whole.evaluation.loss
+
+
+@settings(max_examples=examples(60))
+@given(st.lists(st.sampled_from(["\n", " ", "ab", "c", "\n\n", "\u2028"]), max_size=40).map("".join), st.integers(1, 9))
+def test_pieces_of_a_text_end_with_lines(text, size):
+    found = list(pieces_of(text, size))
+    assert "".join(found) == text
+    for piece, after in zip(found, found[1:]):
+        assert len(piece) >= size
+        assert piece[-1] == "\n"
+        assert not after[0].isspace()
+        places = range(size, len(piece))  # the first such place is taken
+        assert not any(piece[at - 1] == "\n" and not piece[at].isspace() for at in places)
+
+
+def test_ids_of_a_process_are_those_of_the_tokenizer(text):
+    made = tokenizers.train_bpe([text.read_text()], 300)
+    encoder = encoder_of("any", made)
+    for given_text in (text.read_text(), "<|eos|>", "", " gr\u00fcn <|bos|>\n\n  x", "\U0001f600\t"):
+        assert list(encoder.ids(given_text)) == tokenizers.encode(made, given_text)
+    slow = encoder_of("any", type("Slow", (), {"eos_token_id": 3, "__len__": lambda _: 70_000})())
+    assert slow.core is None
+    assert slow.dtype == np.uint32
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_process_that_encodes_does_not_import_torch(text, tmp_path, kind):
+    import pickle
+
+    made = tokenizers.byte_tokenizer() if kind == "bytes" else tokenizers.train_bpe([text.read_text()], 300)
+    piece = module.Piece(str(text), "text", 0, text.stat().st_size, True, 0)
+    (tmp_path / "parts").mkdir()
+    given_args = pickle.dumps((tmp_path, 0, piece, encoder_of(kind, made), "text", 0.1)).hex()
+    done = subprocess.run([sys.executable, "-c", ENCODE, given_args], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert (tmp_path / "parts" / "000000.json").is_file()
 
 
 @pytest.mark.parametrize("mixer", ["hope", "selfmod", "attention"])

@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST = "data.json"  # of a folder that is whole
 PLAN = "plan.json"
 PIECE = 16 << 20  # bytes of a file that one process encodes at a time
+STEP = 1 << 17  # characters that a tokenizer is given at a time: more, and its words leave the processor's cache
 ENDINGS = {".jsonl": "lines", ".parquet": "rows"}  # other files are one document each
 
 
@@ -43,6 +44,28 @@ class Piece:
     stop: int
     last: bool
     source: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What encoding needs of a tokenizer. Processes get this, for transformers and torch take seconds to import."""
+
+    name: str
+    core: str | None  # the description of one that the library tokenizers can run; None: bytes, or of another kind
+    eos: int
+    dtype: np.dtype
+
+    def ids(self, text: str) -> Sequence[int]:
+        """`tokenizers.encode`, without the places of tokens in the text, which cost as much as the tokens."""
+        if self.core is None:
+            return tokenizers.encode(_tokenizer(self.name), text)
+        return _core(self.core).encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def encoder_of(name: str, tokenizer: Any) -> Encoder:
+    """The encoder of a tokenizer."""
+    core = None if name == "bytes" else getattr(tokenizer, "backend_tokenizer", None)
+    return Encoder(name, None if core is None else core.to_str(), tokenizer.eos_token_id, dtype_of(tokenizer))
 
 
 def prepare(
@@ -93,6 +116,7 @@ def prepare(
         "pieces": [asdict(p) for path, number in files for p in _cut(path, number, column, piece)],
         "files": [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path, _ in files],
     }  # fmt: skip
+    encoder = encoder_of(tokenizer, _tokenizer(tokenizer))
     with sole_writer(out):
         begun = out / PLAN
         if begun.is_file() and json.loads(begun.read_text("utf-8")) != json.loads(json.dumps(plan)):
@@ -105,8 +129,8 @@ def prepare(
         if not (out / MANIFEST).is_file():
             (out / "parts").mkdir(parents=True, exist_ok=True)
             write_text(begun, json.dumps(plan))
-            _encode_all(out, plan, workers, told)
-            _join(out, plan)
+            _encode_all(out, plan, encoder, workers, told)
+            _join(out, plan, encoder)
         return read_manifest(out)
 
 
@@ -143,13 +167,15 @@ def _cut(path: str, source: int, column: str, size: int) -> Iterator[Piece]:
     yield from (Piece(path, kind, s, min(s + size, length), s == starts[-1], source) for s in starts)
 
 
-def _encode_all(out: Path, plan: dict[str, Any], workers: int, told: Callable[[int, int], None]) -> None:
+def _encode_all(
+    out: Path, plan: dict[str, Any], encoder: Encoder, workers: int, told: Callable[[int, int], None]
+) -> None:
     pieces = [Piece(**p) for p in plan["pieces"]]
     sizes = [_bytes_of(p) for p in pieces]
     left = [i for i in range(len(pieces)) if not _part(out, i, "json").is_file()]
     done = sum(sizes) - sum(sizes[i] for i in left)
     told(done, sum(sizes))
-    settings = (plan["tokenizer"], plan["column"], plan["val_fraction"])
+    settings = (encoder, plan["column"], plan["val_fraction"])
     with ProcessPoolExecutor(min(workers, max(1, len(left))), mp_context=get_context("spawn")) as pool:
         running = {pool.submit(encode, out, i, pieces[i], *settings): i for i in left}
         try:
@@ -162,22 +188,22 @@ def _encode_all(out: Path, plan: dict[str, Any], workers: int, told: Callable[[i
             raise
 
 
-def encode(out: Path, number: int, piece: Piece, tokenizer: str, column: str, val_fraction: float) -> None:
+def encode(out: Path, number: int, piece: Piece, encoder: Encoder, column: str, val_fraction: float) -> None:
     """Write one part: its ids, the place in it of every document's end, and where what is held out begins."""
-    made, dtype = _tokenizer(tokenizer), dtype_of(_tokenizer(tokenizer))
-    step = 1 << 20 if not val_fraction else min(1 << 20, max(256, int(_bytes_of(piece) * val_fraction)))
+    dtype = encoder.dtype
+    step = STEP if not val_fraction else min(STEP, max(256, int(_bytes_of(piece) * val_fraction)))
     tokens = total = 0
     ends, marks = [], [(0, 0, 0)]  # marks: ids, bytes and documents so far, wherever it may be cut
     with new_file(_part(out, number, "bin")) as aside, open(aside, "wb") as file:
         for text, last in _documents(piece, column):
             for part in pieces_of(text, step):
                 raw = part.encode()
-                ids = np.frombuffer(raw, np.uint8) if tokenizer == "bytes" else tokenizers.encode(made, part)
+                ids = np.frombuffer(raw, np.uint8) if encoder.name == "bytes" else encoder.ids(part)
                 np.asarray(ids, dtype=dtype).tofile(file)
                 tokens, total = tokens + len(ids), total + len(raw)
                 marks.append((tokens, total, len(ends)))
             if last:
-                np.array([made.eos_token_id], dtype=dtype).tofile(file)
+                np.array([encoder.eos], dtype=dtype).tofile(file)
                 tokens += 1
                 ends.append(tokens)
                 marks.append((tokens, total, len(ends)))
@@ -212,13 +238,13 @@ def _documents(piece: Piece, column: str) -> Iterator[tuple[str, bool]]:
                 yield str(text), True
 
 
-def _join(out: Path, plan: dict[str, Any]) -> None:
+def _join(out: Path, plan: dict[str, Any], encoder: Encoder) -> None:
     """Make train.bin and val.bin of the parts, and of their documents' ends train.ends and val.ends."""
-    pieces, dtype = [Piece(**p) for p in plan["pieces"]], dtype_of(_tokenizer(plan["tokenizer"]))
+    pieces, dtype = [Piece(**p) for p in plan["pieces"]], encoder.dtype
     parts = [json.loads(_part(out, i, "json").read_text("utf-8")) for i in range(len(pieces))]
     manifest: dict[str, Any] = {"format": FORMAT, "dtype": dtype.str}
     order = list(_order(pieces, plan["weights"]))
-    end_of_text = np.array([_tokenizer(plan["tokenizer"]).eos_token_id], dtype=dtype)
+    end_of_text = np.array([encoder.eos], dtype=dtype)
     for name in ("train", "val"):
         tokens = total = documents = 0
         with (
@@ -266,6 +292,17 @@ def _tokenizer(name: str) -> Any:
     if name.startswith("bpe"):
         raise ValueError("bpe:SIZE is trained on all of the text: give 'bytes', or the folder of a tokenizer")
     return tokenizers.byte_tokenizer() if name == "bytes" else tokenizers.load_tokenizer(name)
+
+
+@cache
+def _core(description: str) -> Any:
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_str(description)
+    core.encode_special_tokens = True  # text that looks like one stays text
+    core.no_truncation()
+    core.no_padding()
+    return core
 
 
 def _bytes_of(piece: Piece) -> int:

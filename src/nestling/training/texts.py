@@ -147,6 +147,6 @@ def pieces_of(text: str, size: int) -> Iterator[str]:
     while start < len(text):
         end = start + size
         while end < len(text) and not (text[end - 1] == "\n" and not text[end].isspace()):
-            end += 1
+            end = text.find("\n", end) + 1 or len(text)
         yield text[start:end]
         start = end
