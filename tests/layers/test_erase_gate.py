@@ -12,49 +12,8 @@ from nestling.memory import FastWeights, LinearMemory, MLPMemory, UpdateRule
 from nestling.memory.rule import Context, advance
 from nestling.ops.chunk import decay_table
 from slowly import examples
-
-DIM = 6
-CHOICES = {
-    "architecture": ("mlp", "linear"), "skip": ("outer", "inner"), "first_rate": (None, 0.3),
-    "objective": ("l2", "dot"), "dgd": (True, False), "gated_erase": (False, True), "step": ("joint", "layer", "plain"),
-    "erase_gate": (True, True, False), "erase_range": (1.0, 2.0), "erase_layer": ("first", "last"),
-    "tied_write": (True, False), "self_targets": (True, False), "momentum": (True, False),
-    "rate": ("learned", "gate", "one"), "decay": ("learned", "none"), "retain": ("initial", "zero"),
-    "read": ("before", "after", "chunk"), "conv_size": (3, 0), "qkv_conv": (0, 2),
-    "conv_for": ("all", "gates", ("k", "erase", "x")), "normalize_values": (True, False),
-    "memory_chunk_size": (None, 8),
-    "adaptive": ((), ("k", "v", "eta", "alpha"), ("q", "k"), ("v", "alpha")),
-}  # fmt: skip
-
-
-def build(seed=0, **options):
-    """A small layer whose gates reach their ends."""
-    torch.manual_seed(seed)
-    layer = SelfModifyingTitans(DIM, 2, **({"chunk_size": 4} | options)).double()
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-        if layer.alpha_bias is not None:
-            layer.alpha_bias.sub_(3.0)
-        at = 0
-        for name, width in layer.widths.items():
-            if name == "erase":
-                layer.in_proj.weight[at : at + width] *= 5
-            at += width
-    return layer
-
-
-def possible(o):
-    """Drawn settings with those changed that are refused together."""
-    if not o["erase_gate"]:
-        o |= {"erase_range": 1.0, "erase_layer": "first", "tied_write": True}
-    if o["architecture"] == "linear":
-        o |= {"skip": "outer", "first_rate": None, "erase_layer": "first"}
-    if o["erase_range"] > 1 and (o["architecture"] == "linear" or o["erase_layer"] == "last"):
-        o["objective"] = "dot"
-    numbers = o["self_targets"]
-    learns = {"eta": numbers and o["rate"] != "one", "alpha": numbers and o["decay"] != "none"}
-    return o | {"adaptive": tuple(name for name in o["adaptive"] if learns.get(name, True))}
+from titans import CHOICES, DIM, possible
+from titans import build_drawn as build
 
 
 @settings(max_examples=examples(25), deadline=None)

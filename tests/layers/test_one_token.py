@@ -4,16 +4,22 @@ import contextlib
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten
 
 from nestling.layers.attention import Attention
 from nestling.layers.mixers import MIXERS, build_mixer
+from nestling.layers.titans_reference import self_modifying_titans_reference
 from nestling.ops import compiled
 from nestling.ops.compiled import build
+from slowly import examples
+from titans import CHOICES, SETTINGS, build_drawn, possible
+from titans import build as build_titans
 
 pytestmark = pytest.mark.skipif(build.native() is None, reason="needs a C++ compiler: the layers run in PyTorch")
 
-DEEP = ("selfmod", "selfmod_tracking", "ttt", "titans")  # whose memories project, or have two layers
 VARIANTS = [
     *((name, {} if MIXERS[name][0] is Attention else {"chunk_size": 5}) for name in MIXERS),
     ("hope_memory", dict(chunk_size=5, tied_write=False, momentum=True, retain="initial")),
@@ -57,12 +63,60 @@ def test_tokens_one_by_one_equal_the_forward_in_pytorch(name, options, steps):
             assert spec == wanted_spec
             for a, b in zip(found, wanted, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    parts = 2 if name == "memory_and_attention" else int(name not in DEEP)
+    parts = 2 if name == "memory_and_attention" else 1
     assert sum(step in ("memory_step", "attention_step") for step in steps) == 12 * parts
 
 
-def test_a_state_is_a_value_and_a_text_may_begin_with_a_step(steps):
-    layer = made("hope_memory", torch.float32)
+def one_by_one(layer, x):
+    """The outputs of a text that begins with a step, and is read in steps alone."""
+    state, found = None, []
+    with torch.no_grad():
+        for t in range(x.shape[1]):
+            y, state = layer(x[:, t : t + 1], state)
+            found.append(y)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_one_by_one_equal_the_definition(name, steps):
+    """All settings: deep memories, memories that project, gates, targets, reads."""
+    layer, x = build_titans(**SETTINGS[name]), torch.randn(2, 18, 6, dtype=torch.float64)
+    found = one_by_one(layer, x)
+    with torch.no_grad():
+        torch.testing.assert_close(found, self_modifying_titans_reference(layer, x), rtol=1e-9, atol=1e-9)
+    assert steps.count("memory_step") == 18
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    data=st.data(), seed=st.integers(0, 99), expansion=st.integers(1, 3), gates=st.sampled_from(["mlp", "linear"]),
+    factor=st.sampled_from([None, 0.3]), fixed=st.booleans(),
+)  # fmt: skip
+def test_any_settings_in_steps_equal_the_definition(data, seed, expansion, gates, factor, fixed):
+    drawn = possible({name: data.draw(st.sampled_from(c), name) for name, c in CHOICES.items()})
+    drawn |= {"expansion": 1 if drawn["skip"] == "inner" else expansion, "gates": gates}
+    drawn |= {"projection_rate": factor if drawn["adaptive"] else None}
+    if fixed and drawn["decay"] == "none" and "alpha" not in drawn["adaptive"]:
+        drawn["decay"] = "fixed"
+    layer, x = build_drawn(seed, **drawn), torch.randn(2, 11, 6, dtype=torch.float64)
+    found = one_by_one(layer, x)
+    with torch.no_grad():
+        torch.testing.assert_close(found, self_modifying_titans_reference(layer, x), rtol=1e-8, atol=1e-8)
+
+
+def test_a_parametrized_layer_takes_no_step(steps):
+    layer = made("selfmod", torch.float32)
+    x = torch.randn(1, 3, 12)
+    torch.nn.utils.parametrize.register_parametrization(layer, "eta_bias", torch.nn.Softplus())
+    with torch.no_grad():
+        whole = layer(x)[0]
+        torch.testing.assert_close(layer(x[:, 2:], layer(x[:, :2])[1])[0], whole[:, 2:], rtol=1e-5, atol=1e-6)
+    assert "memory_step" not in steps
+
+
+@pytest.mark.parametrize("name", ["hope_memory", "selfmod"])
+def test_a_state_is_a_value_and_a_text_may_begin_with_a_step(name, steps):
+    layer = made(name, torch.float32)
     x = torch.randn(1, 2, 12)
     with torch.no_grad():
         _, state = layer(x[:, :1])
@@ -74,7 +128,7 @@ def test_a_state_is_a_value_and_a_text_may_begin_with_a_step(steps):
     assert steps.count("memory_step") == 3
 
 
-@pytest.mark.parametrize("name", ["hope_memory", "window_attention"])
+@pytest.mark.parametrize("name", ["hope_memory", "selfmod", "window_attention"])
 def test_what_a_step_cannot_do_is_left_to_pytorch(name, steps):
     """Gradients, padding, autocast, parts that were hooked or replaced."""
 

@@ -20,7 +20,7 @@ from nestling.training.evaluation import positions_apart, token_losses
 from nestling.training.loop import train
 from nestling.training.prepare import encoder_of, prepare
 from nestling.training.texts import pieces_of
-from tests.slowly import examples
+from slowly import examples
 
 EOS = 257
 ENCODE = """

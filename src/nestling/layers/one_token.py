@@ -6,17 +6,20 @@ tokens, with padding, under autocast or a compiler, on other devices, or of a la
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nestling.layers.convolution import ShortConvolution
 from nestling.layers.rotary import frequencies
 from nestling.layers.titans_config import PATHS, TitansConfig
+from nestling.layers.titans_groups import MemoryGroup, groups_of
 from nestling.layers.titans_scan import closed, swap
 from nestling.layers.titans_state import TitansState
+from nestling.memory.architectures import LinearMemory
 from nestling.memory.rule import FastWeights
 from nestling.ops import compiled
 from nestling.utils.transforms import is_transformed
@@ -25,109 +28,223 @@ if TYPE_CHECKING:
     from nestling.layers.attention import Attention, AttentionState
     from nestling.layers.titans import SelfModifyingTitans
 
-# as the library counts them (ops/compiled/decode.h)
-_PARTS = ("q", "k", "v", "gate", "eta", "alpha", "mu", "erase")
+# as the library counts them (ops/compiled/memory_step.h)
+_PARTS = ("x", "q", "k", "v", "gate", "eta", "alpha", "mu", "erase")
+_ROLES = (*PATHS, "eta", "alpha", "memory")
 _RATES, _DECAYS, _READS = ("one", "learned", "gate"), ("none", "learned", "fixed"), ("before", "after", "chunk")
+_STEPS = ("plain", "layer", "joint")
+_GROUPS, _LAYERS = 3, 2
+
+_KINDS: dict[str, type[nn.Module]] = {
+    "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear, "gate_proj": nn.Linear, "out_proj": nn.Linear,
+    "conv": ShortConvolution, "q_norm": nn.RMSNorm, "k_norm": nn.RMSNorm,
+}  # fmt: skip
 
 
 def may_step(x: Tensor) -> bool:
     """Whether a call on x is one of one token, without gradients, on a CPU."""
     if x.dim() != 3 or x.shape[1] != 1 or torch.is_grad_enabled() or is_transformed():
         return False
-    return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return x.is_cpu and not torch.is_autocast_enabled("cpu")
+
+
+class MemoryPlan(NamedTuple):
+    """What the steps of a layer of memories have in common."""
+
+    sizes: tuple[int, ...]  # `MemoryStep` of the library
+    groups: tuple[MemoryGroup, ...]
+    numbers: tuple[str | None, ...]  # the layer's parameters by name, in the library's order; None: it has none
+    paths: tuple[str, ...]  # with a convolution of their own
+    anchored: bool
+    shapes: tuple[tuple[int, ...], ...]  # of a state
+
+
+def memory_plan(config: TitansConfig) -> MemoryPlan:
+    """The plan of a layer with these settings."""
+    groups, rule = groups_of(config), config.rule
+    there = (
+        ("eta_bias", config.rate != "one"), ("alpha_bias", config.decay == "learned"), ("mu_bias", config.momentum),
+        ("erase_bias", config.erase_gate), ("log_first_rate", config.first_rate is not None),
+        ("log_projection_rate", config.projection_rate is not None),
+    )  # fmt: skip
+    numbers = tuple(name if given else None for name, given in there)
+    sizes = [
+        config.dim, config.num_heads, config.head_width, config.expansion * config.head_width, config.conv_size,
+        config.qkv_conv, sum((name in config.convolved) << i for i, name in enumerate(_PARTS)), config.output_gate,
+        config.momentum, config.erase_gate, _RATES.index(config.rate), _DECAYS.index(config.decay),
+        _READS.index(config.read), rule.objective == "l2", rule.dgd, rule.gated_erase, _STEPS.index(rule.step),
+        rule.relative, rule.tied_write, config.normalize_values, rule.self_targets, rule.erase_layer == "last",
+    ]  # fmt: skip
+    for i in range(_GROUPS):
+        sizes += [0, 0, 0, 0] if i >= len(groups) else _sizes_of(groups[i])
+    places = {name: (g, i) for g, group in enumerate(groups) for i, name in enumerate(group.names)}
+    for role in _ROLES:
+        sizes += places.get(role, (-1, 0))
+    anchored = config.retain == "initial" and config.decay != "none"
+    paths = PATHS if config.qkv_conv else ()
+    return MemoryPlan(tuple(map(int, sizes)), groups, numbers, paths, anchored, _shapes_of(config))
+
+
+def _sizes_of(group: MemoryGroup) -> list[int]:
+    memory = group.architecture
+    deep = not isinstance(memory, LinearMemory)
+    skip = 0 if isinstance(memory, LinearMemory) else 1 if memory.residual else 2 if memory.inner else 0
+    return [len(group.names), 1 + deep, memory.outputs, skip]
 
 
 def memory_step(
     layer: SelfModifyingTitans, x: Tensor, state: TitansState, mask: Tensor | None
 ) -> tuple[Tensor, TitansState] | None:
     """What `layer(x, state)` is for x [B, 1, D] that `may_step`, or None where the library cannot do it."""
-    config, fast = layer.config, state.memories[0]
-    convs, order = layer.path_convs, list(layer.path_convs)  # which is not that of PATHS
-    paths = [convs[name] for name in PATHS] if order else [None] * 3
-    anchor = layer.initial[0][0] if config.retain == "initial" and config.decay != "none" else None
-    learned = (
-        layer.in_proj.weight, layer.out_proj.weight, layer.norm_weight, layer.conv_weight, *paths, layer.eta_bias,
-        layer.alpha_bias, layer.mu_bias, layer.erase_bias, anchor,
-    )  # fmt: skip
-    velocity, carried = fast.velocity or (None,), dict(zip(order, state.paths))
-    given = (x, state.conv, fast.start[0], fast.now[0], *velocity, *map(carried.get, PATHS), *learned)
-    if not _plain((layer.in_proj, layer.out_proj), mask, given) or not _of(x.shape[0], given[1:8]):
+    config, plan = layer.config, layer.one_token
+    if x.shape[2] != config.dim or not isinstance(state, TitansState) or len(state.memories) != len(plan.groups):
         return None
-    given = [None if t is None else t.contiguous() for t in given]
-    made = [None if t is None else torch.empty_like(t) for t in (*given[:2], *given[3:8])]
+    if (learned := _parameters_of(layer, plan)) is None:
+        return None
+    weights, anchors = learned
+    if not _plain((*weights, *anchors), x.dtype, mask):
+        return None
+    if not _fits((state.conv, *state.paths, *_flat(state.memories)), x.shape[0], plan.shapes, x.dtype):
+        return None
+    if state.position.shape != x.shape[:1]:
+        return None
+    x = x.contiguous()
+    carried = dict(zip(layer.path_order, state.paths))
+    tails = [None if t is None else t.contiguous() for t in (state.conv, *map(carried.get, PATHS))]
+    memories = tuple(FastWeights(*(tuple(w.contiguous() for w in part) for part in fast)) for fast in state.memories)
+    starts, nows, velocities = zip(*memories)
     reach = _number(config.erase_range, x.dtype)
-    compiled.run("memory_step", x.dtype, layer.one_token, ((*given, reach), made), x.shape[0])
-    y, conv, now, *rest = made
-    new = FastWeights(fast.start, (now,), tuple(rest[: len(fast.velocity)]))
-    closes = [(seen + 1) % config.main_chunk_size == 0 for seen in state.position.tolist()]
-    if any(closes):
-        (new,) = swap((closed(config, swap((new,))[0], all(closes) or torch.tensor(closes)),))
-    carried = dict(zip(PATHS, rest[1:]))
-    return y, TitansState(state.position + 1, conv, (new,), tuple(carried[name] for name in order))
+    given = (x, *tails, *_table(starts), *_table(nows), *_table(velocities), *weights, reach, *anchors)
+    y, *made = [None if t is None else torch.empty_like(t) for t in (x, *tails)]
+    new_nows = [tuple(torch.empty_like(w) for w in part) for part in nows]
+    new_velocities = [tuple(torch.empty_like(w) for w in part) for part in velocities]
+    outputs = (y, *made, *_table(new_nows), *_table(new_velocities))
+    compiled.run("memory_step", x.dtype, plan.sizes, (given, outputs), x.shape[0])
+    news = tuple(map(FastWeights, starts, new_nows, new_velocities))
+    seen = state.position.tolist()
+    for i, group in enumerate(plan.groups):
+        closes = [(n + 1) % group.chunk_size == 0 for n in seen]
+        if any(closes):
+            (fast,) = swap((news[i],))
+            (fast,) = swap((closed(config, fast, all(closes) or torch.tensor(closes)),))
+            news = (*news[:i], fast, *news[i + 1 :])
+    conv, *paths = made
+    kept = dict(zip(PATHS, paths))
+    return y, TitansState(state.position + 1, conv, news, tuple(kept[name] for name in layer.path_order))
+
+
+def _parameters_of(
+    layer: SelfModifyingTitans, plan: MemoryPlan
+) -> tuple[list[Tensor | None], list[Tensor | None]] | None:
+    """Matrices and numbers in the library's order, and what the weights decay towards; None where one was replaced.
+
+    Read from the modules' own tables: looked up as attributes they take as long as the step.
+    """
+    own, modules = layer._parameters, layer._modules
+    projections = modules["in_proj"], modules["out_proj"]
+    if any(type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks for m in projections):
+        return None
+    try:
+        convs = modules["path_convs"]._parameters
+        taps = [convs[name] for name in PATHS] if plan.paths else [None] * 3
+        numbers = [None if name is None else own[name] for name in plan.numbers]
+        conv = own["conv_weight"] if layer.config.conv_size else None
+        norm = own["norm_weight"]
+        matrices = [m._parameters["weight"] for m in projections]
+    except KeyError:  # a parametrization has taken it
+        return None
+    initial = modules["initial"]._modules.values() if plan.anchored else ()
+    anchors = _table(tuple(group._parameters.values()) for group in initial)
+    return [*matrices, norm, conv, *taps, *numbers], anchors
+
+
+def _flat(memories: tuple[FastWeights, ...]) -> list[Tensor]:
+    return [w for fast in memories for part in fast for w in part]
+
+
+def _table(groups: Iterable[tuple[Tensor, ...]]) -> list[Tensor | None]:
+    """The layers' tensors of every group, as the library's table of so many groups and layers."""
+    table: list[Tensor | None] = [None] * (_GROUPS * _LAYERS)
+    for i, weights in enumerate(groups):
+        table[i * _LAYERS : i * _LAYERS + len(weights)] = weights
+    return table
+
+
+def _shapes_of(config: TitansConfig) -> tuple[tuple[int, ...], ...]:
+    """Of one sequence's tensors in a state but its position, the memories' as `_flat` gives them."""
+    inner = config.num_heads * config.head_width
+    shapes: list[tuple[int, ...]] = [(max(config.conv_size - 1, 0), config.dim)]
+    shapes += [(config.qkv_conv - 1, inner)] * (len(PATHS) if config.qkv_conv else 0)
+    for group in groups_of(config):
+        own = [(len(group.names), config.num_heads, *shape) for shape in group.architecture.shapes()]
+        shapes += own * (3 if config.momentum else 2)
+    return tuple(shapes)
+
+
+def _fits(tensors: Sequence[Tensor], batch: int, shapes: Sequence[tuple[int, ...]], kind: torch.dtype) -> bool:
+    """Whether a state's tensors are of these shapes, of the call's type, on the CPU: the library goes by addresses."""
+    if len(tensors) != len(shapes):
+        return False
+    for t, shape in zip(tensors, shapes):
+        if type(t) is not Tensor or t.shape != (batch, *shape) or t.dtype != kind or not t.is_cpu:
+            return False
+    return True
 
 
 def attention_step(
     layer: Attention, x: Tensor, state: AttentionState, mask: Tensor | None
 ) -> tuple[Tensor, AttentionState] | None:
     """What `layer(x, state)` is for x [B, 1, D] that `may_step`, or None where the library cannot do it."""
-    linear = [m for m in (layer.q_proj, layer.k_proj, layer.v_proj, layer.gate_proj, layer.out_proj) if m is not None]
-    norms = [None if norm is None else norm.weight for norm in (layer.q_norm, layer.k_norm)]
-    gate, conv = (None if part is None else part.weight for part in (layer.gate_proj, layer.conv))
-    learned = (
-        layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight, gate, layer.out_proj.weight, conv, *norms
-    )  # fmt: skip
-    own = (x, state.convolution, state.keys, state.values)
-    whole = state.valid, state.positions, state.tokens
-    if not _plain(linear, mask, (*own, *learned)) or not _of(x.shape[0], (*own, *whole)):
+    learned, batch, columns = _weights_of(layer), x.shape[0], state.keys.shape[1]
+    if learned is None or not _plain(learned, x.dtype, mask):
         return None
-    columns = state.keys.shape[1]
-    places = (x.shape[0], columns)
-    if state.values.shape != state.keys.shape or not state.valid.shape == state.positions.shape == places:
-        return None
-    if [t.dtype for t in whole] != [torch.bool, torch.int64, torch.int64] or state.tokens.dim() != 1:
+    heads = columns, layer.num_kv_heads, layer.head_dim
+    floating, whole = (state.convolution, state.keys, state.values), (state.positions, state.tokens)
+    fits = _fits(floating, batch, ((max(layer.conv_size - 1, 0), layer.dim), heads, heads), x.dtype)
+    fits = fits and _fits(whole, batch, ((columns,), ()), torch.int64)
+    if not fits or not _fits((state.valid,), batch, ((columns,),), torch.bool):
         return None
     keep = columns + 1 if layer.window is None else min(columns + 1, layer.window - 1)
     window = None if layer.window is None else _number(layer.window, torch.int64)
-    eps = _number(0.0 if layer.q_norm is None else layer.q_norm.eps, x.dtype)
-    given = [None if t is None else t.contiguous() for t in (*own, *state[2:5], window, *learned)]
-    given += [eps, _frequencies(layer.head_dim // 2, layer.rope_theta, x.dtype)]
+    norm = layer._modules.get("q_norm")
+    given = [*(t.contiguous() for t in (x, *floating, state.valid, *whole)), window, *learned]
+    given += [_number(0.0 if norm is None else norm.eps, x.dtype)]
+    given += [_frequencies(layer.head_dim // 2, layer.rope_theta, x.dtype)]
     made = [torch.empty_like(t) for t in given[:2]]
-    made += [t.new_empty(t.shape[0], keep, *t.shape[2:]) for t in given[2:6]] + [torch.empty_like(state.tokens)]
+    made += [t.new_empty(batch, keep, *t.shape[2:]) for t in given[2:6]] + [torch.empty_like(state.tokens)]
     sizes = (
-        layer.dim, layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.conv_size, gate is not None,
+        layer.dim, layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.conv_size, learned[3] is not None,
         columns, keep,
     )  # fmt: skip
-    compiled.run("attention_step", x.dtype, sizes, (given, made), x.shape[0])
+    compiled.run("attention_step", x.dtype, sizes, (given, made), batch)
     y, convolution, keys, values, valid, positions, tokens = made
     return y, type(state)(keys, values, valid, positions, tokens, convolution)
 
 
-def sizes_of(config: TitansConfig) -> tuple[int, ...] | None:
-    """`MemoryStep` of the library; None for memories that are deep or that project."""
-    if config.architecture != "linear" or config.adaptive or config.self_targets:
-        return None
-    seen = sum((name in config.convolved) << i for i, name in enumerate(_PARTS))
-    return (
-        config.dim, config.num_heads, config.head_width, config.conv_size, config.qkv_conv, seen, config.output_gate,
-        config.momentum, config.erase_gate, _RATES.index(config.rate), _DECAYS.index(config.decay),
-        _READS.index(config.read), config.objective == "l2", config.dgd, config.gated_erase, config.step != "plain",
-        config.rate == "gate", config.tied_write, config.normalize_values,
-    )  # fmt: skip
+def _weights_of(layer: Attention) -> list[Tensor | None] | None:
+    """Matrices, taps and norms in the library's order; None where one was replaced."""
+    modules, found = layer._modules, []
+    for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "out_proj", "conv", "q_norm", "k_norm"):
+        module = modules.get(name)
+        if module is None:
+            found.append(None)
+            continue
+        if type(module) is not _KINDS[name] or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        found.append(module._parameters["weight"])
+    return found
 
 
-def _plain(linear: Iterable[nn.Module], mask: Tensor | None, tensors: Iterable[Tensor | None]) -> bool:
-    """Whether modules and tensors are as the layer made them, of one type that the library takes, without padding."""
-    if any(type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks for m in linear):
-        return False
-    given = [t for t in tensors if t is not None]
-    if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in given):
-        return False
-    return compiled.is_available(*given) and (mask is None or bool(mask.all()))
-
-
-def _of(batch: int, carried: Iterable[Tensor | None]) -> bool:
-    """Whether a state's tensors are of so many sequences, on the CPU: the library goes by addresses."""
-    return all(t is None or (t.shape[0] == batch and t.device.type == "cpu") for t in carried)
+def _plain(learned: Iterable[Tensor | None], kind: torch.dtype, mask: Tensor | None) -> bool:
+    """Whether parameters are as a layer made them, of a type that the library takes, and no token is padding."""
+    for t in learned:
+        if t is None:
+            continue
+        if type(t) is not nn.Parameter and type(t) is not Tensor:
+            return False
+        if t.dtype != kind or not t.is_cpu or not t.is_contiguous():
+            return False
+    return compiled.takes(kind) and (mask is None or bool(mask.all()))
 
 
 @cache

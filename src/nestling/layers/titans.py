@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from nestling.layers.one_token import may_step, memory_step, sizes_of
+from nestling.layers.one_token import may_step, memory_plan, memory_step
 from nestling.layers.titans_config import PATHS, TitansConfig
 from nestling.layers.titans_groups import Gates, Numbers, gate_logit, groups_of
 from nestling.layers.titans_operator import key_of, scan
@@ -58,6 +58,7 @@ class SelfModifyingTitans(nn.Module):
         paths = (name for name in PATHS if config.qkv_conv)
         inner = num_heads * self.head_dim
         self.path_convs = nn.ParameterDict({name: torch.empty(inner, config.qkv_conv) for name in paths})
+        self.path_order = tuple(self.path_convs)  # in the state, which is not that of PATHS
         self.eta_bias = nn.Parameter(torch.empty(num_heads)) if config.rate != "one" else None
         self.alpha_bias = nn.Parameter(torch.empty(num_heads)) if config.decay == "learned" else None
         self.mu_bias = nn.Parameter(torch.empty(num_heads)) if config.momentum else None
@@ -75,7 +76,7 @@ class SelfModifyingTitans(nn.Module):
     def _take(self, config: TitansConfig) -> None:
         """Everything that depends on the chunk sizes."""
         self.config, self.groups = config, groups_of(config)
-        self.key, self.one_token = key_of(config), sizes_of(config)
+        self.key, self.one_token = key_of(config), memory_plan(config)
 
     @contextmanager
     def longer_chunks(self, factor: int) -> Iterator[None]:
@@ -168,8 +169,7 @@ class SelfModifyingTitans(nn.Module):
     def forward(
         self, x: Tensor, state: TitansState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, TitansState]:
-        if self.one_token is not None and may_step(x):
-            check_call(self, x, state, mask)
+        if may_step(x):
             started = self.initial_state(x.shape[0]) if state is None else state
             if (found := memory_step(self, x, started, mask)) is not None:
                 return found

@@ -7,6 +7,7 @@ its first product to its last. Tests tie the forms. Compiled on first use; witho
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ def is_available(*tensors: Tensor | None) -> bool:
     return _enabled and not others and device == "cpu" and kind in _TYPES and native() is not None
 
 
+def takes(kind: torch.dtype) -> bool:
+    """Whether the compiled forms take tensors of this type on a CPU."""
+    return _enabled and kind in _TYPES and native() is not None
+
+
 @contextmanager
 def disabled() -> Iterator[None]:
     """PyTorch does the work inside: for counting operations, and for comparing."""
@@ -45,8 +51,8 @@ def disabled() -> Iterator[None]:
 def run(name: str, kind: torch.dtype, sizes: Sequence[int], parts: Sequence[Pointers], count: int) -> None:
     """Call a function of the library on 0..count, shared out over torch's threads; tensors must be contiguous."""
     function = getattr(native(), f"{name}_{_TYPES[kind]}")
-    pointers = [(ctypes.c_void_p * len(part))(*(None if t is None else t.data_ptr() for t in part)) for part in parts]
-    arguments = ((ctypes.c_int64 * len(sizes))(*sizes), *pointers)
+    pointers = [struct.pack(f"{len(part)}P", *[0 if t is None else t.data_ptr() for t in part]) for part in parts]
+    arguments = (struct.pack(f"{len(sizes)}q", *sizes), *pointers)  # ctypes hands over where bytes lie
     if count <= 1 or torch.get_num_threads() == 1:
         function(*arguments, ctypes.c_int64(0), ctypes.c_int64(count))
         return

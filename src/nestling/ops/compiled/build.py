@@ -29,6 +29,7 @@ SOURCES = (
     "chunk.h",
     "decay.h",
     "decode.h",
+    "memory_step.h",
     "unit.h",
     "matrix.h",
 )

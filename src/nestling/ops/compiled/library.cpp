@@ -5,6 +5,7 @@
 #include "decay.h"
 #include "decode.h"
 #include "linear.h"
+#include "memory_step.h"
 #include "read.h"
 #include "step.h"
 #include "unit.h"
