@@ -13,7 +13,8 @@ from nestling.bench.table import Table
 __all__ = ["GROUPS", "PARTS", "QUICK", "BenchSettings", "Incorrect", "Table", "run"]
 
 LAYERS = (
-    layers.chunk, layers.lengths, layers.mixers, layers.efficiency, decode.decode, memory.memory, peers.peers,
+    layers.chunk, layers.lengths, layers.mixers, layers.efficiency, decode.decode, decode.decode_models, memory.memory,
+    peers.peers,
 )  # fmt: skip
 OPTIMIZERS = (optim.optim, optim.optim_target, optim.optim_bfloat16, optim.orthogonality, dgd.dgd)
 CONTINUUM = (continuum.reading, continuum.streams, continuum.meta_grads)

@@ -68,6 +68,45 @@ def decode(settings: BenchSettings) -> Table:
     return Table("Decoding one token at a time, one layer, one sequence", rows, notes)
 
 
+def decode_models(settings: BenchSettings) -> Table:
+    """Latency of one more token of whole models at the first position, over the same model with full attention."""
+    from nestling.models import sizes
+    from nestling.models.hope import HopeForCausalLM
+
+    s, rows = settings, []
+    for size in s.decode_models:
+        base, carried, models = sizes.config(size), {}, {}
+        ids = torch.randint(base.vocab_size, (1, s.positions[0]), generator=torch.Generator().manual_seed(0)).to(
+            s.device
+        )
+        for mixer in ("hope", "selfmod", "attention"):
+            torch.manual_seed(0)
+            config = base if mixer == base.mixer else sizes.matched_config(base, mixer)
+            models[mixer] = HopeForCausalLM(config).to(s.device).eval()
+        with torch.no_grad():
+            for mixer, model in models.items():
+                carried[mixer] = model(ids, use_cache=True).past_key_values
+            seconds: dict = {mixer: [] for mixer in models}
+            for turn in range(s.decode_tokens + 1):
+                for mixer, model in models.items():
+                    token = ids[:, turn % ids.shape[1], None]
+                    step = partial(model, token, past_key_values=carried[mixer], use_cache=True)
+                    seconds[mixer].append(measure.clock(step, s))
+        timing = Timing({mixer: taken[1:] for mixer, taken in seconds.items()})
+        for mixer in models:
+            rows.append(
+                {
+                    "size": size,
+                    "sequence layers": "hope (the default)" if mixer == "hope" else mixer,
+                    "position": s.positions[0],
+                    "ms/token": timing.median(mixer) * 1e3,
+                    "over attention": timing.ratio("attention", mixer),
+                    "tokens": timing.rounds,
+                }
+            )
+    return Table("Decoding one token at a time, whole models of as many parameters", rows)
+
+
 def _positions(settings: BenchSettings, name: str) -> tuple[int, ...]:
     """Where a layer is measured."""
     return tuple(p for p in settings.positions if name != "attention" or p <= ATTENTION_UP_TO)

@@ -22,6 +22,7 @@ class BenchSettings:
         lengths: sequence lengths of the comparison with attention (one sequence at a time above `tokens`).
         loop_tokens: tokens of the chunk form against the token loop; the layer's loop takes `layer_loop_tokens`.
         positions: where decoding is timed, over `decode_tokens` tokens each.
+        decode_models: sizes of whole models that are timed at the first position.
         memory_lengths: sequence lengths of the memory measurement.
         product: side of the matrix product that says what the machine can do.
         repeats: rounds of each comparison, fewer (never less than one) where they would take longer than `seconds`.
@@ -38,6 +39,7 @@ class BenchSettings:
     layer_loop_tokens: int = 256
     positions: tuple[int, ...] = (1024, 8192, 65536, 1_048_576)
     decode_tokens: int = 128
+    decode_models: tuple[str, ...] = ("tiny", "10m")
     memory_lengths: tuple[int, ...] = (8192, 16384, 32768)
     product: int = 1024
     repeats: int = 7
@@ -73,7 +75,7 @@ class BenchSettings:
 
 QUICK = dict(
     dim=32, heads=2, tokens=64, lengths=(64, 128), loop_tokens=64, layer_loop_tokens=24, positions=(64, 256),
-    decode_tokens=8, memory_lengths=(64, 128), product=128, repeats=2, seconds=5.0, model_batch=1, model_tokens=64,
+    decode_tokens=8, decode_models=("tiny",), memory_lengths=(64, 128), product=128, repeats=2, seconds=5.0, model_batch=1, model_tokens=64,
 )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ def main(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Parts, comma-separated: chunk, lengths, mixers, efficiency, decode, memory, peers, model; "
+            help="Parts, comma-separated: chunk, lengths, mixers, efficiency, decode, decode_models, memory, peers, "
+            "model; "
             "optim, optim_target, optim_bfloat16, orthogonality, dgd; reading, streams, meta_grads."
         ),
     ] = None,
