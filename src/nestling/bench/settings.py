@@ -75,7 +75,8 @@ class BenchSettings:
 
 QUICK = dict(
     dim=32, heads=2, tokens=64, lengths=(64, 128), loop_tokens=64, layer_loop_tokens=24, positions=(64, 256),
-    decode_tokens=8, decode_models=("tiny",), memory_lengths=(64, 128), product=128, repeats=2, seconds=5.0, model_batch=1, model_tokens=64,
+    decode_tokens=8, decode_models=("tiny",), memory_lengths=(64, 128), product=128, repeats=2, seconds=5.0,
+    model_batch=1, model_tokens=64,
 )  # fmt: skip
 
 
