@@ -86,6 +86,28 @@ def test_losses_are_those_of_one_process(base, world):
     on_ranks(world, compare_all, runs, 4)
 
 
+@SLOWLY
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_compiled_losses_are_those_of_one_process(base, mode):
+    expected = losses(base, 4, double=False)
+    on_ranks(
+        2, compare, {"compiled": base.changed(compile=True).to_dict()}, 4, {"compiled": expected}, 1e-5, False, (mode,)
+    )
+
+
+def refuses(values: dict, words: str) -> None:
+    """On every rank: the run is refused in these words."""
+    with pytest.raises(ValueError, match=words):
+        Trainer(TrainConfig.from_dict(values))
+
+
+def test_levels_that_learn_are_not_compiled_layer_by_layer(base):
+    options = {**base.model.options, **CASES["fast levels"]}
+    changed = base.changed(**{"model.options": options, "compile": True, "parallel.mode": "fsdp"})
+    on_ranks(2, refuses, changed.to_dict(), "compile under parallel.mode fsdp is of single layers")
+
+
 def go_on(values: dict, steps: int, expected: list[float]) -> None:
     """On every rank: some steps from the newest checkpoint, with the losses of the uninterrupted run, and a new one."""
     run = trainer(TrainConfig.from_dict(values), resume=checkpoint.list_checkpoints(values["out"]) != [])

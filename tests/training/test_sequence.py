@@ -147,6 +147,7 @@ def test_what_is_in_a_state_twice_travels_once():
     [
         ({"parallel.sequence": 3}, "parallel.sequence 3 must divide the number of processes, and 2 run"),
         ({"parallel.sequence": 2, "parallel.mode": "fsdp"}, "parallel.sequence 2 goes with parallel.mode ddp"),
+        ({"parallel.sequence": 2, "compile": True}, "compile was not made to go with parallel.sequence 2"),
         ({"parallel.sequence": 2, "data.documents": "apart"}, 'and data.documents "apart" begins anew'),
         ({"parallel.sequence": 2, "data.seq_len": 1}, "data.seq_len 1 cannot be cut"),
     ],

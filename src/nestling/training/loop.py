@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +63,6 @@ class Trainer:
         state = self.ranks.together(lambda: self._prepare(model, corpus, source))
         self._plain = copy.deepcopy(self.model).to("meta") if self.mode == "fsdp" else None
         self._parallel = parallelize(self.model, self.mode, config, self.device)
-        if config.compile:
-            self._parallel = replace(self._parallel, called=torch.compile(self.model))
         shared = torch.distributed.group.WORLD if self.mode == "ddp" else None
         self.optimizers = self.ranks.together(lambda: LevelOptimizers(self.model, config.optim, self.schedule, shared))
         self.step = self.tokens = self.skipped = 0

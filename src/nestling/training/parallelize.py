@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,8 +63,8 @@ def find_mode(run: TrainConfig, ranks: Ranks) -> str:
         )
     if mode != "fsdp" and (config.offload or config.param_dtype != "float32"):
         raise ValueError(f"parallel.offload and parallel.param_dtype are for parallel.mode fsdp; this is {mode}")
-    if mode != "none" and run.compile:
-        raise ValueError(f"compile was not made to go with parallel.mode {mode}: leave one of them out")
+    if run.compile and config.sequence > 1:
+        raise ValueError(f"compile was not made to go with parallel.sequence {config.sequence}: leave one of them out")
     if config.sequence > 1:
         _check_sequence(run, mode, ranks)
     return mode
@@ -91,12 +91,12 @@ def _check_sequence(run: TrainConfig, mode: str, ranks: Ranks) -> None:
 def parallelize(model: nn.Module, mode: str, run: TrainConfig, device: torch.device) -> Parallel:
     """Spread a model over the ranks, before its optimiser is made.
 
-    With fsdp every decoder layer (`_no_split_modules`) is gathered when it runs. A model whose levels learn in the
-    context runs its upper layers from the middle of its own forward pass and takes gradients there: it is gathered once
-    and whole, and what is spread is gradients, optimiser state and the weights between steps.
+    With fsdp every decoder layer (`_no_split_modules`) is gathered when it runs, and compiled by itself. A model whose
+    levels learn in the context runs its upper layers from the middle of its own forward pass and takes gradients there:
+    it is gathered once and whole, and what is spread is gradients, optimiser state and the weights between steps.
     """
     if mode == "none":
-        return Parallel(model)
+        return Parallel(torch.compile(model) if run.compile else model)
     config = run.parallel
     if config.sequence > 1:
         again = run.gradient_checkpointing
@@ -105,7 +105,8 @@ def parallelize(model: nn.Module, mode: str, run: TrainConfig, device: torch.dev
     learns = _learns(model)
     if mode == "ddp":
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=learns)
+        inner = cast("nn.Module", torch.compile(model)) if run.compile else model  # gradients are sent outside of it
+        wrapped = nn.parallel.DistributedDataParallel(inner, device_ids=ids, find_unused_parameters=learns)
         return Parallel(wrapped, mode)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -122,11 +123,18 @@ def parallelize(model: nn.Module, mode: str, run: TrainConfig, device: torch.dev
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     # nothing writes into what a layer returns: `tests/training/test_parallel.py` holds the loss to one process's
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    if run.compile and learns:
+        raise ValueError(
+            "compile under parallel.mode fsdp is of single layers, and levels that learn in a context run them their "
+            "own way: leave compile out, or take parallel.mode ddp"
+        )
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor, 0)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in [] if learns else [m for m in model.modules() if type(m).__name__ in names]:
+        if run.compile:
+            module.compile()
         fully_shard(module, **options)
     fully_shard(model, **options)
     return Parallel(model, mode)
