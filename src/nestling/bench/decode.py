@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 
 import torch
@@ -39,16 +40,14 @@ def decode(settings: BenchSettings) -> Table:
         carried = {key: layers[key[0]](tokens[0], state)[1] for key, state in carried.items()}
         sizes = {key: state_bytes(state) for key, state in carried.items()}
         seconds: dict = {key: [] for key in carried}
-        for turn, x in enumerate(tokens):  # positions in turn, token by token, each as often first as last
-            at = turn % len(s.positions)
-            for position in s.positions[at:] + s.positions[:at]:
-                for name, layer in layers.items():
-                    if position not in _positions(s, name):
-                        continue
-                    after: list = []
-                    step = partial(_advance, layer, x, carried[name, position], after)
-                    seconds[name, position].append(measure.clock(step, s))
-                    (carried[name, position],) = after
+        turns, order = list(carried), random.Random(0)
+        for x in tokens:
+            order.shuffle(turns)  # who comes after attention over many tokens finds the caches empty
+            for name, position in turns:
+                after: list = []
+                step = partial(_advance, layers[name], x, carried[name, position], after)
+                seconds[name, position].append(measure.clock(step, s))
+                (carried[name, position],) = after
     timing, rows, first = Timing(seconds), [], s.positions[0]
     for name, position in carried:
         base = "attention", position

@@ -34,6 +34,7 @@ _ROLES = (*PATHS, "eta", "alpha", "memory")
 _RATES, _DECAYS, _READS = ("one", "learned", "gate"), ("none", "learned", "fixed"), ("before", "after", "chunk")
 _STEPS = ("plain", "layer", "joint")
 _GROUPS, _LAYERS = 3, 2
+_TABLE = 3 * _GROUPS * _LAYERS  # of a state: weights at the chunk's start, now, and velocities
 
 _KINDS: dict[str, type[nn.Module]] = {
     "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear, "gate_proj": nn.Linear, "out_proj": nn.Linear,
@@ -57,6 +58,7 @@ class MemoryPlan(NamedTuple):
     paths: tuple[str, ...]  # with a convolution of their own
     anchored: bool
     shapes: tuple[tuple[int, ...], ...]  # of a state
+    slots: tuple[tuple[int, bool], ...]  # where the library's table has each memory tensor of it, and which are starts
 
 
 def memory_plan(config: TitansConfig) -> MemoryPlan:
@@ -82,7 +84,13 @@ def memory_plan(config: TitansConfig) -> MemoryPlan:
         sizes += places.get(role, (-1, 0))
     anchored = config.retain == "initial" and config.decay != "none"
     paths = PATHS if config.qkv_conv else ()
-    return MemoryPlan(tuple(map(int, sizes)), groups, numbers, paths, anchored, _shapes_of(config))
+    slots = tuple(
+        ((part * _GROUPS + g) * _LAYERS + layer, part == 0)
+        for g, group in enumerate(groups)
+        for part in range(3 if config.momentum else 2)
+        for layer in range(len(group.architecture.shapes()))
+    )
+    return MemoryPlan(tuple(map(int, sizes)), groups, numbers, paths, anchored, _shapes_of(config), slots)
 
 
 def _sizes_of(group: MemoryGroup) -> list[int]:
@@ -111,26 +119,34 @@ def memory_step(
     x = x.contiguous()
     carried = dict(zip(layer.path_order, state.paths))
     tails = [None if t is None else t.contiguous() for t in (state.conv, *map(carried.get, PATHS))]
-    memories = tuple(FastWeights(*(tuple(w.contiguous() for w in part) for part in fast)) for fast in state.memories)
-    starts, nows, velocities = zip(*memories)
+    held = [w.contiguous() for w in _flat(state.memories)]
+    table: list[Tensor | None] = [None] * _TABLE
+    new_table = table.copy()
+    for i, (slot, starts) in enumerate(plan.slots):
+        table[slot] = held[i]
+        if not starts:
+            new_table[slot] = held[i] = torch.empty_like(held[i])
     reach = _number(config.erase_range, x.dtype)
-    given = (x, *tails, *_table(starts), *_table(nows), *_table(velocities), *weights, reach, *anchors)
     y, *made = [None if t is None else torch.empty_like(t) for t in (x, *tails)]
-    new_nows = [tuple(torch.empty_like(w) for w in part) for part in nows]
-    new_velocities = [tuple(torch.empty_like(w) for w in part) for part in velocities]
-    outputs = (y, *made, *_table(new_nows), *_table(new_velocities))
+    given = (x, *tails, *table, *weights, reach, *anchors)
+    outputs = (y, *made, *new_table[_GROUPS * _LAYERS :])
     compiled.run("memory_step", x.dtype, plan.sizes, (given, outputs), x.shape[0])
-    news = tuple(map(FastWeights, starts, new_nows, new_velocities))
-    seen = state.position.tolist()
-    for i, group in enumerate(plan.groups):
+    news, seen, at = [], state.position.tolist(), 0
+    for fast, group in zip(state.memories, plan.groups):
+        parts = []
+        for part in fast:
+            parts.append(tuple(held[at : at + len(part)]))
+            at += len(part)
+        new = FastWeights(*parts)
         closes = [(n + 1) % group.chunk_size == 0 for n in seen]
         if any(closes):
-            (fast,) = swap((news[i],))
-            (fast,) = swap((closed(config, fast, all(closes) or torch.tensor(closes)),))
-            news = (*news[:i], fast, *news[i + 1 :])
+            (new,) = swap((closed(config, swap((new,))[0], all(closes) or torch.tensor(closes)),))
+        news.append(new)
     conv, *paths = made
-    kept = dict(zip(PATHS, paths))
-    return y, TitansState(state.position + 1, conv, news, tuple(kept[name] for name in layer.path_order))
+    if plan.paths:
+        kept = dict(zip(PATHS, paths))
+        paths = [kept[name] for name in layer.path_order]
+    return y, TitansState(state.position + 1, conv, tuple(news), tuple(paths) if plan.paths else ())
 
 
 def _parameters_of(
