@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nestling.layers.convolution import ShortConvolution
 from nestling.layers.one_token import attention_step, may_step
-from nestling.layers.rotary import rotate
+from nestling.layers.rotary import angles_of, turn
 from nestling.utils.likeness import Like, activations, columns
 
 
@@ -120,7 +120,8 @@ class Attention(nn.Module):
         real = torch.ones(batch, tokens, dtype=torch.bool, device=x.device) if mask is None else mask
         seen = real.new_zeros(batch, dtype=torch.long) if state is None else state.tokens
         positions = seen[:, None] + (real.cumsum(1) - 1).clamp(min=0)
-        q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        angles = angles_of(q, positions, self.rope_theta)
+        q, k = turn(q, *angles), turn(k, *angles)
 
         keys, values, valid, places = k, v, real, positions
         if state is not None:
@@ -152,7 +153,7 @@ class Attention(nn.Module):
         new = AttentionState(
             keys.transpose(1, 2), values.transpose(1, 2), valid, places, seen + real.sum(1), convolution
         )
-        return self.out_proj(y), self._last(new)
+        return self.out_proj(y), self._last(new, padded=mask is not None or state is not None)
 
     def state_like(self, state: Any, batch_size: int) -> AttentionState:
         """What the state of so many sequences is made of, a Like in place of every tensor; columns as in `state`."""
@@ -203,10 +204,14 @@ class Attention(nn.Module):
         itself = itself.tril(columns - tokens).triu(columns - tokens)
         return (allowed | itself)[:, None]
 
-    def _last(self, state: AttentionState) -> AttentionState:
+    def _last(self, state: AttentionState, padded: bool) -> AttentionState:
         """Drop what no later token can see: a window keeps the last window - 1 real tokens of each sequence."""
         if self.window is None or state.keys.shape[1] < self.window:
             return state
+        if not padded:  # a copy: a view would keep all of them
+            first = state.keys.shape[1] - self.window + 1
+            keys, values, valid, positions = (t[:, first:].clone() for t in state[:4])
+            return state._replace(keys=keys, values=values, valid=valid, positions=positions)
         # stable: the real columns move to the end in their order, so that padding is what falls out first
         order = state.valid.to(torch.uint8).argsort(dim=1, stable=True)[:, state.keys.shape[1] - self.window + 1 :]
         wide = order[:, :, None, None].expand(-1, -1, *state.keys.shape[2:])

@@ -15,11 +15,19 @@ def rotate(x: Tensor, positions: Tensor, theta: float = 10_000.0) -> Tensor:
     Returns:
         [B, H, T, P] in x's dtype; the angles are computed in float32, or in float64 for float64 inputs.
     """
-    half = x.shape[-1] // 2
+    return turn(x, *angles_of(x, positions, theta))
+
+
+def angles_of(x: Tensor, positions: Tensor, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by which `turn` turns what is at these positions, [B, 1, T, P/2]: queries and keys alike."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    angles = positions[:, None, :, None].to(dtype) * frequencies(half, theta, dtype, x.device)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.split(half, -1)
+    angles = positions[:, None, :, None].to(dtype) * frequencies(x.shape[-1] // 2, theta, dtype, x.device)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` by given angles."""
+    a, b = x.split(x.shape[-1] // 2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 

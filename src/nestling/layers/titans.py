@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -234,11 +235,16 @@ class SelfModifyingTitans(nn.Module):
         sizes = list(self.widths.values())
         if mixed is x or set(self.widths) <= self.config.convolved:
             return dict(zip(self.widths, self.in_proj(mixed).split(sizes, -1), strict=True))
-        rows = self.in_proj.weight.split(sizes)
-        return {
-            name: F.linear(mixed if name in self.config.convolved else x, row)
-            for name, row in zip(self.widths, rows, strict=True)
-        }
+        # parts in a row that see the same input in one product, but for the paths, which go on alone
+        parts, at = {}, 0
+        alike = groupby(self.widths, lambda name: (name in self.config.convolved, name if name in PATHS else ""))
+        for (convolved, _), group in alike:
+            names = list(group)
+            counts = [self.widths[name] for name in names]
+            product = F.linear(mixed if convolved else x, self.in_proj.weight[at : at + sum(counts)])
+            parts |= zip(names, product.split(counts, -1), strict=True)
+            at += sum(counts)
+        return parts
 
     def numbers(self) -> Numbers:
         """What the layer has learned beside its matrices and initial states."""

@@ -57,7 +57,8 @@ class MemoryScan:
         plan = segments(positions, lengths, [g.chunk_size for g in groups_of(self.config)])
         longest, size = max(lengths), self.config.segment_size
         recompute = size and torch.is_grad_enabled() and longest > size and self.observe is None
-        pieces = _pieces(plan, size if self.together(memories) else max(1, size // PIECES)) if recompute else [plan]
+        whole = self.by_chunks and not compiled.is_available(*memories[-1].now)
+        pieces = _pieces(plan, size if whole else max(1, size // PIECES)) if recompute else [plan]
         outputs = []
         for piece in pieces:
             if recompute:
@@ -75,7 +76,7 @@ class MemoryScan:
         """Some segments in a row."""
         reads = []
         # split at once: a slice's gradient would fill the whole length for every segment
-        runs = _runs(plan, self.config.main_chunk_size) if self.together(memories) else [[s] for s in plan]
+        runs = _runs(plan, self.config.main_chunk_size) if self.by_chunks else [[s] for s in plan]
         sizes, begin, end = [run[-1].stop - run[0].start for run in runs], plan[0].start, plan[-1].stop
         whole = {name: f[:, :, begin:end] for name, f in features.items()}
         parts = {name: f.split(sizes, 2) for name, f in whole.items()}
@@ -91,10 +92,6 @@ class MemoryScan:
             y, memories = step(memories, part, gates[i])
             reads.append(y)
         return torch.cat(reads, 2), memories
-
-    def together(self, memories: Memories) -> bool:
-        """Whether chunks are taken many at once: where they are maps of a matrix, and no C++ form is faster."""
-        return self.by_chunks and not compiled.is_available(*memories[-1].now)
 
     @cached_property
     def by_chunks(self) -> bool:
