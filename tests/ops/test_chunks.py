@@ -1,11 +1,13 @@
 """The delta rule over many chunks at once against the token loop; a memory on its way from chunk to chunk."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.ops import delta_rule_reference
+from nestling.ops import compiled, delta_rule_reference
 from nestling.ops.chunks import delta_chunks
 from nestling.ops.products import products, products_by_blocks
 from nestling.ops.states import bounded, chunk_states, chunk_states_reference
@@ -30,9 +32,9 @@ def make(count, tokens, out, inp, seed):
 @settings(deadline=None, max_examples=examples(15))
 @given(
     count=st.integers(1, 3), chunks=st.integers(1, 4), size=st.integers(1, 7), out=st.integers(1, 4),
-    inp=st.integers(1, 4), after=st.booleans(), erases=st.booleans(), seed=st.integers(0, 99),
+    inp=st.integers(1, 4), after=st.booleans(), erases=st.booleans(), native=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_many_chunks_are_the_token_loop(count, chunks, size, out, inp, after, erases, seed):
+def test_many_chunks_are_the_token_loop(count, chunks, size, out, inp, after, erases, native, seed):
     args = make(count, chunks * size, out, inp, seed)
     weight, keys, writes, decay, erase, queries = args
     leaves = [t for t in args if erases or t is not erase]
@@ -40,9 +42,10 @@ def test_many_chunks_are_the_token_loop(count, chunks, size, out, inp, after, er
         weight, keys, writes, decay, erase if erases else torch.zeros_like(decay), queries=queries,
         read="after" if after else "before",
     )  # fmt: skip
-    got = delta_chunks(
-        weight, keys, writes, decay, erase if erases else None, queries, chunk_size=size, after=after, limit=1e9
-    )
+    with nullcontext() if native else compiled.disabled():
+        got = delta_chunks(
+            weight, keys, writes, decay, erase if erases else None, queries, chunk_size=size, after=after, limit=1e9
+        )
     for a, b in zip(got, (want.weight, want.reads), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     found, wanted = (
