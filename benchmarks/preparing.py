@@ -23,7 +23,7 @@ from pathlib import Path
 from nestling.training.texts import find_files
 from nestling.training.tokenizers import train_bpe
 
-SETTINGS = {"bytes": 1 << 30, "bpe": 100 << 20}  # bytes of text for each tokenizer
+SETTINGS = {"bytes": 1 << 30, "bpe": 64 << 20}  # bytes of text for each tokenizer
 VOCABULARY, SAMPLE = 4096, 2 << 20
 WORKERS = (1, 2)
 

@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from slowly import ASKED
+
 PRELOADED = ["nestling.models", "nestling.training", "nestling.sessions", "nestling.generation", "nestling.cli.main"]
 
 
@@ -111,7 +113,8 @@ def _at_rank(environment: dict[str, str], answers, work: Callable, arguments: tu
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(300, exit=True)  # a rank that waits for ever
+    # a rank that waits for ever; compilers and all settings take minutes on a machine that has other work
+    faulthandler.dump_traceback_later(1200 if ASKED else 300, exit=True)
     try:
         with process_group("cpu"):
             work(*arguments)
