@@ -1,7 +1,7 @@
 """The default rule refined for one model: a few rates and a larger rank, tried on passages of given texts.
 
 Of each passage the first part is read and what follows it scored, in a fresh context. A rule counts by what it gains
-there, if it harms texts of the model's own making by no more than the default may. The last passage chooses nothing:
+there, if the harm it does to texts of the model's own making is small beside it. The last passage chooses nothing:
 it says whether the rule that the others chose is ahead of the default on what it was not chosen on.
 """
 
@@ -31,7 +31,9 @@ PASSAGES = 4  # the last of them chooses nothing
 READ, AFTER = 512, 256  # tokens of a passage that are read, and that follow
 LEAST = 96  # tokens that a passage must have
 SLICE = 1 << 14  # bytes that surely hold a passage
-HARM = 0.01  # bits per byte by which a rule may raise the model's own texts; the default's own harm, where it is more
+# bits per byte by which a rule may raise the model's own texts: this, or the default's own harm where it is more, or
+# this share of what the rule gains
+HARM, WORTH = 0.01, 1 / 8
 MOST = 5  # rules that are tried at most, the default among them
 
 
@@ -42,7 +44,7 @@ class Tried:
     Attributes:
         lr, rank: of the level.  state_bytes: of one stream.
         gain: bits per byte on what follows a passage that was read, below the model without levels; the mean.
-        harm: bits per byte on the model's own texts, above it; the mean over passages.
+        harm: bits per byte on the model's own texts, above it; the mean over passages.  harms: too much to be chosen.
         seconds: of this try.
     """
 
@@ -51,6 +53,7 @@ class Tried:
     state_bytes: int
     gain: float
     harm: float
+    harms: bool
     seconds: float
 
 
@@ -130,8 +133,9 @@ class Trials:
             began = time.monotonic()
             set_level(self.model, level)
             gains, harms = zip(*(self.measured(ids, self.own) for ids in self.chosen_on))
-            size, seconds = self.model.state_bytes(), time.monotonic() - began
-            known = Tried(level.lr, level.rank, size, _mean(gains), _mean(harms), seconds)
+            gain, harm, size = _mean(gains), _mean(harms), self.model.state_bytes()
+            most = max(HARM, WORTH * gain, self.tried[0].harm if self.tried else harm)
+            known = Tried(level.lr, level.rank, size, gain, harm, harm > most, time.monotonic() - began)
             self.tried.append(known)
             write_text(self.journal, json.dumps({"key": self.key, "tried": [asdict(t) for t in self.tried]}))
         self._show(self, known)
@@ -166,17 +170,16 @@ def calibrated(trials: Trials) -> dict[str, Any]:
 
     Returns:
         texts; tried, a row for each rule; chosen, its lr and rank; gain_default and gain_chosen on the passage that
-        chose nothing; kept: whether the default stays, as the chosen rule was not ahead there; most_harm allowed.
+        chose nothing; kept: whether the default stays, as the chosen rule was not ahead there.
     """
     level, began = trials.default, time.monotonic()
     trials._show(trials, None)
-    best, first = level, trials.try_(level)
-    most, top = max(HARM, first.harm), first
+    best, top = level, trials.try_(level)
 
     def better(candidate: Level) -> bool:
         nonlocal best, top
         found = trials.try_(candidate)
-        if found.gain <= top.gain or found.harm > most:
+        if found.gain <= top.gain or found.harms:
             return False
         best, top = candidate, found
         return True
@@ -195,7 +198,7 @@ def calibrated(trials: Trials) -> dict[str, Any]:
     set_level(trials.model, level if kept else best)
     return {
         "texts": trials.names, "tried": [asdict(t) for t in trials.tried], "chosen": {"lr": best.lr, "rank": best.rank},
-        "gain_default": gains[level], "gain_chosen": gains[best], "most_harm": most, "kept": kept,
+        "gain_default": gains[level], "gain_chosen": gains[best], "kept": kept,
         "seconds": time.monotonic() - began,
     }  # fmt: skip
 
@@ -207,7 +210,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append("     lr  rank  state MB    gain    harm")
     for row in found["tried"]:
         chosen = "  chosen" if all(row[name] == found["chosen"][name] for name in ("lr", "rank")) else ""
-        refused = "  harms" if row["harm"] > found["most_harm"] else ""
+        refused = "  harms" * row["harms"]
         lines.append(f"{row['lr']:7g} {row['rank'] or '-':>5} {row['state_bytes'] / 1e6:9.1f} {row['gain']:7.3f} "
                      f"{row['harm']:+7.3f}{chosen}{refused}")  # fmt: skip
     chosen, default, stays = found["gain_chosen"], found["gain_default"], "; the default stays" * found["kept"]
