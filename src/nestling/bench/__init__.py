@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
-from nestling.bench import continuum, decode, dgd, layers, memory, model, optim, peers
+from nestling.bench import chunks, continuum, decode, dgd, layers, memory, model, optim, peers
 from nestling.bench.correctness import check
 from nestling.bench.settings import QUICK, BenchSettings, environment
 from nestling.bench.table import Table
@@ -17,7 +17,7 @@ LAYERS = (
     peers.peers,
 )  # fmt: skip
 OPTIMIZERS = (optim.optim, optim.optim_target, optim.optim_bfloat16, optim.orthogonality, dgd.dgd)
-CONTINUUM = (continuum.reading, continuum.streams, continuum.meta_grads)
+CONTINUUM = (continuum.reading, chunks.chunks, continuum.streams, continuum.meta_grads)
 GROUPS = {
     group: tuple(part.__name__ for part in parts)
     for group, parts in dict(layers=LAYERS, optim=OPTIMIZERS, continuum=CONTINUUM).items()

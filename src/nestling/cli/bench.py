@@ -21,8 +21,7 @@ def main(
         str | None,
         typer.Option(
             help="Parts, comma-separated: chunk, lengths, mixers, efficiency, decode, decode_models, memory, peers, "
-            "model; "
-            "optim, optim_target, optim_bfloat16, orthogonality, dgd; reading, streams, meta_grads."
+            "model; optim, optim_target, optim_bfloat16, orthogonality, dgd; reading, chunks, streams, meta_grads."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run? The figures mean nothing.")] = False,
