@@ -16,7 +16,7 @@ from experiments.classes.constrain import classify, prior
 from experiments.classes.intents import Example
 from experiments.classes.learner import ClassLearner, Setup
 from experiments.classes.probes import ClassMeans, LinearProbe
-from experiments.shared.continual.streams import adapted, finetune, learner, pieces, prefilled, read, trained
+from experiments.shared.continual.streams import adapted, finetune, learner, pieces, prefilled, read, score, trained
 from experiments.shared.continual.study import LearnerContender
 from nestling.cms.fast_linear import applied
 from nestling.optim import M3
@@ -26,13 +26,14 @@ class Speller(ClassLearner):
     """A language model that spells the name of the class.
 
     Options: choice (examples that stand before every text, as many as the window holds: the "latest", or "balanced",
-    as many of each class as of the others; without it none do).
+    as many of each class as of the others; without it none do), buffer (tokens of examples that are kept).
     """
 
     def __init__(self, setup: Setup, contender: LearnerContender) -> None:
         super().__init__(setup, contender)
         self.model = learner(setup.model, contender)
         self.seen: list[Example] = []
+        self.kept: list[list[int]] = []
 
     def context(self) -> list[int]:
         """What stands before every text."""
@@ -67,6 +68,15 @@ class Speller(ClassLearner):
             found = classify(self.model, prompts, trie, (None, given), context, self._batch)
         return dict(zip(("plain", "calibrated"), found))
 
+    def _keep(self) -> None:
+        """What the buffer holds: examples of all classes so far, as many of each as of the others."""
+        self.kept, size = [], 0
+        for example in _balanced(self.seen, self.draw):
+            ids = self.setup.form.example(example.text, example.label)
+            if (size := size + len(ids)) > self.options["buffer"]:
+                break
+            self.kept.append(ids)
+
     @property
     def _batch(self) -> int:
         # with a context every row holds the whole of it
@@ -74,7 +84,12 @@ class Speller(ClassLearner):
 
 
 class Levels(Speller):
-    """Levels learn while the stream is read; at a test it is out of the context, but for the examples of a `choice`."""
+    """Levels learn while the stream is read; at a test it is out of the context, but for the examples of a `choice`.
+
+    Options: replay (tokens of kept examples, of all classes alike, that are read again after a group for each token of
+    it, as `nestling learn --sleep` does), snapshots (what was known after each group is kept, and every text is
+    answered by the one that predicts it best).
+    """
 
     def __init__(self, setup: Setup, contender: LearnerContender) -> None:
         super().__init__(setup, contender)
@@ -82,6 +97,7 @@ class Levels(Speller):
         engine = self.model.learner
         self.parameters = sum(m.weight.numel() for i in engine.fast for m in engine.modules[i])
         self.share = 1 - engine.first / engine.backbone.blocks
+        self.snapshots: list[Any] = []
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -91,6 +107,36 @@ class Levels(Speller):
     def learn(self, group: Sequence[Example]) -> None:
         super().learn(group)
         ids = self.tokens(group)
+        self._read(ids)
+        if wanted := round(self.options.get("replay", 0) * len(ids)):
+            self._keep()
+            again: list[int] = []
+            while len(again) < wanted:
+                again += [token for kept in self.draw.sample(self.kept, len(self.kept)) for token in kept]
+            self._read(again[:wanted])
+        if self.options.get("snapshots"):
+            self.snapshots.append(self.cache.fork())
+
+    def answer(self, texts: Sequence[str], classes: Sequence[int]) -> dict[str, list[int]]:
+        if not self.snapshots:
+            return super().answer(texts, classes)
+        prompts, now = [self.setup.form.encode(t) for t in texts], self.cache
+        losses = []
+        for snapshot in self.snapshots:
+            with adapted(self.model, snapshot):
+                losses.append(score(self.model, [p[:1] for p in prompts], [p[1:] for p in prompts]))
+        best = torch.tensor(losses).argmin(0).tolist()
+        found: dict[str, list[int]] = {}
+        for n in sorted(set(best)):
+            self.cache, mine = self.snapshots[n], [i for i, b in enumerate(best) if b == n]
+            for variant, given in super().answer([texts[i] for i in mine], classes).items():
+                row = found.setdefault(variant, [0] * len(texts))
+                for i, answer in zip(mine, given, strict=True):
+                    row[i] = answer
+        self.cache = now
+        return found
+
+    def _read(self, ids: list[int]) -> None:
         if self.contender.levels:
             _, self.cache = read(self.model, torch.tensor([ids]), self.cache)
         else:  # a model with levels of its own: its attention begins anew after every window
@@ -124,7 +170,6 @@ class FineTuned(Speller):
         self.optimizer, self.fisher, self.anchor = None, None, None
         if self.options.get("optimizer") == "m3":
             self.optimizer = M3(self.tuned, self.options["lr"], betas=(0.9, 0.999, 0.9))
-        self.kept: list[list[int]] = []
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -172,15 +217,6 @@ class FineTuned(Speller):
         """The gradient of ewc/2 F (w - anchor)^2."""
         parts = zip(self.fisher, weights, self.anchor, strict=True)
         return [self.options["ewc"] * f * (w - a) for f, w, a in parts]
-
-    def _keep(self) -> None:
-        """What the buffer holds: examples of all classes so far, as many of each as of the others."""
-        self.kept, size = [], 0
-        for example in _balanced(self.seen, self.draw):
-            ids = self.setup.form.example(example.text, example.label)
-            if (size := size + len(ids)) > self.options["buffer"]:
-                break
-            self.kept.append(ids)
 
     def _replay(self, batch: Tensor) -> Tensor | None:
         wanted = round(self.options["replay"] * (batch.shape[1] - 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,9 @@ from nestling.cms.anchor import set_anchor
 from nestling.cms.defaults import FADE, RANK, RATE, default_blocks, default_levels
 from nestling.models.hope.levels import give_levels
 from nestling.models.hope.modeling import HopeForCausalLM
+from nestling.schedule import Level
+from nestling.sessions import find_texts
+from nestling.sessions.calibrate import HARM, WORTH, Trials, calibrated, set_level
 from nestling.sessions.check import ANCHORS, own_texts
 from nestling.sessions.snapshots import FIRST, nearest
 
@@ -39,7 +43,7 @@ QUESTION = "A text is read once with no option chosen: what is gained, what is h
 ENTRIES = "found"
 
 BASE, DEFAULT = report.BASE, report.DEFAULT
-ANCHORED = "default, anchored"
+ANCHORED, CALIBRATED = "default, anchored", "default, calibrated"
 SMOLLM2 = "smollm2-135m"
 DATA = "a folder with `books`, `bible`, `clinc150` and `banking77`; the experiment's README says where they come from"
 
@@ -105,6 +109,8 @@ def defaults() -> Defaults:
         LearnerContender(ANCHORED, "levels", options={"anchor": 16.0}),
         one("anchored, twice the rate", lr=2 * RATE, optimizer="spectral", rank=RANK, decay=FADE, anchor=16.0),
         one("gradient descent, last blocks", {"blocks": [-4, -3, -2, -1]}, 200, lr=0.1),
+        LearnerContender(CALIBRATED, "levels", options={"calibrate": True}),  # on the development texts
+        one("AdamW, dense", longest=1000, lr=2e-4, optimizer="adamw"),
         one("AdamW, dense, last blocks", {"blocks": [-6, -5, -4, -3, -2, -1]}, 200, lr=2e-4, optimizer="adamw"),
     ])  # fmt: skip
 
@@ -151,6 +157,7 @@ class DefaultsWork(ContinualWork):
         super().__init__(settings)
         self.folder = folder or Path()
         self.made: dict[str, list[list[int]]] = {}  # texts of each model's own making
+        self.rules: dict[str, Level] = {}  # calibrated for each model
         self.files = tuple([folder / "books" / name for name in BOOKS] if folder else find_files(None, smoke=True))
 
     def check(self, contenders: list[LearnerContender]) -> None:
@@ -160,7 +167,9 @@ class DefaultsWork(ContinualWork):
     def reads(self, job: TextJob) -> str:
         """Which part of which text, and how; the default's levels too, which the contender does not name."""
         source = next(s for s in self.settings.sources if s.name == job.text)
-        rule = str(default_levels(None)) + str(default_blocks(None)) if job.contender in (DEFAULT, ANCHORED) else ""
+        default = job.contender in (DEFAULT, ANCHORED, CALIBRATED)
+        rule = str(default_levels(None)) + str(default_blocks(None)) if default else ""
+        rule += f"{HARM} {WORTH}" if job.contender == CALIBRATED else ""
         end = "" if self.settings.contender(job.contender).method == "none" else "to its end"
         return f"{asdict(source)} {rule}{end}"
 
@@ -177,6 +186,10 @@ class DefaultsWork(ContinualWork):
         with torch.no_grad():
             model, cache, seconds = built(plain, contender, settings.context), None, None
             row = torch.tensor([[tokenizer.eos_token_id, *ids]], device=self.device)
+            found: dict[str, Any] = {}
+            if contender.options.get("calibrate"):
+                set_level(model, self._rule(job.model, model, tokenizer))
+                found["rule"] = model.learner.levels[0].to_dict()
             if contender.method == "levels":
                 if weight := contender.options.get("anchor"):
                     if job.model not in self.made:  # the same for every text
@@ -190,12 +203,11 @@ class DefaultsWork(ContinualWork):
                 part = row[:, : settings.context]
                 plain_seconds = speed(plain, part) / part.shape[1] * row.shape[1]  # beside it, under the same load
             timed = cache is not None and self.device == "cpu"  # of a GPU a thread's time says nothing
-            found = {}
             if contender.options.get("choice"):
                 known = {"text": probes[0], **dict(other)} | ({"after": after} if len(after) == settings.after else {})
-                found = {"choice": {
+                found["choice"] = {
                     name: self._chosen(plain, model, cache, tokenizer, ids) for name, ids in known.items()
-                }}  # fmt: skip
+                }
             with adapted(model, cache):
                 return {
                     "read": len(ids),
@@ -216,6 +228,17 @@ class DefaultsWork(ContinualWork):
         without = bits_per_byte(plain, tokenizer, ids, context, FIRST)
         with adapted(model, cache if taken else None):
             return {"levels": taken, "without": without, "bits": bits_per_byte(model, tokenizer, ids, context, FIRST)}
+
+    def _rule(self, name: str, model: nn.Module, tokenizer: Any) -> Level:
+        """What `nestling convert --calibrate` chooses for a model on the development texts."""
+        if name not in self.rules:
+            with tempfile.TemporaryDirectory() as folder:
+                for n, source in enumerate(texts.SMOKE if self.settings.texts == "smoke" else texts.DEVELOPMENT):
+                    Path(folder, f"{n}.txt").write_text(source.text(self.folder, 4 * source.tokens), encoding="utf-8")
+                trials = Trials(model, tokenizer, find_texts([folder]), Path(folder, "tried"))
+                calibrated(trials)
+            self.rules[name] = model.learner.levels[0]
+        return self.rules[name]
 
     def _model(self, name: str) -> tuple[nn.Module, Any]:
         small = name in FAMILIES

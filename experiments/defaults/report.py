@@ -57,12 +57,15 @@ def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict
     times = [c["of_plain"] for c in cells if c["of_plain"] is not None]
     chosen = [c["chosen"] for c in cells if c["chosen"] is not None]
     same = [reference[c["text"]]["gain"] for c in cells if c["text"] in reference]
+    after = [reference[c["text"]]["carried"] for c in cells if c["carried"] is not None and c["text"] in reference]
+    shares = [_share(same, [c["gain"] for c in cells]), _share(after, carried)]
     return {
         "contender": name,
         "texts": len(cells),
         "worse": sum(c["gain"] < 0 for c in cells),
         "gain": statistics.fmean(c["gain"] for c in cells),
         "default_gain": statistics.fmean(same) if same else None,
+        "default_shares": shares,  # of this one's gain, and of its gain on what follows
         "carried": statistics.fmean(carried) if carried else None,
         "harm": statistics.fmean(c["harm"] for c in cells),
         "worst_harm": max(c["worst_harm"] for c in cells),
@@ -78,13 +81,19 @@ def _contender(name: str, cells: list[dict[str, Any]], reference: dict[str, dict
     }  # fmt: skip
 
 
+def _share(default: list[float], gains: list[float]) -> float | None:
+    """The default's gain as a part of another's, on the same texts."""
+    return sum(default) / sum(gains) if default and len(default) == len(gains) and sum(gains) > 0 else None
+
+
 def table(summary: dict[str, Any]) -> str:
     """Every contender of every model, then the default text by text."""
     rows, texts = [], []
     for model in summary["found"]:
         for c in model["contenders"]:
             rows.append([c["contender"], model["model"], f"{c['texts']}", f"{c['longest']:,}", f"{c['worse']}",
-                         f"{c['gain']:.3f}", _number(c["default_gain"]), _number(c["carried"]), f"{c['harm']:.4f}",
+                         f"{c['gain']:.3f}", _number(c["default_gain"]), _number(c["carried"]),
+                         *map(_percent, c["default_shares"]), f"{c['harm']:.4f}",
                          f"{c['worst_harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}",
                          "-" if c["of_plain"] is None else f"{c['of_plain']:.2f}", *_choice(c["chosen"])])  # fmt: skip
         for c in model["cells"]:
@@ -93,15 +102,17 @@ def table(summary: dict[str, Any]) -> str:
                               f"{c['before'] - c['gain']:.3f}", _number(c["carried"]), f"{c['harm']:+.4f}",
                               f"{c['worst_harm']:+.3f}", *_choice(c["chosen"])[1:]])  # fmt: skip
     text = markdown(["levels", "model", "texts", "longest", "worse after", "gain", "default's gain there", "gain on "
-                     "what follows", "harm", "largest harm", "state, MB", "speed, of plain", "gain, chosen", "harm, "
-                     "chosen", "largest, chosen"], rows, left=2)  # fmt: skip
+                     "what follows", "default's share of the gain", "of what follows", "harm", "largest harm",
+                     "state, MB", "speed, of plain", "gain, chosen", "harm, chosen", "largest, chosen"],
+                    rows, left=2)  # fmt: skip
     text += "\nThe default, text by text:\n\n"
     text += markdown(["model", "text", "kind", "tokens", "before", "after", "gain on what follows", "harm",
                       "largest harm", "harm, chosen", "largest, chosen"], texts, left=3)  # fmt: skip
     text += "\nBits per byte, in a fresh context. Before, after: the text that was read (its first and last "
     text += f"{summary['ends']} tokens, if it is longer). Gain: before minus after, the mean over texts; beside it the "
-    text += "default's on the same texts, for contenders that read fewer. What follows: the text's own continuation, "
-    text += "unread, where there is one. Harm: the rise on three ordinary texts that were not read, their mean, and "
+    text += "default's on the same texts, for contenders that read fewer, and as a share of this one's. What "
+    text += "follows: the text's own continuation, unread, where there is one. Harm: the rise on three ordinary texts "
+    text += "that were not read, their mean, and "
     text += "the largest of a single one. Speed: seconds of this thread for a plain forward over those for reading, "
     text += "the median over texts, on a loaded machine: see the benchmarks for a quiet one. Chosen: whether a text is "
     text += (
@@ -114,6 +125,10 @@ def _choice(chosen: dict[str, float] | None) -> list[str]:
     if chosen is None:
         return ["-"] * 3
     return [f"{chosen['gain']:.3f}", f"{chosen['harm']:+.4f}", f"{chosen['worst_harm']:+.3f}"]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
 
 
 def _number(value: float | None) -> str:

@@ -40,7 +40,7 @@ from experiments.shared.work import Progress, Row
 from nestling.cms.anchor import set_anchor
 from nestling.cms.defaults import default_levels
 from nestling.sessions.check import ANCHORS, own_texts
-from nestling.sessions.sleep import shuffled
+from nestling.sessions.sleep import LEAST, readings, shuffled
 from nestling.sessions.snapshots import FIRST, nearest
 
 GROUP = "Continual learning"
@@ -84,6 +84,8 @@ def defaults() -> Knowledge:
         LearnerContender("in context", "context"),
         LearnerContender("1 level", "levels", one),
         LearnerContender("default", "levels"),
+        LearnerContender("default, short context", "levels", stack={"context": 64}),
+        LearnerContender("default, as notes", "levels", options={"least": LEAST}),
         LearnerContender("default, sleep", "levels", options={"sleep": 1}),
         LearnerContender("default, sleep, anchored", "levels", options={"sleep": 1, "anchor": 16.0}),
         LearnerContender("2 levels", "levels", levels(2e-4, 64, 256)),
@@ -99,8 +101,8 @@ def defaults() -> Knowledge:
 def taught(
     model: nn.Module, settings: Knowledge, contender: LearnerContender, turns: list[Tensor]
 ) -> tuple[nn.Module, Any, list[int]]:
-    """Let a contender learn from the documents [1, T], and with sleep from each further turn: the model, its cache
-    without context (levels), and updates."""
+    """Let a contender learn from the documents [1, T], and then from each further turn out of sight of the ones before:
+    the model, its cache without context (levels), and updates. With `least` each turn is learned to its end."""
     if contender.method == "levels":
         own = contender.levels or [level.to_dict() for level in default_levels(model.config)]
         model = learner(model, replace(contender, levels=own, stack={"context": settings.context} | contender.stack))
@@ -110,6 +112,8 @@ def taught(
         cache = None
         for turn in turns:
             _, cache = read(model, turn, cache)
+            if "least" in contender.options:
+                model.finish(cache, turn[:, :1])  # the token that opens the next one
             cache.forget_context()
             cache.tail = None
         updates = [level.updates if level else 0 for level in cache.levels.levels]
@@ -199,6 +203,9 @@ class KnowledgeWork(ContinualWork):
         slept = [shuffled(text, turn + 1) + BETWEEN for turn in range(contender.options.get("sleep", 0))]
         started = time.thread_time()
         turns = [documents, *(torch.tensor([encode(t)]) for t in slept)]
+        if least := contender.options.get("least"):  # a document of each text, as `nestling learn` reads short ones
+            notes = [torch.tensor([[tokenizer.eos_token_id, *encode(t)]]) for t in world.texts]
+            turns = [note for note in notes for _ in range(readings(note.shape[1] - 1, least))]
         model, cache, updates = taught(plain, settings, contender, turns)
         seconds = time.thread_time() - started
         parts, size = other(
@@ -213,6 +220,7 @@ class KnowledgeWork(ContinualWork):
         if contender.method == "levels" and not contender.levels:
             found["choice"] = choice(plain, model, cache, world, encode, likely, parts, size, tokenizer.eos_token_id)
         return found | {"other_bits": bits, "updates": updates, "tokens": documents.shape[1],
+                        "read": sum(turn.shape[1] for turn in turns),
                         "learning_seconds": seconds, "chance": chance(world.questions)}  # fmt: skip
 
     def result(self, row: dict[str, Any]) -> str:

@@ -36,9 +36,15 @@ DATA = {
 NOT_RUN = {
     **{name: {c.name for c in find(name).defaults().contenders} for name in ("ablation", "aliases", "mad")},
     "defaults": {c.name for c in find("defaults").defaults().contenders},
-    "classes": {"2 levels", "fine-tuning, same weights, M3, in context"},
+    "classes": {
+        "2 levels",
+        "fine-tuning, same weights, M3, in context",
+        "default",
+        "default, replay",
+        "default, snapshots",
+    },
     "endless": {"default"},
-    "knowledge": {"default", "default, sleep", "default, sleep, anchored"},
+    "knowledge": {"default", "default, as notes", "default, sleep", "default, sleep, anchored"},
     "languages": {c.name for c in find("languages").defaults().contenders},
     "quality": {
         "gated deltanet",

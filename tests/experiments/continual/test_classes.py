@@ -125,6 +125,8 @@ def test_names_that_begin_others_are_told_apart(model):
         ("in-context", [], {"choice": "balanced"}),
         ("levels", LEVELS, {}),
         ("levels", LEVELS, {"choice": "balanced"}),
+        ("levels", LEVELS, {"replay": 0.5, "buffer": 100}),
+        ("levels", LEVELS, {"snapshots": True}),
         ("finetune", LEVELS, {"lr": 1e-3, "size": 16, "choice": "balanced"}),
         ("finetune", [], {"lr": 1e-3, "size": 16}),
         ("finetune", LEVELS, {"lr": 1e-3, "size": 16}),

@@ -56,6 +56,7 @@ def test_figures_are_differences_to_the_model_without_levels(tmp_path):
     assert first[0]["chosen"] == pytest.approx({"gain": 0.5, "passed": 0, "harm": 0.01, "worst_harm": 0.02})
     assert first[1]["chosen"] is None
     assert first[0]["of_plain"] == 0.5 and first[1]["default_gain"] == pytest.approx(0.5)
+    assert first[1]["default_shares"] == pytest.approx([2.0, 2.0])  # of a gain half as large
     assert first[-1]["texts"] < 20  # which reads short texts only
     text = report.table(summary)
     assert "| default | smollm2-135m | 20 | 20,000 | 0 | 0.500 |" in text
