@@ -137,7 +137,7 @@ def summarize(experiment: TrainingStudy, contenders: list[ModelContender], row: 
     for s in found:
         s.pop("book_by_window")  # only for the interval
     return {
-        "experiment": "quality",
+        "experiment": experiment.name,
         "first": experiment.contenders[0].name,
         "tokens": experiment.steps * experiment.tokens_per_step,
         "tokens_per_step": experiment.tokens_per_step,
