@@ -36,7 +36,7 @@ RUN = {
         },
     },
     "data": {"seq_len": 512, "batch_size": 4},
-    "optim": {"lr": 5e-3},
+    "optim": {"name": "adamw", "lr": 5e-3},
     "logging": {"eval_batches": 24},
 }  # fmt: skip
 

@@ -62,6 +62,7 @@ def defaults() -> TrainingStudy:
                 },
             },
             "data": {"seq_len": 256, "batch_size": 2},
+            "optim": {"name": "adamw"},
             "lrs": [5e-3],
             "seeds": [0],
             "speed_rounds": 5,

@@ -49,6 +49,7 @@ def defaults() -> TrainingStudy:
             # what everybody's parameters are set to: those of Hope with memories of expansion 2
             "model": {"name": "tiny", "options": _model(128, 2, 4) | {"mixer_options": {"expansion": 2}}},
             "data": {"seq_len": 512, "batch_size": 2},
+            "optim": {"name": "adamw"},
             "lrs": [1e-3, 3e-3, 1e-2],
             # the slow ones first, so that no process waits for them at the end
             "contenders": [
@@ -89,8 +90,8 @@ def paper() -> list[PaperRun]:
     }
     train = {
         "precision": "bf16", "data.tokenizer": "bpe:32000", "data.seq_len": 4096, "data.batch_size": 16,
-        "optim.accumulate": 8, "optim.lr": 4e-4, "schedule.warmup": 0.02, "parallel.mode": "fsdp",
-        "logging.save_every": 1000, "logging.eval_every": 1000,
+        "optim.accumulate": 8, "optim.name": "adamw", "optim.lr": 4e-4, "schedule.warmup": 0.02,
+        "parallel.mode": "fsdp", "logging.save_every": 1000, "logging.eval_every": 1000,
     }  # fmt: skip
     return [PaperRun(size, tokens, contenders, train) for size, tokens in (("760m", 30e9), ("1.3b", 100e9))]
 

@@ -35,6 +35,7 @@ def defaults() -> TrainingStudy:
                 },
             },
             "data": {"seq_len": 128, "batch_size": 1},
+            "optim": {"name": "adamw"},
             "lrs": [1e-2],
             "schedule": {"name": "constant"},  # never falls: the hardest case
             "seeds": [0, 1, 2, 3, 4],

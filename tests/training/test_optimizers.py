@@ -123,12 +123,13 @@ def test_clipping_is_of_the_whole_group():
     assert moved.norm().item() == pytest.approx(0.1, rel=1e-4)
 
 
-def test_vectors_and_marked_parameters_are_not_decayed():
+@pytest.mark.parametrize("name", ["adamw", "muon", "m3"])
+def test_vectors_and_marked_parameters_are_not_decayed(name):
     model = Leveled([])
     model.base.special = nn.Parameter(torch.ones(3, 3))
     model.base.special._no_weight_decay = True
-    groups = LevelOptimizers(model, OptimConfig(weight_decay=0.3)).groups[0].optimizers[0].param_groups
-    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    optimizers = LevelOptimizers(model, OptimConfig(name=name, weight_decay=0.3)).groups[0].optimizers
+    decays = {id(p): g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
     assert decays[id(model.base.weight)] == 0.3
     assert decays[id(model.base.bias)] == 0.0
     assert decays[id(model.base.special)] == 0.0

@@ -76,7 +76,7 @@ def main(
     seq_len: Annotated[int | None, data(help="Tokens of one window.")] = None,
     batch_size: Annotated[int | None, data(help="Windows of one micro-batch, of all processes together.")] = None,
     lr: Annotated[float | None, optimiser(help="Peak learning rate.")] = None,
-    optimizer: Annotated[str | None, optimiser(help="adamw, muon, m3, or package.module.Class.")] = None,
+    optimizer: Annotated[str | None, optimiser(help="muon (the default), adamw, m3, or package.module.Class.")] = None,
     optimizer_options: Annotated[
         str | None, optimiser(metavar="JSON", help="Its options, e.g. '{\"momentum\": 0.9}'.")
     ] = None,
@@ -115,7 +115,7 @@ def main(
       nestling train --out runs/book --resume --steps 4000
 
     Teach the levels of a converted model how to adapt, with gradients through what they learn:
-      nestling train texts/ --init runs/smol --trained levels --seq-len 512 --batch-size 1 --lr 1e-4 --out runs/adapted
+      nestling train texts/ --init runs/smol --trained levels --batch-size 1 --optimizer adamw --lr 1e-4 --out runs/own
 
     On two processes (GPUs where there are any), each with a part of the model; the result is that of one process:
       torchrun --nproc-per-node 2 -m nestling train texts/ --parallel fsdp --out runs/texts

@@ -201,7 +201,7 @@ def make_optimizers(
             from nestling.training.muon import Muon
 
             options = {"adjust_lr_fn": "match_rms_adamw", **config.options}  # so that AdamW's learning rate fits
-            muon: Any = _construct(Muon, "muon", [{"params": hidden}], config, options)
+            muon: Any = _construct(Muon, "muon", _decay_groups(hidden, config), config, options)
             muon.process_group = process_group
             made.append(muon)
         rest = [p for p in params if p not in matrices]
@@ -210,9 +210,7 @@ def make_optimizers(
         from nestling.optim import M3
 
         hidden = [p for p in params if p in matrices]
-        groups: list[dict[str, Any]] = []
-        if hidden:
-            groups += [{"params": hidden, "rule": "matrix", "weight_decay": config.weight_decay}]
+        groups = [group | {"rule": "matrix"} for group in _decay_groups(hidden, config)]
         rest = _decay_groups([p for p in params if p not in matrices], config)
         groups += [group | {"rule": "adamw"} for group in rest]
         groups = [group | {"params": [(names[p], p) for p in group["params"]]} for group in groups]
@@ -232,7 +230,7 @@ def _adamw(params: list[nn.Parameter], config: OptimConfig, options: dict) -> to
     )
 
 
-def _decay_groups(params: list[nn.Parameter], config: OptimConfig) -> list[dict]:
+def _decay_groups(params: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
     def decays(parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
 
