@@ -107,7 +107,7 @@ def work(experiment: TrainingStudy, data: str | Path | None, smoke: bool) -> Tra
 
 def plan(experiment: TrainingStudy, contenders: list[ModelContender], row: Row) -> list[TrainingJob]:
     """Search runs, then the other seeds at each contender's best learning rate, then their tests."""
-    search = [_search(experiment, c, lr) for c in contenders for lr in experiment.lrs]
+    search = [_search(experiment, c, lr) for c in contenders for lr in rates(experiment, c)]
     finals = [final_jobs(experiment, c, row) for c in contenders]
     by_seed = [job for jobs in zip(*(f for f in finals if f)) for job in jobs]
     tests = [TrainingJob(j.contender, j.lr, j.seed, j.precision, "test") for j in by_seed if row(j)]
@@ -116,12 +116,17 @@ def plan(experiment: TrainingStudy, contenders: list[ModelContender], row: Row) 
 
 def final_jobs(experiment: TrainingStudy, contender: ModelContender, row: Row) -> list[TrainingJob]:
     """The runs that count: every seed at the learning rate that was best on the tails; none before the search ends."""
-    found = [(job, row(job)) for job in (_search(experiment, contender, lr) for lr in experiment.lrs)]
+    found = [(job, row(job)) for job in (_search(experiment, contender, lr) for lr in rates(experiment, contender))]
     usable = [(r["bits_per_byte"], j.lr) for j, r in found if r and not r["diverged"] and r["bits_per_byte"]]
     if not usable or any(r is None for _, r in found):
         return []
     lr = min(usable)[1]
     return [TrainingJob(contender.name, lr, seed, experiment.precisions[0]) for seed in experiment.seeds]
+
+
+def rates(experiment: TrainingStudy, contender: ModelContender) -> list[float]:
+    """The learning rates that are searched for a contender."""
+    return contender.lrs or experiment.lrs
 
 
 def _search(experiment: TrainingStudy, contender: ModelContender, lr: float) -> TrainingJob:
@@ -147,13 +152,13 @@ def summarize(experiment: TrainingStudy, contenders: list[ModelContender], row: 
 
 
 def _summary(experiment: TrainingStudy, contender: ModelContender, row: Row) -> dict[str, Any] | None:
-    search = {lr: row(_search(experiment, contender, lr)) for lr in experiment.lrs}
+    search = {lr: row(_search(experiment, contender, lr)) for lr in rates(experiment, contender)}
     jobs = final_jobs(experiment, contender, row)
     rows = [r for r in map(row, jobs) if r]
     if not any(search.values()):
         return None
     tests = [(j.seed, r) for j in jobs if (r := row(TrainingJob(j.contender, j.lr, j.seed, j.precision, "test")))]
-    lr, lrs = (jobs[0].lr if jobs else None), sorted(experiment.lrs)
+    lr, lrs = (jobs[0].lr if jobs else None), sorted(rates(experiment, contender))
     return {
         "contender": contender.name,
         "mixer": contender.mixer,

@@ -35,7 +35,8 @@ _SMOKE_MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads"
 class ModelContender(Contender):
     """A sequence layer with its options.
 
-    `model` changes other fields of the model's configuration; `optim` (a name) and `seeds` replace the experiment's.
+    `model` changes other fields of the model's configuration; `optim` (a name), `lrs` and `seeds` replace the
+    experiment's.
     The MLPs' width is set so that every contender has the parameters of the experiment's own model.
     """
 
@@ -43,6 +44,7 @@ class ModelContender(Contender):
     options: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     optim: str = ""
+    lrs: list[float] | None = None
     seeds: list[int] | None = None
 
 
@@ -92,7 +94,7 @@ class TrainingStudy(TrainConfig):
         values["data"] = {name: values["data"][name] for name in ("seq_len", "batch_size", "val_fraction")}
         values["optim"].pop("lr")
         for contender in values["contenders"]:
-            for name in ("options", "model", "optim", "seeds"):
+            for name in ("options", "model", "optim", "lrs", "seeds"):
                 if not contender[name]:
                     contender.pop(name)
         return values
@@ -119,7 +121,8 @@ class TrainingStudy(TrainConfig):
         run["data"] = {k: v for k, v in run["data"].items() if k in ("seq_len", "batch_size")}
         run["schedule"] = without_stages(run["schedule"])
         contender = dataclasses.asdict(self.contender(job.contender)) | {"seeds": None}
-        contender.pop("optim")  # it stands in the run
+        contender.pop("optim")  # it stands in the run, as the rate does
+        contender.pop("lrs")
         own = {
             k: getattr(self, k) for k in ("eval_windows", "position_bins", "long_context", "max_skips", "curve_points")
         }
