@@ -127,6 +127,12 @@ def test_the_default_is_a_window_and_a_memory_beside_one(tmp_path):
         build_mixer("hope", 8, 1)
 
 
+def test_tracking_is_the_default_with_keys_of_single_tokens():
+    tracking, default = HopeConfig(mixer="hope_tracking"), HopeConfig(mixer_options={"qkv_conv": 0})
+    assert [tracking.layer_mixer(i) for i in range(4)] == [default.layer_mixer(i) for i in range(4)]
+    assert not tracking.build_layer_mixer(-1 % tracking.num_hidden_layers).memory.path_convs
+
+
 @pytest.mark.parametrize(("width", "heads"), [(256, 4), (64, 1), (48, 1), (160, 2), (200, 2)])
 def test_heads_have_64_channels_where_the_width_allows(width, heads):
     assert HopeConfig(hidden_size=width).num_attention_heads == heads

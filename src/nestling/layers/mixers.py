@@ -83,6 +83,12 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
 # the last of them (decision D24)
 PATTERNS: dict[str, tuple[dict, ...]] = {
     "hope": ({"mixer": "window_attention", "window": 256}, {"mixer": "memory_and_attention"}),
+    # queries, keys and values of single tokens: reflections along keys that vary with their neighbours turn a state out
+    # of its plane, so this keeps parity for longer; language would rather have the convolutions (experiment `choice`)
+    "hope_tracking": (
+        {"mixer": "window_attention", "window": 256},
+        {"mixer": "memory_and_attention", "qkv_conv": 0},
+    ),
 }
 
 # what a pattern stood for in configurations saved with earlier defaults, beginning in the first decoder layer
