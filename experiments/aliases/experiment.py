@@ -20,6 +20,8 @@ __all__ = ["defaults", "plan", "plot", "summarize", "table", "work"]
 STATIC = DELTA | dict(chunk_size=4)
 # one memory more, which maps a key to what stands beside it
 ADAPTIVE = STATIC | dict(adaptive=["k"], retain="initial", projection_init="identity")
+# convolutions that begin by passing the token itself on
+LAST = dict(conv_init="last")
 
 
 @dataclass
@@ -55,6 +57,8 @@ def defaults() -> Aliases:
         TaskContender("adaptive k, random at first", options=ADAPTIVE | dict(projection_init="random")),
         TaskContender("attention", "attention", head_size=32),
         TaskContender("adaptive k, 2 layers", options=ADAPTIVE, layers=2),
+        TaskContender("adaptive k, near identity", options=ADAPTIVE | LAST),
+        TaskContender("static, near identity", options=STATIC | LAST),
         TaskContender("first default", options=first()),
         TaskContender("first default, static", options=first(adaptive=[])),
     ]
