@@ -59,6 +59,7 @@ def defaults() -> Aliases:
         TaskContender("adaptive k, 2 layers", options=ADAPTIVE, layers=2),
         TaskContender("adaptive k, near identity", options=ADAPTIVE | LAST),
         TaskContender("static, near identity", options=STATIC | LAST),
+        TaskContender("adaptive k, near identity, 2000 steps", options=ADAPTIVE | LAST, steps=2000),
         TaskContender("first default", options=first()),
         TaskContender("first default, static", options=first(adaptive=[])),
     ]
