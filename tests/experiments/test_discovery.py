@@ -46,7 +46,7 @@ NOT_RUN = {
     "endless": {"default"},
     "knowledge": {"default", "default, as notes", "default, sleep", "default, sleep, anchored"},
     "languages": {c.name for c in find("languages").defaults().contenders},
-    "quality_2m": {"gated deltanet and window"},
+    "quality_2m": {"gated deltanet and window", "transformer + conv"},
     "quality": {
         "gated deltanet",
         "gated deltanet, muon",
