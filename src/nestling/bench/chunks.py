@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nestling.bench import measure
-from nestling.bench.continuum import PLAIN, _model, _with_default
+from nestling.bench.continuum import PLAIN, _model, _with_default, speed
 from nestling.bench.settings import BenchSettings
 from nestling.bench.table import Table
 from nestling.cms.fast_linear import Factors, applied, features
@@ -41,17 +41,7 @@ def chunks(settings: BenchSettings) -> Table:
                 calls[f"and backward, {size}"] = lambda size=size, m=levels: _backward(m, ids, size)
             calls[f"and update, {size}, {part}"] = lambda m=levels: _read(m, ids)
     timing = measure.interleave(calls, s)
-    rows = [
-        {
-            "what": name,
-            "tokens/s": tokens / timing.median(name),
-            "of plain": timing.ratio(name, PLAIN),
-            "low": timing.spread(name, PLAIN)[0],
-            "high": timing.spread(name, PLAIN)[1],
-            "rounds": timing.rounds,
-        }
-        for name in calls
-    ]
+    rows = [speed(timing, name, tokens) | {"rounds": timing.rounds} for name in calls]
     note = f"Rank 16 on the MLPs. Forward and backward go through all blocks; a plain forward takes {tokens} at once."
     return Table(f"Where reading's time goes, {tokens} tokens, a model of SmolLM2-135M's shape", rows, [note])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -90,20 +90,25 @@ def reading(settings: BenchSettings) -> Table:
     }
     timing = measure.interleave(calls, s)
     rows = [
-        {
-            "what": name,
-            "tokens/s": tokens / timing.median(name),
-            "of plain": timing.ratio(name, PLAIN),
-            "low": timing.spread(name, PLAIN)[0],
-            "high": timing.spread(name, PLAIN)[1],
-            "of fine-tuning": timing.ratio(name, "fine-tuning step of all"),
-            "rounds": timing.rounds,
-        }
+        speed(timing, name, tokens)
+        | {"of fine-tuning": timing.ratio(name, "fine-tuning step of all"), "rounds": timing.rounds}
         for name in calls
     ]
     note = f"Levels of {CHUNKS[0]} and {CHUNKS[1]} tokens over the last {len(BLOCKS)} blocks, first order, one stream."
     note += " The default: rank 16, the spectral rule, every 64 tokens."
     return Table(f"Reading {tokens} tokens, a model of SmolLM2-135M's shape", rows, [note])
+
+
+def speed(timing: measure.Timing, name: str, tokens: int) -> dict[str, Any]:
+    """Tokens a second of a call, and as a part of the plain forward's."""
+    low, high = timing.spread(name, PLAIN)
+    return {
+        "what": name,
+        "tokens/s": tokens / timing.median(name),
+        "of plain": timing.ratio(name, PLAIN),
+        "low": low,
+        "high": high,
+    }
 
 
 def streams(settings: BenchSettings) -> Table:
