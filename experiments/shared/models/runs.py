@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +134,24 @@ def _test(
     experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None, device: str
 ) -> dict[str, Any]:
     started = time.monotonic()
-    path = weights_path(experiment, job, experiment.fingerprint(job, texts.fingerprint))
-    if not path.exists():  # someone tidied up: the same run gives the same weights
-        _train(experiment, job, texts, progress, device)
-    model = _model(experiment, job, texts)
-    model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    model.to(device)
-    row = _held_out(experiment, model, texts.test, job.precision)
-    path.unlink()  # tested: the figures are what is kept
+    with trained(experiment, job, texts, progress, device) as model:
+        row = _held_out(experiment, model, texts.test, job.precision)
     return row | {"seconds": time.monotonic() - started}
+
+
+@contextmanager
+def trained(
+    experiment: TrainingStudy, job: TrainingJob, texts: Texts, progress: Progress | None, device: str
+) -> Iterator[HopeForCausalLM]:
+    """The model of a job's training run; its weights are no longer kept afterwards: the figures are."""
+    run = dataclasses.replace(job, kind="train")
+    path = weights_path(experiment, run, experiment.fingerprint(run, texts.fingerprint))
+    if not path.exists():  # someone tidied up: the same run gives the same weights
+        _train(experiment, run, texts, progress, device)
+    model = _model(experiment, run, texts)
+    model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    yield model.to(device)
+    path.unlink()
 
 
 def _held_out(experiment: TrainingStudy, model: HopeForCausalLM, tokens: Tokens, precision: str) -> dict[str, Any]:
