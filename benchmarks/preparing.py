@@ -4,7 +4,8 @@
     python -m benchmarks.preparing --tables benchmarks/results/preparing.json         # the table of docs/training.md
 
 The text is that of the given files, again and again. Memory is what the processes hold of their own, of all together,
-every half second: Linux alone tells.
+every half second, and the cores wanted are the time in which their threads ran or waited for a core, over the
+run's: on free cores that many are busy, whatever else the machine does now. Linux alone tells either.
 """
 
 from __future__ import annotations
@@ -59,15 +60,29 @@ def memory_of(process: int) -> int:
     return total >> 10
 
 
+def wanted_of(process: int) -> dict[str, float]:
+    """Of each thread of a process and of those below it, the seconds in which it ran or waited for a core."""
+    found = {}
+    for each in children(process):
+        for path in Path(f"/proc/{each}/task").glob("*/schedstat"):
+            try:
+                ran, waited, _ = path.read_text().split()
+            except OSError:  # has ended
+                continue
+            found[str(path)] = (int(ran) + int(waited)) / 1e9
+    return found
+
+
 def measure(text: Path, size: int, tokenizer: str, workers: int, out: Path) -> dict:
     """One run of the command."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "nestling", "data", str(text), "--out", str(out), "--workers", str(workers), "-q"]
     load, before, held = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN), []
-    begun = time.perf_counter()
+    begun, wanted = time.perf_counter(), {}
     with subprocess.Popen([*command, "--tokenizer", tokenizer], stdout=subprocess.DEVNULL) as running:
         while running.poll() is None:
             held.append(memory_of(running.pid))
+            wanted |= wanted_of(running.pid)  # of a thread that has ended, what was read of it last
             time.sleep(0.5)
         if running.returncode:
             raise RuntimeError(f"nestling data ended with {running.returncode}")
@@ -76,6 +91,7 @@ def measure(text: Path, size: int, tokenizer: str, workers: int, out: Path) -> d
     return {
         "tokenizer": Path(tokenizer).name, "bytes": size, "workers": workers, "seconds": seconds,
         "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "cores wanted": sum(wanted.values()) / seconds,
         "memory": max(held), "memory, first half": max(held[:half]), "memory, second half": max(held[half:]),
         "load": load,
     }  # fmt: skip
@@ -84,13 +100,14 @@ def measure(text: Path, size: int, tokenizer: str, workers: int, out: Path) -> d
 def tables(result: dict) -> str:
     """The figures as Markdown."""
     lines = [
-        "| tokenizer | GB of text | processes | seconds | processor seconds | memory, first half, MB | second half |"
-        " load before |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| tokenizer | GB of text | processes | seconds | processor seconds | cores wanted | memory, first half, MB |"
+        " second half | load before |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
         cells = [f"{row['bytes'] / 1e9:.2f}", row["workers"], f"{row['seconds']:.0f}", f"{row['processor']:.0f}"]
-        cells += [row["memory, first half"], row["memory, second half"], f"{row['load']:.1f}"]
+        cells += [f"{row['cores wanted']:.2f}", row["memory, first half"], row["memory, second half"]]
+        cells.append(f"{row['load']:.1f}")
         lines.append(f"| {row['tokenizer']} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,9 @@ class NeedleContender(Contender):
 
 @dataclass
 class Needles(Study):
-    """The numbers of all tasks."""
+    """The numbers of all tasks; a kind of it has its tasks in `known`."""
 
+    known: ClassVar[Mapping[str, Any]] = TASKS
     name: str = "needles"
     contenders: list[NeedleContender] = field(default_factory=list)
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
@@ -64,7 +66,7 @@ class Needles(Study):
         """All but which tasks there are, and which book is not read by this one."""
         values = super().decisive(job)
         values.pop("tasks")
-        if TASKS[job.task].haystack == "noise":
+        if self.known[job.task].haystack == "noise":
             values.pop("test_text")
         return values
 
@@ -72,6 +74,7 @@ class Needles(Study):
 class NeedlesWork(StudyWork):
     """Its books: one text to train on, another to test with, a byte a character."""
 
+    settings: Needles
     anywhere = True
 
     def __init__(self, settings: Needles, files: list[Path]) -> None:
@@ -82,7 +85,7 @@ class NeedlesWork(StudyWork):
         super().__init__(settings, digest.hexdigest()[:12])
 
     def reads(self, job: TaskJob) -> str:
-        return "" if TASKS[job.task].haystack == "noise" else self.data
+        return "" if self.settings.known[job.task].haystack == "noise" else self.data
 
     def compared(self, job: TaskJob) -> dict[str, Any]:
         """Not for how many seeds it is run."""
@@ -129,25 +132,33 @@ def run(
     progress: Progress | None, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
     """Train up to one length; accuracy by multiple of it, of whole answers and of their bytes."""
-    torch.manual_seed(seed)
-    task, rng = TASKS[name], random.Random(seed)
-    model = HopeForCausalLM(configuration(settings, contender)).to(device)
-
-    lengths = [n for n in settings.shorter if n >= task.least] + [settings.length]
-
-    def loss_of() -> Tensor:
-        drawn = batch(task, rng, settings.batch_size, rng.choice(lengths), train_text)
-        tokens, targets, answers = (t.to(device) for t in drawn)
-        loss = F.cross_entropy(model(tokens).logits.transpose(1, 2), targets, reduction="none")
-        return loss[answers > 0].mean() + settings.straw_weight * loss[answers == 0].mean()
-
-    losses = train(model, settings.steps, settings.lr, settings.warmup, loss_of, progress)
+    task = settings.known[name]
+    model, losses = learn(settings, contender, task, seed, train_text, progress, device)
     fresh = random.Random(10_000 + seed)
     found = {
         f"{times}x": accuracy(model, batch(task, fresh, settings.tested, times * settings.length, test_text))
         for times in settings.times
     }
     return {"parameters": size(model), "accuracy": found, "curve": curve(losses, 30)}
+
+
+def learn(
+    settings: Needles, contender: NeedleContender, task: Any, seed: int, text: str, progress: Progress | None,
+    device: str = "cpu",
+) -> tuple[HopeForCausalLM, list[float]]:  # fmt: skip
+    """A contender trained on texts of one kind, up to one length, and the loss of each step."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = HopeForCausalLM(configuration(settings, contender)).to(device)
+    lengths = [n for n in settings.shorter if n >= task.least] + [settings.length]
+
+    def loss_of() -> Tensor:
+        drawn = batch(task, rng, settings.batch_size, rng.choice(lengths), text)
+        tokens, targets, answers = (t.to(device) for t in drawn)
+        loss = F.cross_entropy(model(tokens).logits.transpose(1, 2), targets, reduction="none")
+        return loss[answers > 0].mean() + settings.straw_weight * loss[answers == 0].mean()
+
+    return model, train(model, settings.steps, settings.lr, settings.warmup, loss_of, progress)
 
 
 @torch.no_grad()

@@ -58,16 +58,21 @@ class Task:
         room = length - len(end) - sum(map(len, needles))
         if room < 0:
             raise ValueError(f"the needles and the question take {length - room} bytes: {length} are too few")
-        straw = _straw(rng, self.haystack, room, book)
-        starts = [i + 2 for i in range(len(straw) - 2) if straw[i] in ".!?" and straw[i + 1] == " "] or [0]
-        places = sorted(rng.choice([0, *starts]) for _ in needles)
-        parts = [straw[a:b] for a, b in zip([0, *places], [*places, len(straw)], strict=True)]
-        text = "".join(part + needle for part, needle in zip(parts, [*needles, end], strict=True))
+        straw = straw_of(rng, self.haystack, room, book)
+        text = hide(rng, straw, needles) + end
         spans, at = [], length - len(end) + len(question)
         for answer in answers:
             spans.append(slice(at, at + len(answer)))
             at += len(answer) + 2
         return text, spans
+
+
+def hide(rng: random.Random, straw: str, needles: list[str]) -> str:
+    """The straw with the needles in their order, each in front of a sentence or at the very beginning."""
+    starts = [i + 2 for i in range(len(straw) - 2) if straw[i] in ".!?" and straw[i + 1] == " "] or [0]
+    places = sorted(rng.choice([0, *starts]) for _ in needles)
+    parts = [straw[a:b] for a, b in zip([0, *places], [*places, len(straw)], strict=True)]
+    return "".join(part + needle for part, needle in zip(parts, [*needles, ""], strict=True))
 
 
 TASKS = {
@@ -87,7 +92,8 @@ def _value(rng: random.Random, kind: str) -> str:
     return "-".join(digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
 
 
-def _straw(rng: random.Random, kind: str, room: int, book: str) -> str:
+def straw_of(rng: random.Random, kind: str, room: int, book: str) -> str:
+    """So many bytes of a book from a random place on, or of noise. ValueError if the book is shorter."""
     if kind == "noise":
         return (NOISE * (room // len(NOISE) + 1))[:room]
     if len(book) < room:

@@ -172,7 +172,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
         loss.set_ylim(min(beyond, default=0) - 0.05, min(max(beyond, default=8), min(beyond, default=0) + 1) + 0.05)
         change.axhline(0, color="0.5", linewidth=1)
         change.set(ylabel="bits per byte", title="A window in one go less short contexts")
-        change.set_yscale("symlog", linthresh=0.02)
+        far = [f["mean"] for s in summary["contenders"] for f in s["differences"]["whole"]["by_stretch"]]
+        change.set_ylim(max(-0.1, min(far, default=0) * 1.2), min(0.3, max(far, default=0.1) * 1.2))
         parts.axhline(0, color="0.5", linewidth=1)
         parts.set(xlabel="quarter of the book", ylabel="bits per byte", title="State carried over the book less short")
         parts.set_xticks(range(1, PARTS + 1))

@@ -27,7 +27,7 @@ CORPUS = "1326ce835c1af927-77a938d4c9bb4bab+cb94ddbe97b470ef-77a938d4c9bb4bab"
 INTENTS = {"clinc150": "6b80c0be16ea", "banking77": "527da1576009"}
 DATA = {
     "cost": CORPUS, "quality": CORPUS, "quality_2m": CORPUS, "stability": CORPUS, "language": CORPUS,
-    "positions": CORPUS,
+    "positions": CORPUS, "babilong": "a57f87463dc0",
     "vision": "9186ed07dbbc", "m3": "9186ed07dbbc",
     "domains": ",".join(SIZES), "frequencies": ", ".join(SIZES), "knowledge": SIZES[3],
     **dict.fromkeys(("ablation", "choice"), "8e722667726f2363-77a938d4c9bb4bab"), "needles": "a57f87463dc0",
@@ -57,7 +57,7 @@ NOT_RUN = {
         "transformer + conv, m3",
     },
     "needles": {c.name for c in find("needles").defaults().contenders},
-    "positions": {c.name for c in find("positions").defaults().contenders},
+    **{name: {c.name for c in find(name).defaults().contenders} for name in ("babilong", "positions")},
     "streams": {c.name for c in find("streams").defaults().contenders},
 }
 
