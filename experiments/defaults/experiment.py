@@ -29,7 +29,7 @@ from experiments.shared.corpus import find_files
 from experiments.shared.data import find_data
 from experiments.shared.work import Progress, Row
 from nestling.cms.anchor import set_anchor
-from nestling.cms.defaults import FADE, RANK, RATE, default_blocks, default_levels
+from nestling.cms.defaults import FADE, RANK, RATE, default_blocks, default_levels, fast_levels
 from nestling.models.hope.levels import give_levels
 from nestling.models.hope.modeling import HopeForCausalLM
 from nestling.schedule import Level
@@ -43,7 +43,7 @@ QUESTION = "A text is read once with no option chosen: what is gained, what is h
 ENTRIES = "found"
 
 BASE, DEFAULT = report.BASE, report.DEFAULT
-ANCHORED, CALIBRATED = "default, anchored", "default, calibrated"
+ANCHORED, CALIBRATED, FAST = "default, anchored", "default, calibrated", "default, fast"
 SMOLLM2 = "smollm2-135m"
 DATA = "a folder with `books`, `bible`, `clinc150` and `banking77`; the experiment's README says where they come from"
 
@@ -110,6 +110,7 @@ def defaults() -> Defaults:
         one("anchored, twice the rate", lr=2 * RATE, optimizer="spectral", rank=RANK, decay=FADE, anchor=16.0),
         one("gradient descent, last blocks", {"blocks": [-4, -3, -2, -1]}, 200, lr=0.1),
         LearnerContender(CALIBRATED, "levels", options={"calibrate": True}),  # on the development texts
+        LearnerContender(FAST, "levels", [level.to_dict() for level in fast_levels(None)], options={"choice": True}),
         one("AdamW, dense", longest=1000, lr=2e-4, optimizer="adamw"),
         one("AdamW, dense, last blocks", {"blocks": [-6, -5, -4, -3, -2, -1]}, 200, lr=2e-4, optimizer="adamw"),
     ])  # fmt: skip

@@ -38,7 +38,7 @@ from experiments.shared.data import find_data
 from experiments.shared.report import COLOURS, figure, markdown, pm, spread
 from experiments.shared.work import Progress, Row
 from nestling.cms.anchor import set_anchor
-from nestling.cms.defaults import default_levels
+from nestling.cms.defaults import default_levels, fast_levels
 from nestling.sessions.check import ANCHORS, own_texts
 from nestling.sessions.sleep import LEAST, readings, shuffled
 from nestling.sessions.snapshots import FIRST, nearest
@@ -84,6 +84,7 @@ def defaults() -> Knowledge:
         LearnerContender("in context", "context"),
         LearnerContender("1 level", "levels", one),
         LearnerContender("default", "levels"),
+        LearnerContender("default, fast", "levels", [level.to_dict() for level in fast_levels(None)]),
         LearnerContender("default, short context", "levels", stack={"context": 64}),
         LearnerContender("default, as notes", "levels", options={"least": LEAST}),
         LearnerContender("default, sleep", "levels", options={"sleep": 1}),

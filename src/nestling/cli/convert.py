@@ -48,6 +48,12 @@ def main(
             "are tried on parts of it, some minutes for a small model.",
         ),
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast", help="The default rule in longer chunks, two steps in each: reads faster, learns nearly the same."
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
@@ -64,6 +70,9 @@ def main(
     The same, its rate and rank refined on texts like those it will read (what was tried is written into the folder):
       nestling convert SmolLM2-135M runs/smol --calibrate notes/
 
+    One that reads faster, for a few percent of what is learned:
+      nestling convert SmolLM2-135M runs/smol --fast
+
     Two levels over the MLPs of the last four blocks:
       nestling convert SmolLM2-135M runs/smol -l 64,lr=0.1 -l 512,lr=0.05 --blocks=-4:
 
@@ -77,7 +86,7 @@ def main(
       nestling generate runs/smol --prompt "..." --state smol.state
     """
     from nestling.cms import stack_levels
-    from nestling.cms.defaults import default_blocks, default_levels
+    from nestling.cms.defaults import default_blocks, default_levels, fast_levels
     from nestling.cms.files import save_new
     from nestling.cms.pretrained import load_pretrained
     from nestling.cms.state import shapes
@@ -91,6 +100,8 @@ def main(
         raise ValueError(f"--placement {placement} has no default levels: name them with --level, e.g. -l 64,lr=0.1")
     if calibrate and (levels or placement != "depth"):
         raise ValueError("--calibrate refines the default rule: leave out --level and --placement")
+    if fast and (levels or calibrate or placement != "depth"):
+        raise ValueError("--fast is a rule of its own: leave out --level, --calibrate and --placement")
     texts = find_texts(calibrate) if calibrate else []
     with sole_writer(out):
         if out.exists():
@@ -104,12 +115,13 @@ def main(
                 "its own MLPs, in all layers"
             )
         loaded, tokenizer = load_model(model, "cpu")
-        stacked = give_levels(loaded, levels or None)
+        stacked = give_levels(loaded, fast_levels(loaded.config) if fast else levels or None)
     else:
         loaded, tokenizer = load_pretrained(model)
         chosen = None if blocks is None else _blocks(blocks, loaded.config.num_hidden_layers)
         if not levels:
-            levels, chosen = default_levels(loaded.config), default_blocks(loaded.config) if chosen is None else chosen
+            levels = (fast_levels if fast else default_levels)(loaded.config)
+            chosen = default_blocks(loaded.config) if chosen is None else chosen
         stacked = stack_levels(loaded, levels, placement, blocks=chosen, width=width, variant=variant)
     found = _calibrated(stacked, tokenizer, texts, out, quiet) if texts else None
     save_new(stacked, out, tokenizer, found)
@@ -132,7 +144,8 @@ def main(
         typer.echo(as_text(found))
     for i, row in enumerate(made["levels"]):
         rule = f"{row['optimizer']} at lr {row['lr']:g}, {row['weights']:,} weights"
-        typer.echo(f"level {i}: every {row['chunk_size']} tokens, {rule}")
+        steps = f", {row['steps']} steps" if row["steps"] > 1 else ""
+        typer.echo(f"level {i}: every {row['chunk_size']} tokens{steps}, {rule}")
     typer.echo(f"one stream's state: {made['state_bytes'] / 1e6:,.1f} MB, beside {made['parameters']:,} shared weights")
     typer.echo(f"written: {out}")
 

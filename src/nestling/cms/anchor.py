@@ -78,6 +78,9 @@ def set_anchor(model: Any, texts: Iterable[Sequence[int]], weight: float) -> Non
     ids = [text for text in ids if len(text)]
     if weight and not ids:
         raise ValueError("texts holds no token: an anchor needs some text")
+    if weight and (several := [level.steps for level in model.learner.levels if level.steps > 1]):
+        raise ValueError(f"an anchor goes with one step a chunk, but a level takes {several[0]}: convert the model "
+                         "without --fast (Level(steps=1)), or leave the anchor out (weight 0)")  # fmt: skip
     model.learner.anchor = None
     if not weight:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nestling.schedule import Level
@@ -24,6 +25,19 @@ def default_levels(config: Any) -> list[Level]:
     limit = getattr(config, "context_length", None)  # of a Hope: levels as slow as it do not learn in a context
     chunk = min(CHUNK, max(1, limit // 2)) if limit else CHUNK
     return [Level(chunk, lr=RATE, optimizer="spectral", rank=rank, decay=FADE)]
+
+
+def fast_levels(config: Any) -> list[Level]:
+    """The default in chunks of twice the tokens, two steps in each: read faster, for nearly the same (decision D33).
+
+    Raises:
+        ValueError: a Hope whose context is too short for such chunks.
+    """
+    (level,), limit = default_levels(config), getattr(config, "context_length", None)
+    if limit and limit <= 2 * CHUNK:
+        raise ValueError(f"chunks of {2 * CHUNK} tokens are as long as the context this Hope was trained on, "
+                         f"{limit}: take its default levels")  # fmt: skip
+    return [replace(level, chunk_size=2 * CHUNK, steps=2)]
 
 
 def default_blocks(config: Any) -> list[int] | None:

@@ -27,10 +27,12 @@ class Factors(NamedTuple):
 
     Attributes:
         up: B [B, o, r].  down: A [r, i], orthonormal rows.
+        part: tokens that share a B, if each part of the input has one of its own: `up` is [B parts, o, r] then. 0: all.
     """
 
     up: Tensor
     down: Tensor
+    part: int = 0
 
     @property
     def product(self) -> Tensor:
@@ -39,7 +41,14 @@ class Factors(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Factors:
         """Both in another type."""
-        return Factors(self.up.to(dtype), self.down.to(dtype))
+        return self._replace(up=self.up.to(dtype), down=self.down.to(dtype))
+
+    def of_parts(self, x: Tensor) -> Tensor:
+        """B_p A x for each part p of the tokens, the last one perhaps shorter: [B, T, i] -> [B, T, o]."""
+        batch, tokens = x.shape[:2]
+        z = F.pad(F.linear(x, self.down.to(x.dtype)), (0, 0, 0, -tokens % self.part))
+        y = z.reshape(-1, self.part, z.shape[-1]) @ self.up.to(x.dtype).mT
+        return y.reshape(batch, -1, y.shape[-1])[:, :tokens]
 
 
 Delta = Tensor | Factors  # what a layer of a batch of streams has learned
@@ -148,6 +157,8 @@ class FastLinear(nn.Linear):
         if delta is None:
             return F.linear(x, weight, self.bias)
         factors = delta if isinstance(delta, Factors) else None
+        if factors is not None and factors.part:
+            return F.linear(x, weight, self.bias) + factors.of_parts(x)
         streams = delta.shape[0] if factors is None else factors.up.shape[0]
         if streams not in (1, x.shape[0]):
             raise ValueError(f"{streams} streams were read, but the input has {x.shape[0]} rows")

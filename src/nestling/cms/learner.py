@@ -28,6 +28,7 @@ from nestling.cms.fast_linear import Delta, Factors, FastLinear, Seen, applied, 
 from nestling.cms.inner_optimizers import begin, known_size, per_stream, squares, update
 from nestling.cms.recompute import filled, recomputed
 from nestling.cms.state import LevelState, StreamState, begin_level, waits
+from nestling.cms.steps import check_steps, in_steps, part_of, shared_out
 from nestling.cms.surprise import is_due
 from nestling.schedule import Level
 from nestling.utils.offload import brought
@@ -69,6 +70,7 @@ class Learner:
                 if level.rank > min(m.weight.shape):
                     raise ValueError(f"rank {level.rank} of level {n} is more than a layer of {m.out_features} x "
                                      f"{m.in_features} has: give it a smaller rank, or None")  # fmt: skip
+        check_steps(self.levels, self.fast, self.chunk_size if self.fast else 0)
 
     @property
     def fast(self) -> list[int]:
@@ -186,14 +188,15 @@ class Learner:
             deltas += [None] * len(self.modules[i]) if never else self.differences(i, level.deltas)
         return modules, deltas
 
-    def differences(self, index: int, learned: Sequence[Tensor]) -> list[Delta]:
-        """What the matrices that a level learned add to its layers' weights: themselves, or B A."""
+    def differences(self, index: int, learned: Sequence[Tensor], part: int = 0) -> list[Delta]:
+        """What the matrices that a level learned add to its layers' weights: themselves, or B A; of each `part`."""
         rank = self.levels[index].rank
         if rank is None:
             return list(learned)
         sizes = [m.in_features for m in self.modules[index]]
         return [
-            Factors(b, features(rank, size, n, b.dtype, b.device)) for n, (b, size) in enumerate(zip(learned, sizes))
+            Factors(b, features(rank, size, n, b.dtype, b.device), part)
+            for n, (b, size) in enumerate(zip(learned, sizes))
         ]
 
     def _piece(self, position: int) -> int:
@@ -248,13 +251,18 @@ class Learner:
             for i in self.fast
         ]
         modules = [m for i in self.fast for m in self.modules[i]]
+        size = [part_of(self.levels[i]) for i in self.fast]
         watched = any(self.levels[i].optimizer == "dgd" for i in self.fast)
         with torch.enable_grad():  # without an outer loss too: for the gradients of the fast weights alone
             # each chunk sees weights of its own: the gradient must not go back through what earlier chunks left behind
-            held = [d for s in levels for d in s.deltas]
+            held = [shared_out(d, n, tokens.shape[1]) for s, n in zip(levels, size) for d in s.deltas]
             used = [d.view_as(d) if graph and d.requires_grad else d.detach().requires_grad_() for d in held]
             fixed, parts = outer and self.meta_grad == "none", iter(used)
-            deltas = [d for i in self.fast for d in self.differences(i, [*islice(parts, len(self.modules[i]))])]
+            deltas = [
+                d
+                for i, n in zip(self.fast, size)
+                for d in self.differences(i, [*islice(parts, len(self.modules[i]))], n)
+            ]
             with applied(modules, deltas, fixed=fixed, watched=watched) as call, _attention(graph):
                 logits = self.above(hidden, layers, kept)
                 seen = [call.seen.get(m) for m in modules]
@@ -318,6 +326,8 @@ class Learner:
         level, surprise, due = self.levels[index], state.surprise, None
         if position % level.chunk_size:
             return state
+        if level.steps > 1:
+            return in_steps(level, state, sums, self._sizes(index))
         if surprise is None and state.count < level.chunk_size:
             level = level.part(state.count / level.chunk_size)
         count = state.written.new_full(state.written.shape, state.count)
@@ -386,14 +396,3 @@ def _attention(graph: bool) -> Iterator[None]:
             _TWICE -= 1
             if not _TWICE:
                 _BEFORE.__exit__(None, None, None)
-
-
-def plan(levels: Sequence[Level], blocks: int) -> list[list[int]]:
-    """Which of `blocks` decoder blocks each level takes (placement "depth"): equal shares, the fastest level last."""
-    share, rest = divmod(blocks, len(levels))
-    sizes = [share + (n >= len(levels) - rest) for n in range(len(levels))]  # slowest first
-    found, begin_at = [], 0
-    for size in sizes:
-        found.append(list(range(begin_at, begin_at + size)))
-        begin_at += size
-    return found[::-1]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from nestling.cms.backbones import LlamaBackbone
 from nestling.cms.fast_linear import FastLinear, check_forward, check_uncompiled
-from nestling.cms.learner import META_GRADS, VARIANTS, Learner, plan
+from nestling.cms.learner import META_GRADS, VARIANTS, Learner
 from nestling.cms.stacked_model import StackedForCausalLM
 from nestling.schedule import Level, check_order
 
@@ -223,3 +223,14 @@ def _add_blocks(layers: list[nn.Module], count: int, width: int | None, independ
             level += [part.up_proj, part.down_proj]
         block.mlp = Chain(block.mlp, added, independent)
     return members
+
+
+def plan(levels: Sequence[Level], blocks: int) -> list[list[int]]:
+    """Which of `blocks` decoder blocks each level takes (placement "depth"): equal shares, the fastest level last."""
+    share, rest = divmod(blocks, len(levels))
+    sizes = [share + (n >= len(levels) - rest) for n in range(len(levels))]  # slowest first
+    found, begin_at = [], 0
+    for size in sizes:
+        found.append(list(range(begin_at, begin_at + size)))
+        begin_at += size
+    return found[::-1]
