@@ -39,7 +39,7 @@ class Level:
             update, or the "loss" of the chunk.
         steps: parts of a chunk, of equal length, each of which gets a step of its own. The gradients of all of them are
             taken at once, at the weights of the chunk's start, so a chunk of 128 tokens in two steps costs less than
-            two chunks of 64 and learns nearly the same. Of the fastest level, with a rank.
+            two chunks of 64 and learns a little less. Of the fastest level, with a rank.
 
     Raises:
         ValueError, TypeError: a field outside its range or of another type.

@@ -139,6 +139,12 @@ def test_without_any_option_it_converts_learns_and_answers(call, short, tmp_path
     assert other["recalled"] == "" and other["confidence"] == pytest.approx(other["without_levels"], rel=1e-5)
     assert (tmp_path / "out.state").read_bytes() == before
     assert "question is empty" in call("ask", tmp_path / "out", " ").stderr
+    fast = json.loads(call("convert", tmp_path / "plain", tmp_path / "fast", "--fast", "--json").stdout)
+    assert (fast["levels"][0]["chunk_size"], fast["levels"][0]["steps"]) == (128, 2)
+    assert fast["state_bytes"] == made["state_bytes"]
+    document = json.loads(call("learn", tmp_path / "fast", short, "--json", "--quiet").stdout)["documents"][0]
+    assert document["after"]["bits_per_byte"] < document["before"]["bits_per_byte"]
+    assert "rule of its own" in call("convert", tmp_path / "plain", tmp_path / "x", "--fast", "-l", "64").stderr
     assert "no levels" in call("ask", tmp_path / "plain", "who?", "--state", tmp_path / "out.state").stderr
 
 
@@ -151,6 +157,7 @@ def test_a_trained_hope_converts_and_learns(call, trained, short, tmp_path):
     assert document["after"]["bits_per_byte"] < document["before"]["bits_per_byte"]
     assert "learn already" in call("convert", tmp_path / "out", tmp_path / "again").stderr
     assert "are for Llama-family models" in call("convert", trained, tmp_path / "again", "--blocks=0").stderr
+    assert "take its default levels" in call("convert", trained, tmp_path / "again", "--fast").stderr
     assert "not below the model's context_length" in call("convert", trained, tmp_path / "again", "-l", "64").stderr
     assert not (tmp_path / "again").exists()
 

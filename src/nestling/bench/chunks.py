@@ -40,9 +40,13 @@ def chunks(settings: BenchSettings) -> Table:
                 calls[f"forward in chunks of {size}"] = lambda size=size: _forward(model, ids, size)
                 calls[f"and backward, {size}"] = lambda size=size, m=levels: _backward(m, ids, size)
             calls[f"and update, {size}, {part}"] = lambda m=levels: _read(m, ids)
+    for part, share in (("all blocks", 1.0), ("last third", 1 / 3)):
+        levels = _with_default(model, share, fast=True)
+        calls[f"--fast, {part}"] = lambda m=levels: _read(m, ids)
     timing = measure.interleave(calls, s)
     rows = [speed(timing, name, tokens) | {"rounds": timing.rounds} for name in calls]
-    note = f"Rank 16 on the MLPs. Forward and backward go through all blocks; a plain forward takes {tokens} at once."
+    note = "Rank 16 on the MLPs. --fast: chunks of 128, two steps in each. "
+    note += f"Forward and backward go through all blocks; a plain forward takes {tokens} at once."
     return Table(f"Where reading's time goes, {tokens} tokens, a model of SmolLM2-135M's shape", rows, [note])
 
 

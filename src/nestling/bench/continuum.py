@@ -44,14 +44,14 @@ def _stacked(model: PreTrainedModel, placement: str, **options) -> PreTrainedMod
     return stack_levels(copy.deepcopy(model), levels, placement, blocks=BLOCKS, **options)
 
 
-def _with_default(model: PreTrainedModel, share: float = 1.0) -> PreTrainedModel:
-    """The levels that `nestling convert` writes, over the last blocks."""
+def _with_default(model: PreTrainedModel, share: float = 1.0, fast: bool = False) -> PreTrainedModel:
+    """The levels that `nestling convert` writes, or with --fast, over the last blocks."""
     from nestling import stack_levels
-    from nestling.cms.defaults import default_levels
+    from nestling.cms.defaults import default_levels, fast_levels
 
     count = model.config.num_hidden_layers
     blocks = range(round(count * (1 - share)), count)
-    return stack_levels(copy.deepcopy(model), default_levels(model.config), blocks=blocks)
+    return stack_levels(copy.deepcopy(model), (fast_levels if fast else default_levels)(model.config), blocks=blocks)
 
 
 def reading(settings: BenchSettings) -> Table:

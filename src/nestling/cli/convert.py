@@ -51,7 +51,7 @@ def main(
     fast: Annotated[
         bool,
         typer.Option(
-            "--fast", help="The default rule in longer chunks, two steps in each: reads faster, learns nearly the same."
+            "--fast", help="The default rule in longer chunks, two steps in each: reads faster, learns a little less."
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -70,7 +70,7 @@ def main(
     The same, its rate and rank refined on texts like those it will read (what was tried is written into the folder):
       nestling convert SmolLM2-135M runs/smol --calibrate notes/
 
-    One that reads faster, for a few percent of what is learned:
+    One that reads faster, and learns a little less:
       nestling convert SmolLM2-135M runs/smol --fast
 
     Two levels over the MLPs of the last four blocks:

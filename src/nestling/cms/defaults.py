@@ -28,7 +28,7 @@ def default_levels(config: Any) -> list[Level]:
 
 
 def fast_levels(config: Any) -> list[Level]:
-    """The default in chunks of twice the tokens, two steps in each: read faster, for nearly the same (decision D33).
+    """The default in chunks of twice the tokens, two steps in each: faster, and learns a little less (decision D33).
 
     Raises:
         ValueError: a Hope whose context is too short for such chunks.
