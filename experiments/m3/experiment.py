@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from experiments.shared.optimizers import comparison
 from experiments.shared.optimizers.comparison import Model
 from experiments.shared.optimizers.comparison_report import summarize
-from experiments.shared.optimizers.contenders import M3, OptimizerContender
+from experiments.shared.optimizers.contenders import GRADIENT, M3, OptimizerContender
 from experiments.shared.report import COLOURS, count, figure, markdown, pm
 from experiments.vision import experiment as vision
 from experiments.vision.experiment import Vision
@@ -35,13 +35,14 @@ class Choices(Vision):
 
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
+    "second moment of the gradient": GRADIENT,
     "one scale": {"periods": [1]},
     "period 4": {"periods": [1, 4]},
     "period 64": {"periods": [1, 64]},
     "three scales (1, 8, 64)": {"periods": [1, 8, 64]},
     "alpha 0.1": {"alpha": 0.1},
     "alpha 1": {"alpha": 1.0},
-    "sum": {"accumulation": "sum", "nesterov": False},
+    "sum": GRADIENT | {"accumulation": "sum", "nesterov": False},
     "no second moment": {"second_moment": False},
     "no Nesterov": {"nesterov": False},
     "3 Newton-Schulz steps": {"ns_steps": 3},
@@ -49,13 +50,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "cubic Newton-Schulz": {"coefficients": "cubic"},
     "Muon (one scale, no second moment)": {"periods": [1], "second_moment": False},
 }
-SEARCHED = ["default", "sum", "no second moment", "Muon (one scale, no second moment)"]
+SEARCHED = [
+    "default",
+    "second moment of the gradient",
+    "sum",
+    "no second moment",
+    "Muon (one scale, no second moment)",
+    "NorMuon",
+]
 
 
 def defaults() -> Choices:
     """The experiment's settings."""
+    contenders = [OptimizerContender(name, "m3", M3 | options) for name, options in CHANGES.items()]
     return Choices(
-        contenders=[OptimizerContender(name, "m3", M3 | options) for name, options in CHANGES.items()],
+        contenders=[*contenders, OptimizerContender("NorMuon", "normuon")],
         searched=SEARCHED,
         models=[Model("vit", {"width": 64, "layers": 3, "heads": 4}, trials=3, steps=200, equal_time=False)],
     )

@@ -82,13 +82,15 @@ def test_the_literal_form_is_algorithm_1_step_for_step(foreach, period, ns_steps
             assert torch.allclose(parameter.view(weights[t].shape), weights[t], atol=1e-10)
 
 
+@pytest.mark.parametrize("moment", ["gradient", "direction"])
 @pytest.mark.parametrize("foreach", [True, False])
-def test_three_scales_of_averages(foreach):
+def test_three_scales_of_averages(foreach, moment):
     """The EMA form of one matrix, written out with Nesterov's step ahead and the means of whole periods."""
     betas, alphas, periods, lr, eps = (0.8, 0.9, 0.5, 0.6), (0.3, 0.2), (1, 2, 4), 0.05, 0.02
     [p], optimizer = make(
-        [(4, 6)], lr=lr, betas=betas, alpha=alphas, periods=periods, eps=eps, weight_decay=0.1, foreach=foreach
-    )
+        [(4, 6)], lr=lr, betas=betas, alpha=alphas, periods=periods, eps=eps, weight_decay=0.1, foreach=foreach,
+        second_moment=moment,
+    )  # fmt: skip
     weight = p.detach().clone()
     m, o, v = [torch.zeros_like(weight) for _ in range(3)], [torch.zeros_like(weight) for _ in range(3)], 0.0
     seen = []
@@ -96,11 +98,12 @@ def test_three_scales_of_averages(foreach):
         g = gradient(p, t - 1)
         seen.append(g)
         m[0] = 0.8 * m[0] + 0.2 * g
-        v = 0.9 * v + 0.1 * g**2
+        update = newton_schulz(0.8 * m[0] + 0.2 * g, 5) + 0.3 * o[1] + 0.2 * o[2]
+        v = 0.9 * v + 0.1 * (g if moment == "gradient" else update) ** 2
         seen_enough = 1 - 0.9**t
         mean = v.mean() / seen_enough
         root = (v + 0.9**t * mean).sqrt() + eps * mean.sqrt()
-        update = (newton_schulz(0.8 * m[0] + 0.2 * g, 5) + 0.3 * o[1] + 0.2 * o[2]) / root
+        update = update / root
         update = update * 0.2 / update.square().mean().sqrt()
         weight = weight * (1 - lr * 0.1) - lr * update
         for j, (period, beta) in enumerate(zip(periods, (0.8, 0.5, 0.6))):
@@ -117,7 +120,7 @@ OPTIONS = st.fixed_dictionaries(
         "periods": st.sampled_from([(1,), (1, 3), (1, 2, 3)]),
         "rms_match": st.booleans(),
         "nesterov": st.booleans(),
-        "second_moment": st.booleans(),
+        "second_moment": st.sampled_from([None, "direction", "gradient", False]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "coefficients": st.sampled_from(["muon", "polar_express", (2.0, -1.5, 0.5)]),
         "split": st.sampled_from([{}, {"p0": 2}, {"p2": ("columns", [1, 3])}, {"p4": [1, 3]}]),
@@ -162,7 +165,7 @@ def test_without_slow_scale_and_second_moment_it_is_muon():
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("second_moment", [True, False])
+@pytest.mark.parametrize("second_moment", ["direction", "gradient", False])
 def test_every_step_has_the_size_of_an_adamw_step(scale, second_moment):
     """From the first step on, whatever the scale of the loss: root mean square 0.2 lr, matrix by matrix."""
     parameters, optimizer = make(SHAPES[:5], torch.float32, lr=0.01, periods=(1, 3), second_moment=second_moment)
@@ -182,9 +185,12 @@ def test_the_step_does_not_depend_on_the_scale_of_the_loss():
         assert torch.allclose(x, y, atol=1e-9)
 
 
-def test_the_first_step_is_muons():
+@pytest.mark.parametrize("moment", ["gradient", "direction"])
+def test_the_first_step_is_muons(moment):
     """No entry is divided by a single gradient: the first second moment is its matrix's mean nearly everywhere."""
-    (ours, with_v), (theirs, without) = (make([(20, 30)], second_moment=s) for s in (True, False))
+    (ours, with_v), (theirs, without) = (
+        make([(20, 30)], second_moment=s, betas=(0.95, 0.999, 0.9)) for s in (moment, False)
+    )
     start = ours[0].detach().clone()
     drive(ours, with_v, 1)
     drive(theirs, without, 1)

@@ -18,7 +18,11 @@ from experiments.shared.study import Contender
 
 ADAM = {"betas": (0.9, 0.95)}  # of AdamW and of every AdamW rule beside a matrix rule
 # M3's defaults, written out: results belong to these settings, whatever the defaults become
-M3 = {"betas": [0.95, 0.999, 0.9], "alpha": 0.25, "periods": [1, 16], "ns_steps": 5, "nesterov": True}
+M3 = {
+    "betas": [0.95, 0.95, 0.9], "alpha": 0.25, "periods": [1, 16], "ns_steps": 5, "nesterov": True,
+    "second_moment": "direction",
+}  # fmt: skip
+GRADIENT = M3 | {"betas": [0.95, 0.999, 0.9], "second_moment": "gradient"}  # where Algorithm 1 has it
 
 
 @dataclass
@@ -30,11 +34,12 @@ class OptimizerContender(Contender):
 
 
 def five() -> list[OptimizerContender]:
-    """AdamW, Muon, AdEMAMix, AdaMuon and M3."""
+    """AdamW, Muon, AdEMAMix, AdaMuon and M3, also with the second moment of the gradient."""
     names = {"AdamW": "adamw", "Muon": "muon", "AdEMAMix": "ademamix", "AdaMuon": "adamuon"}
     return [
         *(OptimizerContender(name, optimizer) for name, optimizer in names.items()),
         OptimizerContender("M3", "m3", dict(M3)),
+        OptimizerContender("M3, second moment of the gradient", "m3", dict(GRADIENT)),
     ]
 
 
@@ -126,10 +131,20 @@ def _ademamix(model: nn.Module, lr: float, weight_decay: float, steps: int, opti
 
 
 def _adamuon(model: nn.Module, lr: float, weight_decay: float, steps: int, options: dict[str, Any]):
-    """pytorch_optimizer's AdaMuon, orthogonalised by `nestling.ops`: its own bfloat16 products are slow on a CPU."""
+    """pytorch_optimizer's AdaMuon: the second moment of every entry of the direction."""
+    return _like_muon("AdaMuon", model, lr, weight_decay, options)
+
+
+def _normuon(model: nn.Module, lr: float, weight_decay: float, steps: int, options: dict[str, Any]):
+    """pytorch_optimizer's NorMuon: the second moment of every row of the direction; steps as large as AdamW's."""
+    return _like_muon("NorMuon", model, lr, weight_decay, {"update_scale": "match_rms"} | options)
+
+
+def _like_muon(name: str, model: nn.Module, lr: float, weight_decay: float, options: dict[str, Any]):
+    """One of pytorch_optimizer's, orthogonalised by `nestling.ops`: its own bfloat16 products are slow on a CPU."""
     from nestling.ops.orthogonalize import orthogonalize
 
-    class AdaMuon(_pytorch_optimizer("AdaMuon")):
+    class Muon(_pytorch_optimizer(name)):
         @staticmethod
         def _orthogonalize(group: dict[str, Any], updates: list[torch.Tensor]) -> list[torch.Tensor]:
             tall = [u.shape[0] > u.shape[1] for u in updates]
@@ -140,7 +155,7 @@ def _adamuon(model: nn.Module, lr: float, weight_decay: float, steps: int, optio
     matrices, rest = split(model)
     groups = [{"params": matrices, "use_muon": True, "lr": lr, "weight_decay": weight_decay}] if matrices else []
     adam = [g | {"use_muon": False, "lr": lr, **ADAM} for g in _decayed(rest, weight_decay)]
-    return AdaMuon(groups + adam, **({"foreach": None} | options))
+    return Muon(groups + adam, **({"foreach": None} | options))
 
 
 def _m3(model: nn.Module, lr: float, weight_decay: float, steps: int, options: dict[str, Any]):
@@ -174,6 +189,7 @@ BUILDERS: dict[str, Callable] = {
     "muon": _muon,
     "ademamix": _ademamix,
     "adamuon": _adamuon,
+    "normuon": _normuon,
     "delta momentum": _ours("DeltaMomentum"),
     "deep momentum": _ours("DeepMomentum"),
     "preconditioned momentum": _ours("PreconditionedMomentum"),

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from nestling.optim import checks
 from nestling.optim.m3_divided import divided_step
-from nestling.optim.m3_options import check_group, is_matrix, parts_of, settings_of
+from nestling.optim.m3_options import check_group, is_matrix, moment_of, parts_of, settings_of
 from nestling.optim.multiscale import m3_batched, m3_single, new_state
 from nestling.optim.parameters import split_parameters
 from nestling.optim.sharding import is_cut_by_rows, is_sharded, keep_shard, local, whole
@@ -44,7 +44,9 @@ class M3(torch.optim.Optimizer):
         accumulation: "ema", or "sum" for the literal Algorithm 1 (with rms_match=False, weight_decay=0).
         rms_match: scale each matrix's step to a root mean square of 0.2 lr.
         nesterov: orthogonalise the momentum one step ahead; None does for "ema", not for the literal "sum".
-        second_moment: divide by its root; without it the state is smaller and M3 is Muon with several scales.
+        second_moment: what the step is divided by the root of: the second moment of the "direction" (O1 + alpha O2, as
+            AdaMuon has it), or of the "gradient" (True; Algorithm 1). None: the first for "ema", the second for "sum".
+            False: no division, so the state is smaller and M3 is Muon with several scales.
         adam_betas, adam_eps: of the AdamW rule.
         split: which fused matrices are orthogonalised in parts: a part of a parameter's name -> number of equal row
             blocks or a list of their sizes; ("columns", ...) for columns. Needs `named_parameters()`.
@@ -66,7 +68,7 @@ class M3(torch.optim.Optimizer):
         params: Iterable | nn.Module,
         lr: float | Tensor = 1e-3,
         *,
-        betas: Sequence[float] = (0.95, 0.999, 0.9),
+        betas: Sequence[float] = (0.95, 0.95, 0.9),
         alpha: float | Sequence[float] = 0.25,
         periods: Sequence[int] = (1, 16),
         ns_steps: int = 5,
@@ -76,7 +78,7 @@ class M3(torch.optim.Optimizer):
         accumulation: str = "ema",
         rms_match: bool = True,
         nesterov: bool | None = None,
-        second_moment: bool = True,
+        second_moment: str | bool | None = None,
         adam_betas: tuple[float, float] = (0.9, 0.95),
         adam_eps: float = 1e-8,
         split: Mapping[str, object] | None = None,
@@ -229,7 +231,7 @@ class M3(torch.optim.Optimizer):
 def _state_shapes(parameter: Tensor, group: dict, index: int) -> dict[str, torch.Size]:
     check_group(group)
     names = [f"{kind}{scale}" for scale in range(2, len(group["periods"]) + 1) for kind in "mo"]
-    matrix = ["m1", *(["v"] if group["second_moment"] else []), *names]
+    matrix = ["m1", *(["v"] if moment_of(group) else []), *names]
     memories = matrix if is_matrix(parameter, group, index) else ["exp_avg", "exp_avg_sq"]
     return {"step": torch.Size()} | dict.fromkeys(memories, parameter.shape)
 
@@ -246,7 +248,7 @@ def _name(group: dict, index: int) -> str:
 def _matrix_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:
     exact = group["accumulation"] == "sum" or parameter.dtype == torch.float64
     slow_dtype = group["slow_dtype"] or (None if exact else torch.bfloat16)
-    return new_state(parameter, len(group["periods"]), group["second_moment"], slow_dtype)
+    return new_state(parameter, len(group["periods"]), moment_of(group) is not None, slow_dtype)
 
 
 def _adamw_state(parameter: Tensor, group: dict) -> dict[str, Tensor]:

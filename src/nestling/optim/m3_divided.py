@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nestling.ops.orthogonalize import multiply_adds
 from nestling.optim.division import Request, orthogonalized, stretch
-from nestling.optim.multiscale import RMS, TINY, M3Settings, State, descend, remember
+from nestling.optim.multiscale import RMS, TINY, M3Settings, State, descend, direct, remember
 from nestling.optim.sharding import local
 
 Work = tuple[list[Tensor], list[Tensor], list[State], M3Settings, int]  # as m3_batched takes it
@@ -55,7 +55,7 @@ class Part:
         self.weights = [local(p) for p in parameters]
         self.states = [{name: local(value) for name, value in state.items()} for state in states]
         self.due = [scale for scale in settings.slow() if step % settings.periods[scale] == 0]
-        self.decay = torch.tensor(0.0 if settings.beta_v is None else settings.beta_v**step, dtype=torch.float64)
+        self.decay = torch.tensor(settings.beta_v**step, dtype=torch.float64)
         self.update = torch.empty(0)
         batch, rows, columns = settings.shape
         shape = parameters[0].shape
@@ -89,9 +89,7 @@ def _request(stacked: Tensor, shape: torch.Size, settings: M3Settings) -> Reques
 def _descend(parts: list[Part], group: dist.ProcessGroup) -> None:
     """`multiscale.descend` for all parts at once, with its two means over whole matrices."""
     for part in parts:
-        for scale in part.settings.slow():
-            slow = [state[f"o{scale + 1}"] for state in part.states]
-            torch._foreach_add_(list(part.update.unbind()), slow, alpha=part.settings.alphas[scale])
+        direct(part.update, part.states, part.settings)
     roots = [torch.stack([s["v"] for s in part.states]) if "v" in part.states[0] else None for part in parts]
     found = _means(
         [None if v is None or not p.settings.ema else p.pieces(v) for p, v in zip(parts, roots)], parts, group

@@ -15,6 +15,7 @@ from nestling.optim.parameters import is_table_name
 RULES = ("auto", "matrix", "adamw")
 VIEWS = (None, "flatten", "batch")
 ACCUMULATIONS = ("ema", "sum")
+MOMENTS = (None, "direction", "gradient", False, True)
 
 
 def check_group(group: dict) -> None:
@@ -23,6 +24,7 @@ def check_group(group: dict) -> None:
     periods = checks.check_periods(group["periods"])
     checks.check_choice("accumulation", group["accumulation"], ACCUMULATIONS)
     checks.check_choice("rule", group["rule"], RULES)
+    checks.check_choice("second_moment", group["second_moment"], MOMENTS)
     if group["view"] not in VIEWS:
         raise ValueError(f"view must be one of {VIEWS}, not {group['view']!r}")
     betas = group["betas"]
@@ -48,6 +50,14 @@ def check_group(group: dict) -> None:
         checks.check_fraction("adam_betas", beta)
     if not isinstance(group["split"], Mapping):
         raise TypeError(f"split must map a part of a name to a number of parts, not {group['split']!r}")
+
+
+def moment_of(group: dict) -> str | None:
+    """Whose second moment a group's matrices keep: "direction", "gradient", or None."""
+    own = group["second_moment"]
+    if own is None:
+        return "direction" if group["accumulation"] == "ema" else "gradient"
+    return own if isinstance(own, str) else "gradient" if own else None
 
 
 def is_matrix(parameter: Tensor, group: dict, index: int) -> bool:
@@ -96,7 +106,7 @@ def settings_of(group: dict, shape: torch.Size, sizes: tuple[int, ...], dim: int
     return M3Settings(
         shape=matrix_shape(shape, group["view"]), lr=checks.scalar(group["lr"]), weight_decay=group["weight_decay"],
         betas=(fast, *_slow(slow, count)), alphas=(1.0, *_slow(group["alpha"], count)), periods=periods,
-        beta_v=beta_v if group["second_moment"] else None, eps=eps, ema=ema, nesterov=nesterov,
+        moment=moment_of(group), beta_v=beta_v, eps=eps, ema=ema, nesterov=nesterov,
         rms_match=group["rms_match"], ns_steps=group["ns_steps"], coefficients=group["coefficients"],
         ns_dtype=group["ns_dtype"], sizes=sizes, dim=dim,
     )  # fmt: skip

@@ -6,6 +6,9 @@ With g the gradient of step t, NS Newton-Schulz and f the slow period, each step
     W  <- W - lr (O1 + alpha O2) / (sqrt(V) + eps)
     M2 <- M2 + b3 g, and after every f-th step O2 = NS(M2)
 
+or, with `moment` "direction", V <- V + b2 (O1 + alpha O2)^2, which evens out what is taken, not the gradients (where
+AdaMuon has V; decision D34).
+
 ("sum", Algorithm 1: M2 holds whole periods whenever O2 is taken from it, so the sum of a period needs no buffer of its
 own.) Scale j of more than two has its own M_j, O_j, b_j, alpha_j and period. The averages of "ema" are
 
@@ -44,7 +47,7 @@ class M3Settings:
     Attributes:
         shape: the parameter as a batch of matrices, (b, m, n).
         betas, alphas, periods: of the scales, fastest first; alphas[0] is 1.
-        beta_v: of the second moment, None without it.
+        moment: whose second moment V is, "gradient" or "direction"; None without one. beta_v: what it keeps.
         sizes, dim: parts the matrices are cut into along `dim` (-2: rows, -1: columns) before orthogonalisation.
     """
 
@@ -54,7 +57,8 @@ class M3Settings:
     betas: tuple[float, ...]
     alphas: tuple[float, ...]
     periods: tuple[int, ...]
-    beta_v: float | None
+    moment: str | None
+    beta_v: float
     eps: float
     ema: bool
     nesterov: bool
@@ -94,6 +98,10 @@ class M3Settings:
         mean = v.mean((-2, -1), keepdim=True) / (1 - left)
         return (v + left * mean).clamp(min=tiny).sqrt() + self.eps * mean.clamp(min=tiny).sqrt() + TINY
 
+    def weights_v(self) -> tuple[float, float]:
+        """(keep, take) of V."""
+        return (self.beta_v, 1 - self.beta_v) if self.ema else (1.0, self.beta_v)
+
     def slow(self) -> range:
         """The slow scales; M_(scale + 1) and O_(scale + 1) are theirs."""
         return range(1, len(self.periods))
@@ -132,10 +140,10 @@ def m3_reference(gradient: Tensor, state: State, settings: M3Settings, step: int
     direction = settings.orthogonal(keep * new["m1"] + take * g if settings.nesterov else new["m1"])
     for scale in settings.slow():
         direction = direction + settings.alphas[scale] * state[f"o{scale + 1}"].to(m1.dtype)
-    if (beta_v := settings.beta_v) is not None:
-        keep, take = (beta_v, 1 - beta_v) if settings.ema else (1.0, beta_v)
-        new["v"] = keep * state["v"] + take * g**2
-        roots = [settings.root(x, beta_v**step) for x in settings.pieces(new["v"].contiguous())]
+    if settings.moment:
+        keep, take = settings.weights_v()
+        new["v"] = keep * state["v"] + take * (g if settings.moment == "gradient" else direction) ** 2
+        roots = [settings.root(x, settings.beta_v**step) for x in settings.pieces(new["v"].contiguous())]
         direction = direction / settings.joined(roots, direction)
     if settings.rms_match:
         pieces = settings.pieces(direction.contiguous())
@@ -180,7 +188,7 @@ def _batched(
     parameters: list[Tensor], gradients: list[Tensor], states: list[State], settings: M3Settings, step: int
 ) -> None:
     fast = settings.orthogonal(remember(gradients, states, settings, [(step - 1) % f == 0 for f in settings.periods]))
-    decay = torch.tensor(0.0 if settings.beta_v is None else settings.beta_v**step, dtype=torch.float64)
+    decay = torch.tensor(settings.beta_v**step, dtype=torch.float64)
     descend(parameters, fast, states, settings, decay)
     for scale in settings.slow():
         if step % settings.periods[scale] == 0:
@@ -198,11 +206,8 @@ def remember(gradients: list[Tensor], states: list[State], settings: M3Settings,
         if opens[scale] and keep != 1:
             torch._foreach_mul_(memory, keep)
         torch._foreach_add_(memory, g, alpha=take)
-    if settings.beta_v is not None:
-        v = [state["v"] for state in states]
-        if settings.ema:
-            torch._foreach_mul_(v, settings.beta_v)
-        torch._foreach_addcmul_(v, g, g, value=1 - settings.beta_v if settings.ema else settings.beta_v)
+    if settings.moment == "gradient":
+        remember_squares(g, states, settings)
     fast = torch.stack([state["m1"] for state in states])
     if settings.nesterov:
         keep, take = settings.weights(0)
@@ -210,13 +215,27 @@ def remember(gradients: list[Tensor], states: list[State], settings: M3Settings,
     return fast
 
 
+def remember_squares(values: Sequence[Tensor], states: list[State], settings: M3Settings) -> None:
+    """Write the squares of the gradients, or of the directions, into V."""
+    v, (keep, take) = [state["v"] for state in states], settings.weights_v()
+    if keep != 1:
+        torch._foreach_mul_(v, keep)
+    torch._foreach_addcmul_(v, list(values), list(values), value=take)
+
+
+def direct(update: Tensor, states: list[State], settings: M3Settings) -> None:
+    """O1 + alpha O2 + ..., in place of O1, given as `update`; V takes it in where it is the direction's."""
+    for scale in settings.slow():
+        slow = [state[f"o{scale + 1}"] for state in states]
+        torch._foreach_add_(list(update.unbind()), slow, alpha=settings.alphas[scale])
+    if settings.moment == "direction":
+        remember_squares(update.unbind(), states, settings)
+
+
 def descend(parameters: list[Tensor], update: Tensor, states: list[State], settings: M3Settings, decay: Tensor) -> None:
     """W <- W - lr (O1 + alpha O2) / (sqrt(V) + eps), O1 given as `update` (overwritten), decay = b2^t."""
-    for scale in settings.slow():
-        torch._foreach_add_(
-            list(update.unbind()), [state[f"o{scale + 1}"] for state in states], alpha=settings.alphas[scale]
-        )
-    if settings.beta_v is not None:
+    direct(update, states, settings)
+    if settings.moment:
         root = torch.stack([state["v"] for state in states])
         for x in settings.pieces(root):
             if settings.ema:

@@ -20,6 +20,7 @@ from nestling.nested_system.descriptions.torch_optim import (
     rate,
 )
 from nestling.nested_system.rules import OptimizerMemory, Rule, at_least_float32, like, scalar
+from nestling.optim.m3_options import moment_of
 
 
 @describes("nestling.optim.base.MemoryOptimizer")
@@ -151,13 +152,13 @@ def m3(optimizer: Any, group: dict[str, Any]) -> Rule:
         OptimizerMemory("momentum", fast, HEBBIAN, states={"m1": like, "step": scalar}, feeds="orthogonalization"),
         orthogonalization(steps),
     ]
-    if group["second_moment"]:
-        square = f"v ← {betas[1]:g} v + {1 - betas[1]:.3g} g²" if average else f"v ← v + {betas[1]:g} g²"
-        kept.append(
-            OptimizerMemory(
-                "second moment", square, ELEMENTWISE, values="g², the squared gradients", states={"v": like}, macs=2
-            )
-        )
+    above = "O₁ + α O₂" if len(periods) > 1 else "O₁"
+    moment = moment_of(group)
+    if moment:
+        taken, what = ("g", "gradients") if moment == "gradient" else (f"({above})", "directions")
+        square = f"v ← {betas[1]:g} v + {1 - betas[1]:.3g} {taken}²" if average else f"v ← v + {betas[1]:g} {taken}²"
+        values = f"{taken}², the squared {what}"
+        kept.append(OptimizerMemory("second moment", square, ELEMENTWISE, values=values, states={"v": like}, macs=2))
     for scale, period in enumerate(periods[1:], 2):
         kind = "slow momentum" if len(periods) == 2 else f"slow momentum {scale}"
         beta = betas[min(scale, len(betas) - 1)]
@@ -177,8 +178,7 @@ def m3(optimizer: Any, group: dict[str, Any]) -> Rule:
         )
         inner = orthogonalization(steps, kind, Fraction(1, period))
         kept.append(replace(inner, kind=f"{kind} orthogonalization"))
-    above = "O₁ + α O₂" if len(periods) > 1 else "O₁"
-    update = f"W ← W − η ({above}) / (√v + ε)" if group["second_moment"] else f"W ← W − η ({above})"
+    update = f"W ← W − η ({above}) / (√v + ε)" if moment else f"W ← W − η ({above})"
     own = {"lr": group["lr"], "betas": group["adam_betas"], "weight_decay": group["weight_decay"]}
     adamw = Rule(
         "AdamW",
