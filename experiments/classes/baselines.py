@@ -169,7 +169,7 @@ class FineTuned(Speller):
         self.parameters = sum(p.numel() for p in self.tuned)
         self.optimizer, self.fisher, self.anchor = None, None, None
         if self.options.get("optimizer") == "m3":
-            self.optimizer = M3(self.tuned, self.options["lr"], betas=(0.9, 0.999, 0.9))
+            self.optimizer = M3(self.tuned, self.options["lr"], betas=(0.9, 0.999, 0.9), second_moment="gradient")
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ from nestling.cms import inner_optimizers
 from nestling.cms.inner_optimizers import OPTIMIZERS, begin, update
 from nestling.optim import DGD, M3
 
+ALGORITHM = {"betas": (0.95, 0.999, 0.9), "second_moment": "gradient"}  # of levels of M3
+
 
 def gradients(steps, streams=2, shape=(6, 4)):
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +36,7 @@ def run(level, grads, count=5.0):
             Level(4, lr=0.1, optimizer="adamw"),
             lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0),
         ),
-        (Level(4, lr=0.1, optimizer="m3", momentum=0.95), lambda p: M3(p, lr=0.1)),
+        (Level(4, lr=0.1, optimizer="m3", momentum=0.95), lambda p: M3(p, 0.1, **ALGORITHM)),
     ],
 )
 def test_a_level_steps_as_the_optimiser_does(level, make):

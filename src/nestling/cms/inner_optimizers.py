@@ -106,9 +106,9 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 @cache
 def m3_settings(shape: torch.Size, beta: float, dtype: torch.dtype) -> M3Settings:
-    """The defaults of `nestling.optim.M3`, the fast momentum and the orthogonalisation's type apart."""
-    options = M3([torch.empty(1, 1)]).defaults
-    return settings_of(options | {"betas": (beta, *options["betas"][1:]), "ns_dtype": _exact(dtype)}, shape, (), -2)
+    """Those of `nestling.optim.M3` with the second moment of the gradient: saved levels go on as they were."""
+    options = M3([torch.empty(1, 1)], betas=(beta, 0.999, 0.9), second_moment="gradient").defaults
+    return settings_of(options | {"ns_dtype": _exact(dtype)}, shape, (), -2)
 
 
 OPTIMIZERS: dict[str, tuple[Step, tuple[str, ...]]] = {
