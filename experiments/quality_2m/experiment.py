@@ -35,10 +35,10 @@ def defaults() -> TrainingStudy:
             },
             "data": {"seq_len": 512, "batch_size": 2},
             "optim": {"name": "muon"},
-            # around the best of three in `quality`; the hybrids' was not searched anew
+            # around the best of three in `quality`
             "contenders": [
                 {"name": "hope", "lrs": [3e-3, 5e-3]},
-                {"name": "hope, hybrid", "model": HYBRID | heads, "lrs": [1e-2]},
+                {"name": "hope, hybrid", "model": HYBRID | heads, "lrs": [5e-3, 1e-2]},
                 {"name": "transformer + conv", "mixer": "attention", "lrs": [5e-3, 1e-2]},
                 {"name": "gated deltanet and window", "model": SAMBA | heads, "lrs": [1e-2]},
             ],
