@@ -47,7 +47,7 @@ NOT_RUN = {
     "endless": {"default"},
     "knowledge": {"default", "default, fast", "default, as notes", "default, sleep", "default, sleep, anchored"},
     "languages": {c.name for c in find("languages").defaults().contenders},
-    "quality_2m": {"gated deltanet and window", "hope, hybrid", "transformer + conv"},
+    "quality_2m": {"gated deltanet and window", "transformer + conv"},
     "quality": {
         "gated deltanet",
         "gated deltanet, muon",
