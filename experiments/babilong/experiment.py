@@ -7,8 +7,7 @@ from typing import Any
 
 from experiments.babilong.study import Babilong, BabilongWork, FactsContender
 from experiments.choice.experiment import HOPE, PLAIN_HOPE, beside
-from experiments.needles.experiment import LONG
-from experiments.needles.experiment import plan as plan_of_tasks
+from experiments.needles.experiment import LONG, plan
 from experiments.shared.corpus import find_files
 from experiments.shared.models.tasks import TaskJob
 from experiments.shared.report import COLOURS, band, figure, markdown, pm, spread
@@ -39,11 +38,6 @@ def defaults() -> Babilong:
 def work(settings: Babilong, data: str | Path | None, smoke: bool) -> BabilongWork:
     """What trains; book text comes from `data`, a folder of books."""
     return BabilongWork(settings, find_files(data, smoke))
-
-
-def plan(settings: Babilong, contenders: list[FactsContender], row: Row) -> list[TaskJob]:
-    """Every contender with the first seed, then with the second, ..."""
-    return plan_of_tasks(settings, contenders, row)
 
 
 def summarize(settings: Babilong, contenders: list[FactsContender], row: Row) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SIZES = (64, 128, 256)  # tokens of a chunk
+SHARES = {"all blocks": 1.0, "last third": 1 / 3}  # of the blocks, which learn
 
 
 def chunks(settings: BenchSettings) -> Table:
@@ -31,7 +32,7 @@ def chunks(settings: BenchSettings) -> Table:
     calls: dict[str, Callable[[], object]] = {PLAIN: lambda: _forward(model, ids, tokens)}
     for size in sizes:
         # the learner sees a text's first chunk, then whole calls of it: the rate is for as much change per token
-        for part, share in (("all blocks", 1.0), ("last third", 1 / 3)):
+        for part, share in SHARES.items():
             levels = _with_default(model, share)
             levels.learner = replace(
                 levels.learner, levels=(replace(levels.learner.levels[0], chunk_size=size, lr=0.04 * size / 64),)
@@ -40,7 +41,7 @@ def chunks(settings: BenchSettings) -> Table:
                 calls[f"forward in chunks of {size}"] = lambda size=size: _forward(model, ids, size)
                 calls[f"and backward, {size}"] = lambda size=size, m=levels: _backward(m, ids, size)
             calls[f"and update, {size}, {part}"] = lambda m=levels: _read(m, ids)
-    for part, share in (("all blocks", 1.0), ("last third", 1 / 3)):
+    for part, share in SHARES.items():
         levels = _with_default(model, share, fast=True)
         calls[f"--fast, {part}"] = lambda m=levels: _read(m, ids)
     timing = measure.interleave(calls, s)
