@@ -59,16 +59,18 @@ class Notes:
     def __init__(self, reading: Reading, progress: Progress | None) -> None:
         self.reading, self.progress = reading, progress
         self.times: list[float] = []
-        self.document: int | None = None
+        # what a killed process noted: the first call of this one may be a document's end
+        lines = reading.log.read_text().splitlines() if reading.log.exists() else []
+        self.document = max((json.loads(line).get("document", 0) for line in lines), default=0)
         self.last = time.process_time()
 
     def __call__(self, session: Session) -> None:
         self.times.append(time.process_time() - self.last)
         notes = session.notes
-        if self.document is not None and notes.document > self.document and self.reading.asked:
+        if notes.document > self.document and self.reading.asked:
             found = known(self.reading.model, session.cache, self.reading.tokenizer, self.reading.asked)
             self._write({"document": notes.document, **found})
-        self.document = notes.document
+        self.document = max(self.document, notes.document)
         if len(self.times) == self.reading.stretch:
             milliseconds = 1000 * statistics.median(self.times)
             self._write({"tokens": notes.tokens, "milliseconds": milliseconds, "memory": resident_bytes()})

@@ -41,6 +41,26 @@ def test_a_killed_reader_goes_on_and_its_notes_are_whole(model, tmp_path):
     assert before["now"] == before["best"] > 0
 
 
+def test_a_document_that_ends_in_the_first_call_is_noted(model, tmp_path):
+    learner = stack_levels(
+        AutoModelForCausalLM.from_pretrained(model).requires_grad_(False), [Level(16, lr=0.01)], context=32
+    )
+    stream = texts.write(tmp_path, tmp_path, True, 400, 2, 1, 80)
+    reading = Reading(learner.eval(), byte_tokenizer(), stream.documents[:2], tmp_path / "a.state", 0, {"first": [1]}, 4)
+
+    def killed_at_the_end_of_the_first(session):
+        if session.notes.document == 0 and session.notes.offset == 200:
+            session._save()
+            raise KeyboardInterrupt
+
+    session = reading.session(killed_at_the_end_of_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        session.run()
+    read(reading, None)
+    lines = [json.loads(line) for line in reading.log.read_text().splitlines()]
+    assert [line["document"] for line in lines if "document" in line] == [1, 2]
+
+
 def test_figures_are_gains_over_the_model_without_levels(tmp_path):
     settings = defaults()
     ask = {"first": {"now": 3.0, "best": 3.0}, "elsewhere": {"now": 4.0, "best": 4.0}}
