@@ -71,6 +71,13 @@ def main(
     share: Annotated[
         list[float] | None, data(help="Once for each TEXT: its part of the tokens that are read, e.g. 3 and 1.")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        data(
+            "--stream",
+            help="Read a data set of the hub, .jsonl or .parquet files while training; nothing is held or written.",
+        ),
+    ] = None,
     val: Annotated[list[str] | None, data(help="Held-out text instead of a part of TEXT.")] = None,
     val_fraction: Annotated[float | None, data(help="The part of every file held out.")] = None,
     seq_len: Annotated[int | None, data(help="Tokens of one window.")] = None,
@@ -111,6 +118,9 @@ def main(
     Three quarters of all tokens from one source, a quarter from another, however large each is:
       nestling train web/ books/ --share 3 --share 1 --out runs/mixed
 
+    A data set of the hub that is read as it arrives, each window drawn from 5,000; it goes on at the same place:
+      nestling train owner/name --stream -o data.shuffle=5000 --out runs/web
+
     Go on with a run that was killed, or make it longer:
       nestling train --out runs/book --resume --steps 4000
 
@@ -146,6 +156,7 @@ def main(
         "trained": trained,
         "data.text": text or None,
         "data.shares": share or None,
+        "data.stream": stream,
         "data.val_text": val or None,
         "data.val_fraction": val_fraction,
         "data.seq_len": seq_len,

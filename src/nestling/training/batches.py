@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from nestling.training.data import Mixture, Tokens
+from nestling.utils.ranks import rows_of
 
 BLOCK = 1000  # windows in which the shares of a mixture come out
 
@@ -29,15 +30,10 @@ class Batches:
     def __init__(
         self, tokens: Tokens, seq_len: int, batch_size: int, seed: int = 0, rank: int = 0, ranks: int = 1
     ) -> None:
-        if batch_size % ranks:
-            raise ValueError(
-                f"batch_size {batch_size} counts the windows of all processes and cannot be divided over {ranks}: "
-                f"make it a multiple of {ranks}"
-            )
+        self._rows = rows_of(batch_size, rank, ranks)
         if len(tokens) < seq_len + 1:
             raise ValueError(f"{len(tokens)} tokens are too few for one window of seq_len {seq_len} + 1")
         self.tokens, self.seq_len, self.batch_size, self.seed = tokens, seq_len, batch_size, seed
-        self._rows = range(batch_size // ranks * rank, batch_size // ranks * (rank + 1))
         self._num_windows = max(1, (len(tokens) - 1) // seq_len - 1)  # one less than fits: room for the phase
         self._order = functools.lru_cache(maxsize=2)(self._draw)
 

@@ -93,6 +93,10 @@ class DataConfig:
     `shares`, one for each of `text`, says in which proportion they are read whatever their sizes: [3, 1] takes three
     quarters of all windows, so of all tokens, from the first. Folders of `nestling data` can be mixed so.
 
+    With `stream`, `text` is a data set of the hub or files .jsonl or .parquet that are read while the run trains,
+    tokenised on the way and never held: windows are drawn from `shuffle` of them, and the first `val_windows` are held
+    out (or `val_text`).
+
     `documents` "joined" lets a window go on from one text into the next; with "apart" every text of a window begins
     anew: no state, attention or level reaches it from the text before (positions begin again at 0).
     """
@@ -109,10 +113,14 @@ class DataConfig:
     seq_len: int = 256  # tokens of one window
     batch_size: int = 8  # windows of one micro-batch, of all processes together
     documents: str = "joined"
+    stream: bool = False
+    shuffle: int = 1000  # windows of a stream among which the next is drawn; 1: in the stream's order
+    val_windows: int = 160  # held out at a stream's beginning
     cache_dir: str | None = None  # where token files are kept; None: the user's cache folder
 
     def __post_init__(self) -> None:
-        _positive(self, "seq_len", "batch_size")
+        _positive(self, "seq_len", "batch_size", "shuffle")
+        _not_negative(self, "val_windows")
         _within(self, "val_fraction", 0.0, 0.9)
         _one_of(self, "val_split", ("tail", "documents"))
         _one_of(self, "documents", ("joined", "apart"))
@@ -122,6 +130,9 @@ class DataConfig:
                 f"shares must be {len(self.text)} numbers above 0, one for each text and none below a thousandth of "
                 f"all; got {self.shares}"
             )
+        if self.stream and (self.shares or self.tokenizer.startswith("bpe")):
+            what = "shares" if self.shares else f"tokenizer {self.tokenizer!r}, which is trained on the whole text,"
+            raise ValueError(f"{what} cannot go with stream: prepare the texts (nestling data) and train on them")
 
 
 @dataclass

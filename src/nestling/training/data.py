@@ -16,6 +16,7 @@ from nestling.training import tokenizers
 from nestling.training.config import DataConfig
 from nestling.training.prepare import dtype_of, is_prepared, read_manifest
 from nestling.training.sources import Document, content_hash, split_documents
+from nestling.training.streaming import Stream, make_stream
 from nestling.training.texts import pieces_of
 from nestling.utils.files import new_folder, write_text
 from nestling.utils.locks import sole_writer
@@ -64,11 +65,11 @@ class Mixture:
 class Corpus:
     """Tokens to train on, tokens held out, their tokenizer, and a fingerprint of all three."""
 
-    train: Tokens | Mixture
+    train: Tokens | Mixture | Stream
     val: Tokens | Mixture
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
-    folder: Path
+    folder: Path | None = None  # of its token files; None: it has none
 
 
 def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> Corpus:
@@ -81,6 +82,8 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None = 
     Raises:
         ValueError: no text, an empty or too short one, a file that is not UTF-8 under a tokenizer other than bytes.
     """
+    if config.stream:
+        return _streamed(config, tokenizer)
     if config.shares:
         return _mixed(config, tokenizer)
     if any(map(is_prepared, config.text)):
@@ -118,6 +121,20 @@ def _mixed(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> Cor
     key = hashlib.sha256(json.dumps([[part.fingerprint for part in parts], shares]).encode()).hexdigest()[:16]
     train, val = (Mixture(tuple(getattr(part, name) for part in parts), shares) for name in ("train", "val"))
     return Corpus(train, parts[0].val if config.val_text else val, parts[0].tokenizer, key, parts[0].folder)
+
+
+def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> Corpus:
+    """A stream, and what is held out of it: other text, or its beginning."""
+    if tokenizer is None:
+        own = config.tokenizer in ("bytes", "auto")
+        tokenizer = tokenizers.byte_tokenizer() if own else tokenizers.load_tokenizer(config.tokenizer)
+    stream, head, key = make_stream(config, tokenizer)
+    val = Tokens(head.ids if config.val_windows else head.ids[:0], head.num_bytes)
+    if config.val_text:
+        plain = replace(config, stream=False, text=config.val_text, val_text=[], val_fraction=0.0)
+        other = load_corpus(plain, tokenizer)
+        val, key = other.train, f"{key}-{other.fingerprint}"
+    return Corpus(stream, val, tokenizer, key)
 
 
 def _load_prepared(config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> Corpus:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nestling.training.batches import spread, windows
 from nestling.training.data import Mixture, Tokens
+from nestling.training.streaming import Stream
 from nestling.utils.ranks import Ranks
 
 
@@ -139,6 +140,6 @@ def evaluate(
     return Evaluation(loss, bits_per_byte(loss, tokens), seq_len * len(starts), loss_at, ranks.sum(loss_in))
 
 
-def bits_per_byte(loss: float, tokens: Tokens | Mixture) -> float:
+def bits_per_byte(loss: float, tokens: Tokens | Mixture | Stream) -> float:
     """Nats per token as bits per byte of the text the tokens stand for."""
     return loss / math.log(2) / max(tokens.bytes_per_token, 1e-9)

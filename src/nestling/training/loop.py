@@ -24,6 +24,7 @@ from nestling.training.progress import Silence, TrainingProgress
 from nestling.training.report import Report, Result
 from nestling.training.resume import check_same_run, find_checkpoint, writing_alone
 from nestling.training.schedules import chunk_factor, lr_factor
+from nestling.training.streaming import Stream, StreamedBatches
 from nestling.training.tokenizers import load_tokenizer
 from nestling.utils.machine import find_device, stop_requests
 from nestling.utils.ranks import find_ranks, process_group
@@ -73,6 +74,8 @@ class Trainer:
             self.optimizers.load_state_dict(state["optimizers"])
             self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
             self._restore_random(state)
+            if "stream" in state:
+                self.batches.load_state_dict(state["stream"])
         self.resumed_at = self.step
 
     def _prepare(self, model: PreTrainedModel | None, corpus: Corpus | None, source: Path | None) -> dict | None:
@@ -97,7 +100,8 @@ class Trainer:
         self.schedule = make_schedule(self.model, config)
         freeze(self.model, self.schedule, config.trained)
         data = config.data
-        kind = MixedBatches if isinstance(self.corpus.train, Mixture) else Batches
+        kinds = {Mixture: MixedBatches, Stream: StreamedBatches}
+        kind: Any = kinds.get(type(self.corpus.train), Batches)
         row, rows = (number // config.parallel.sequence for number in (ranks.rank, ranks.size))
         self.batches = kind(self.corpus.train, data.seq_len, data.batch_size, config.seed, row, rows)
         return state
@@ -172,6 +176,8 @@ class Trainer:
             "optimizers": self.optimizers.state_dict(),
             "random": checkpoint.random_state(),
         }
+        if isinstance(self.batches, StreamedBatches):
+            state["stream"] = self.batches.state_dict()
         if self.ranks.size > 1:
             state["random_of_others"] = self.ranks.gathered(state["random"])[1:]
         model = self.model if self._plain is None else shards.whole_model(self.model, self._plain, self.ranks.first)

@@ -45,7 +45,7 @@ def find_documents(names: list[str], config: DataConfig) -> list[Document]:
     """
     documents, size = [], 0
     for name in names:
-        if _is_data_set(name):
+        if is_data_set(name):
             rows = _from_datasets(name, config, "train")
             documents, size = documents + rows, size + sum(len(row.content) for row in rows)
             continue
@@ -120,7 +120,7 @@ def _boundary(text: bytes, cut: int) -> int:
     return cut
 
 
-def _is_data_set(name: str) -> bool:
+def is_data_set(name: str) -> bool:
     """Whether a name can only be one at the hub, owner/name: nothing here is called so, or nearly so."""
     path = Path(name)
     return (

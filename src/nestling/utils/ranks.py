@@ -152,3 +152,13 @@ def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
     name = answer.removeprefix(own)
     store.set(f"has {rank}", name)
     return dist.PrefixStore(name, store)
+
+
+def rows_of(batch_size: int, rank: int, ranks: int) -> range:
+    """The rows of a batch that a process reads. ValueError if they cannot be divided over all."""
+    if batch_size % ranks:
+        raise ValueError(
+            f"batch_size {batch_size} counts the windows of all processes and cannot be divided over {ranks}: "
+            f"make it a multiple of {ranks}"
+        )
+    return range(batch_size // ranks * rank, batch_size // ranks * (rank + 1))
