@@ -67,7 +67,7 @@ def tables(result: dict) -> str:
     ]
     for arm in ARMS:
         rows = [row for row in result["rows"] if row["arm"] == arm]
-        losses = [", ".join(f"{row[name]:.4f}" for row in rows) for name in ("own", "long")]
+        losses = [" / ".join(f"{row[name]:.4f}" for row in rows) for name in ("own", "long")]
         lines.append(f"| {arm} | {losses[0]} | {losses[1]} | {statistics.mean(r['seconds'] for r in rows):.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -77,14 +77,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", help="text files or folders")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--seed", type=int, action="append", help=f"in place of {SEEDS}; joins the rows in --json")
     parser.add_argument("--tables", type=Path)
     given = parser.parse_args()
     if given.tables:
         print(tables(json.loads(given.tables.read_text(encoding="utf-8"))), end="")
         return
     result = {"run": RUN, "torch": torch.__version__, "rows": []}
+    if given.seed and given.json and given.json.exists():
+        before = json.loads(given.json.read_text(encoding="utf-8"))
+        result["rows"] = [row for row in before["rows"] if row["seed"] not in given.seed]
     with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS:
+        for seed in given.seed or SEEDS:
             for arm in ARMS:
                 result["rows"].append(measure(given.texts, folder, arm, seed))
                 print(json.dumps(result["rows"][-1]), flush=True)

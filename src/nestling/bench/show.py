@@ -158,9 +158,15 @@ def _optim(ax, rows) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m nestling.bench.show PAGE RESULT.json ...`: write the page's tables anew."""
+    """`python -m nestling.bench.show PAGE RESULT.json ...`: write the page's tables anew.
+
+    In place of the page a picture (.png, .svg, .pdf): every part as the last of the results that have it measured it.
+    """
     page, *files = map(Path, arguments)
     results = {path.stem: json.loads(path.read_text()) for path in files}
+    if page.suffix in (".png", ".svg", ".pdf"):
+        plot({"parts": {name: part for result in results.values() for name, part in result["parts"].items()}}, page)
+        return
     page.write_text(update_page(page.read_text(), results))
 
 
