@@ -113,6 +113,12 @@ def mlp_step(step, after):
     return mlp_step(step, after)
 
 
+def mlp_whole_step(step, after):
+    from nestling.memory.fused_kernels import mlp_whole_step
+
+    return mlp_whole_step(step, after)
+
+
 def linear_step(step, after):
     from nestling.memory.fused_kernels import linear_step
 
@@ -124,11 +130,12 @@ def plain_chunk(step, after):
 
 
 @interpreted
+@pytest.mark.parametrize("form", [mlp_step, mlp_whole_step])
 @pytest.mark.parametrize("moves, anchor, after, reads", FLAGS)
-def test_mlp_step(moves, anchor, after, reads):
+def test_mlp_step(moves, anchor, after, reads, form):
     torch.manual_seed(0)
-    sizes = SIZES[FLAGS.index((moves, anchor, after, reads)) % 3]
-    compare(mlp_step, by_rule, mlp_arguments(*sizes, moves, anchor, reads), after)
+    sizes = SIZES[(FLAGS.index((moves, anchor, after, reads)) + (form is mlp_whole_step)) % 3]
+    compare(form, by_rule, mlp_arguments(*sizes, moves, anchor, reads), after)
 
 
 @interpreted
@@ -223,21 +230,44 @@ def test_like_keys_lose_no_digits():
 
 
 @interpreted
-def test_bf16_inputs_with_float32_state():
+@pytest.mark.parametrize("form", [mlp_step, mlp_whole_step])
+def test_bf16_inputs_with_float32_state(form):
     torch.manual_seed(0)
     step = mlp_arguments(2, 1, 20, 16, 16, True, True, True)
     rows = ("keys", "values", "queries")
 
     def rounded(step, after):
-        return mlp_step(step._replace(**{name: getattr(step, name).bfloat16() for name in rows}), after)
+        return form(step._replace(**{name: getattr(step, name).bfloat16() for name in rows}), after)
 
     compare(rounded, by_rule, step, False, allowed=2e-2)
 
 
 @interpreted
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("own", [False, True])
+def test_project(sizes, own):
+    """Rows shared by all memories, and rows of their own; bfloat16 rows too."""
+    from nestling.ops.triton.project import plain, project
+
+    torch.manual_seed(0)
+    n, groups, tokens, p, h = sizes
+    given, found = (rand(n * groups, h, p), rand(n * groups, p, h), rand(n * groups if own else groups, tokens, p)), []
+    for form, dtype in ((plain, torch.float64), (project, torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        out = form(*leaves)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+    rounded = project(given[0].float(), given[1].float(), given[2].bfloat16())
+    assert (rounded - found[0][0]).norm() <= 2e-2 * found[0][0].norm()
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["1", "whole"])
 @pytest.mark.parametrize("options", [{}, dict(architecture="linear", read="after", momentum=False), dict(gates="mlp")])
-def test_a_layer(options):
+def test_a_layer(options, form, monkeypatch):
     """A whole layer, its last chunk cut off, against itself in float64."""
+    monkeypatch.setenv("NESTLING_TRITON", form)
     found = []
     for dtype in (torch.float64, torch.float32):
         torch.manual_seed(0)
@@ -264,16 +294,16 @@ def test_second_derivatives_are_the_rules():
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["mlp", "linear", "chunk", "table"])
+@pytest.mark.parametrize("kind", ["mlp", "whole", "linear", "chunk", "table"])
 def test_compile_sees_one_operator(kind):
     """torch.compile traces the step whole, without a graph break, and its gradients."""
     torch.manual_seed(0)
     if kind == "table":
         step, function = [gate(2, 5), gate(2, 5)], decay_table
     else:
-        make = dict(mlp=mlp_arguments, linear=linear_arguments, chunk=chunk_arguments)[kind]
+        make = dict(mlp=mlp_arguments, whole=mlp_arguments, linear=linear_arguments, chunk=chunk_arguments)[kind]
         step = make(1, 2, 5, 4, 4, True, True, True)
-        form = dict(mlp=mlp_step, linear=linear_step, chunk=delta_chunk)[kind]
+        form = dict(mlp=mlp_step, whole=mlp_whole_step, linear=linear_step, chunk=delta_chunk)[kind]
         function = lambda *a: form(type(step)(*a), False)  # noqa: E731
     graphs = []
 
@@ -285,7 +315,7 @@ def test_compile_sees_one_operator(kind):
     for run in (function, torch.compile(function, fullgraph=True, backend=record)):
         leaves = [t.float().requires_grad_() for t in step]
         found.append(torch.autograd.grad(sum(o.sum() for o in run(*leaves)), leaves, allow_unused=True))
-    names = dict(mlp="mlp_step", linear="linear_step", chunk="delta_chunk", table="decay_table")
+    names = dict(mlp="mlp_step", whole="mlp_whole_step", linear="linear_step", chunk="delta_chunk", table="decay_table")
     assert len(graphs) == 1 and sum(f"nestling.{names[kind]}" in target for target in graphs[0]) == 1
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want)

@@ -54,9 +54,9 @@ def fused_advance(
 
     step = MLPStep(*(None if t is None else t.contiguous() for t in step))
     if kernels.is_available(*step, sides=tuple(step.w2.shape[1:]), tokens=step.keys.shape[1]):
-        from nestling.memory.fused_kernels import mlp_step  # triton itself is imported where it is used
+        from nestling.memory.fused_kernels import mlp_step, mlp_whole_step  # triton is imported where it is used
 
-        w2, w1, s2, s1, reads = mlp_step(step, after)
+        w2, w1, s2, s1, reads = (mlp_whole_step if kernels.is_whole() else mlp_step)(step, after)
     else:
         w2, w1, s2, s1, reads = _Step.apply(after, *step)
     now = w2.view(*lead, *w2.shape[1:]), w1.view(*lead, *w1.shape[1:])

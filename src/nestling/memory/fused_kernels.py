@@ -1,4 +1,4 @@
-"""The chunk steps by GPU kernels as operators of torch, `nestling::mlp_step` and `nestling::linear_step`.
+"""The chunk steps by GPU kernels as operators: `nestling::mlp_step`, `mlp_whole_step` and `linear_step`.
 
 torch.compile leaves an operator whole; its second derivative is the rule's.
 """
@@ -16,7 +16,7 @@ from nestling.memory.fused import MLPStep, by_rule
 from nestling.memory.fused_linear import linear_by_rule
 from nestling.ops.chunk import differentiate
 from nestling.ops.compiled.linear import LinearStep
-from nestling.ops.triton import linear, shares, step
+from nestling.ops.triton import linear, shares, step, whole_step
 
 _ALWAYS = ("w2", "w1", "weight", "keys", "values", "eta", "decay")
 
@@ -92,4 +92,5 @@ def _operator(name: str, kind: Any, form: ModuleType, definition: Callable) -> C
 
 
 mlp_step = _operator("mlp_step", MLPStep, step, by_rule)
+mlp_whole_step = _operator("mlp_whole_step", MLPStep, whole_step, by_rule)
 linear_step = _operator("linear_step", LinearStep, linear, linear_by_rule)

@@ -8,6 +8,7 @@ from torch import Tensor
 from nestling.memory.architectures import Architecture, MLPMemory
 from nestling.memory.rule import forward
 from nestling.ops import compiled
+from nestling.ops import triton as kernels
 from nestling.ops.chunk import differentiate, unrounded
 from nestling.ops.compiled import read as compiled_read
 
@@ -18,6 +19,13 @@ def project(architecture: Architecture, weights: tuple[Tensor, ...], x: Tensor, 
     weights [n, B, H, o, i] for each layer, x [B, H, C, i], or [count, B, H, C, i] of its own for each memory; outputs
     [B, H, C, o].
     """
+    if isinstance(architecture, MLPMemory) and architecture.residual:
+        own = tuple(w[:count] for w in weights)
+        if kernels.is_available(*own, x, sides=tuple(own[0].shape[-2:]), tokens=x.shape[-2]):
+            from nestling.ops.triton.project import project as by_kernels  # triton is imported where it is used
+
+            flat = (t.flatten(0, -3).contiguous() for t in (*own, x))
+            return by_kernels(*flat).view(count, *x.shape[-4:]).unbind(0)
     if x.dim() == 5:
         return forward(architecture, tuple(w[:count] for w in weights), x).unbind(0)
     if isinstance(architecture, MLPMemory) and architecture.residual and compiled.is_available(*weights, x):

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nestling.ops.triton import inner, inner_linear, rule, rule_backward, table
+from nestling.ops.triton import inner, inner_linear, rule, rule_backward, table, whole
 
 WARPS: int | None = None  # for every kernel, in place of `warps`
 
@@ -88,6 +88,34 @@ def backward_inner(step: Sequence[Tensor | None], saved: Sequence[Tensor], grads
     inner.inner_backward[(w2.shape[0],)](
         w2, w1, keys, values, eta, eta if mu is None else mu, *saved, *grads, *found, *sizes, stride, **options
     )  # fmt: skip
+
+
+def forward_whole(step: Sequence[Tensor | None], outputs: Sequence[Tensor | None], after: bool) -> None:
+    """`whole.step_forward` for an `MLPStep`; outputs are the kernel's, in its order."""
+    w2, queries = step[0], step[6]
+    sizes, options = _whole(step, after)
+    side = options["C"]
+    whole.step_forward[(w2.shape[0],)](
+        *_given(step, w2), *_given(outputs, w2), *sizes, **options, LEVELS=side.bit_length() - 1,
+        READ=queries is not None,
+    )  # fmt: skip
+
+
+def backward_whole(step: Sequence[Tensor | None], saved, grads, found, after: bool, stride: int) -> None:
+    """`whole.step_backward` for an `MLPStep`: saved, grads and found are the kernel's, in its order."""
+    w2 = step[0]
+    sizes, options = _whole(step, after)
+    whole.step_backward[(w2.shape[0],)](
+        *_given(step, w2), *saved, *_given(grads, w2), *_given(found, w2), *sizes, stride, **options,
+        READ=grads[4] is not None,
+    )  # fmt: skip
+
+
+def _whole(step: Sequence[Tensor | None], after: bool):
+    w2, _, s2, _, keys, _, queries, *_, anchor, _ = step
+    (tokens, inside, width, groups, _), options = _inner(w2, keys, s2)
+    first = w2.shape[0] - (0 if queries is None else queries.shape[0])
+    return (tokens, inside, width, groups, first), options | dict(ANCHOR=anchor is not None, AFTER=after)
 
 
 def forward_linear(step: Sequence[Tensor | None], outputs: Sequence[Tensor], rate: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""The delta rule over one chunk, one memory per program: the equations of ops/chunk.py."""
+"""The delta rule over one chunk, one memory per program: the equations of ops/chunk.py.
+
+The pieces take tiles, so that what a memory holds can stay with its program: `whole` calls them for both layers of one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,70 @@ import triton
 import triton.language as tl
 
 from nestling.ops.triton.tiles import load_row, load_tile, mm, mm_t, sigmoid, store_tile, t_mm, unit_inverse
+
+
+@triton.jit
+def solve(
+    x, u, products, rate, s, a, decay, mixed, tokens,
+    C: tl.constexpr, LEVELS: tl.constexpr, MOVES: tl.constexpr, ANCHOR: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """What the tokens write, d, where each erases what the memory had, and the inverse of the system it solves.
+
+    x, u, products are the keys, the writes asked for and W's products for the keys; s and a velocity and anchor.
+    """
+    side = tokens + 1
+    beta = rate[:, None]
+    gram = mm_t(x, x, P)
+    a0 = load_row(decay, tokens, side, C)[:, None]
+    base = products * a0
+    if ANCHOR:
+        base += mm_t(x, a, P) * (1 - a0)
+    if MOVES:
+        k0 = load_row(mixed, tokens, side, C)[:, None]
+        base += mm_t(x, s, P) * k0
+        base += mm(gram * load_tile(mixed + 1, tokens, tokens, side, C, C), u, P)
+    lower = gram * load_tile(decay + 1, tokens, tokens, side, C, C) * beta
+    inverse = unit_inverse(lower, C, LEVELS, P)
+    return mm(inverse, u - base * beta, P), inverse
+
+
+@triton.jit
+def end_of_chunk(
+    x, u, d, w, s, a, decay, mixed, momentum, tokens,
+    C: tl.constexpr, MOVES: tl.constexpr, ANCHOR: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Weight and velocity after the chunk."""
+    last = tokens * (tokens + 1)
+    ac = tl.load(decay + last).to(tl.float32)
+    left = d * load_row(decay + last + 1, tokens, 1, C)[:, None]
+    w = w * ac
+    if ANCHOR:
+        w += a * (1 - ac)
+    if MOVES:
+        w += s * tl.load(mixed + last).to(tl.float32)
+        left += u * load_row(mixed + last + 1, tokens, 1, C)[:, None]
+        kept = u * load_row(momentum + last + 1, tokens, 1, C)[:, None]
+        s = s * tl.load(momentum + last).to(tl.float32) + t_mm(kept, x, P)
+    return w + t_mm(left, x, P), s
+
+
+@triton.jit
+def read(
+    q, x, u, d, w, s, a, decay, mixed, line, tokens,
+    C: tl.constexpr, MOVES: tl.constexpr, ANCHOR: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The reads of q; `line` is where their first row of the tables begins: 0 before a token's write, else a side."""
+    side = tokens + 1
+    scores = mm_t(q, x, P)
+    a0 = load_row(decay + line, tokens, side, C)[:, None]
+    y = mm_t(q, w, P) * a0
+    if ANCHOR:
+        y += mm_t(q, a, P) * (1 - a0)
+    if MOVES:
+        k0 = load_row(mixed + line, tokens, side, C)[:, None]
+        y += mm_t(q, s, P) * k0
+        y += mm(scores * load_tile(mixed + line + 1, tokens, tokens, side, C, C), u, P)
+    return y + mm(scores * load_tile(decay + line + 1, tokens, tokens, side, C, C), d, P)
 
 
 @triton.jit
@@ -31,39 +98,22 @@ def chunk_forward(
     decay += table
     mixed += table
     momentum += table
-    d = u
-    if ERASE:
-        beta = load_row(erase + n * tokens, tokens, 1, C)[:, None]
-        gram = mm_t(x, x, P)
-        a0 = load_row(decay, tokens, side, C)[:, None]
-        base = load_tile(products + rows, tokens, outs, outs, C, O) * a0
-        if ANCHOR:
-            base += mm_t(x, load_tile(anchor + cells, outs, ins, ins, O, I), P) * (1 - a0)
-        if MOVES:
-            k0 = load_row(mixed, tokens, side, C)[:, None]
-            base += mm_t(x, load_tile(velocity + cells, outs, ins, ins, O, I), P) * k0
-            base += mm(gram * load_tile(mixed + 1, tokens, tokens, side, C, C), u, P)
-        lower = gram * load_tile(decay + 1, tokens, tokens, side, C, C) * beta
-        inverse = unit_inverse(lower, C, LEVELS, P)
-        d = mm(inverse, u - base * beta, P)
-        store_tile(inverse_out + n * tokens * tokens, inverse, tokens, tokens, tokens, C, C)
-        store_tile(d_out + rows, d, tokens, outs, outs, C, O)
-
-    last = tokens * side
-    ac = tl.load(decay + last).to(tl.float32)
-    left = d * load_row(decay + last + 1, tokens, 1, C)[:, None]
-    w = load_tile(weight + cells, outs, ins, ins, O, I) * ac
-    if ANCHOR:
-        w += load_tile(anchor + cells, outs, ins, ins, O, I) * (1 - ac)
+    w = load_tile(weight + cells, outs, ins, ins, O, I)
+    s, a, d = w, w, u
     if MOVES:
         s = load_tile(velocity + cells, outs, ins, ins, O, I)
-        w += s * tl.load(mixed + last).to(tl.float32)
-        left += u * load_row(mixed + last + 1, tokens, 1, C)[:, None]
-        kept = u * load_row(momentum + last + 1, tokens, 1, C)[:, None]
-        s = s * tl.load(momentum + last).to(tl.float32) + t_mm(kept, x, P)
-        store_tile(new_velocity + cells, s, outs, ins, ins, O, I)
-    w += t_mm(left, x, P)
-    store_tile(new_weight + cells, w, outs, ins, ins, O, I)
+    if ANCHOR:
+        a = load_tile(anchor + cells, outs, ins, ins, O, I)
+    if ERASE:
+        made = load_tile(products + rows, tokens, outs, outs, C, O)
+        rate = load_row(erase + n * tokens, tokens, 1, C)
+        d, inverse = solve(x, u, made, rate, s, a, decay, mixed, tokens, C, LEVELS, MOVES, ANCHOR, P)
+        store_tile(inverse_out + n * tokens * tokens, inverse, tokens, tokens, tokens, C, C)
+        store_tile(d_out + rows, d, tokens, outs, outs, C, O)
+    new, moved = end_of_chunk(x, u, d, w, s, a, decay, mixed, momentum, tokens, C, MOVES, ANCHOR, P)
+    store_tile(new_weight + cells, new, outs, ins, ins, O, I)
+    if MOVES:
+        store_tile(new_velocity + cells, moved, outs, ins, ins, O, I)
 
     if READ:  # noqa: SIM102 (the compiler decides this one, the program the next)
         if n >= first_read:
@@ -74,16 +124,7 @@ def chunk_forward(
             q = load_tile(queries + at * size, tokens, ins, ins, C, I)
             if ACTIVE:
                 q = q * sigmoid(q)
-            scores = mm_t(q, x, P)
-            a0 = load_row(decay + line, tokens, side, C)[:, None]
-            y = mm_t(q, load_tile(weight + cells, outs, ins, ins, O, I), P) * a0
-            if ANCHOR:
-                y += mm_t(q, load_tile(anchor + cells, outs, ins, ins, O, I), P) * (1 - a0)
-            if MOVES:
-                k0 = load_row(mixed + line, tokens, side, C)[:, None]
-                y += mm_t(q, load_tile(velocity + cells, outs, ins, ins, O, I), P) * k0
-                y += mm(scores * load_tile(mixed + line + 1, tokens, tokens, side, C, C), u, P)
-            y += mm(scores * load_tile(decay + line + 1, tokens, tokens, side, C, C), d, P)
+            y = read(q, x, u, d, w, s, a, decay, mixed, line, tokens, C, MOVES, ANCHOR, P)
             if ACTIVE:
                 y += load_tile(residual + at * tokens * outs, tokens, outs, outs, C, O)
             store_tile(reads + at * tokens * outs, y, tokens, outs, outs, C, O)

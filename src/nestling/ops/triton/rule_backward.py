@@ -40,52 +40,37 @@ def _add_last(at, first, row, tokens, C: tl.constexpr):
 
 
 @triton.jit
-def chunk_backward(
-    weight, velocity, products, keys, writes, erase, decay, mixed, momentum, queries, anchor, d_in, inverse_in, extra,
-    g_new_weight, g_new_velocity, g_reads,
-    g_weight, g_velocity, g_products, g_keys, g_writes, g_erase, g_decay, g_mixed, g_momentum, g_queries, g_anchor,
-    tokens, outs, ins, key_groups, groups, first_read, table_stride,
+def gradient(
+    x, u, d, products, rate, g_w, g_s, weight, velocity, anchor, inverse, decay, mixed, momentum, queries, extra,
+    g_reads, g_weight, g_decay, g_mixed, g_momentum, g_queries, is_read, tokens, outs, ins,
     C: tl.constexpr, O: tl.constexpr, I: tl.constexpr, MOVES: tl.constexpr, ANCHOR: tl.constexpr, ERASE: tl.constexpr,
     READ: tl.constexpr, AFTER: tl.constexpr, ACTIVE: tl.constexpr, EXTRA: tl.constexpr, ADD: tl.constexpr,
-    P: tl.constexpr,
+    HELD: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Arguments as in `chunk_forward`. Gradients of tables lie `table_stride` apart; ADD adds to what is there.
+    """Gradients of velocity, anchor, products, keys, writes and rates of erase, as tiles; of the rest, stored.
 
-    EXTRA: `extra` is added to the gradient of the queries.
+    x to g_s are tiles, g_w and g_s the gradients of the state after the chunk, products too where HELD; the others are
+    pointers, at what is this memory's, and loaded where they are used: there is no room for all. Those of tables are
+    added to what is there where ADD. EXTRA: `extra` is added to the gradient of the queries.
     """
-    n = tl.program_id(0).to(tl.int64)
     side = tokens + 1
     last = tokens * side
-    table = (n % groups) * side * side
-    rows, cells, size = n * tokens * outs, n * outs * ins, tokens * ins
-    x = load_tile(keys + (n % key_groups) * size, tokens, ins, ins, C, I)
-    u = load_tile(writes + rows, tokens, outs, outs, C, O)
-    d = u
-    if ERASE:
-        d = load_tile(d_in + rows, tokens, outs, outs, C, O)
-    decay += table
-    mixed += table
-    momentum += table
-    g_decay += n * table_stride
-    g_mixed += n * table_stride
-    g_momentum += n * table_stride
 
     # the state after the chunk
-    g_w = load_tile(g_new_weight + cells, outs, ins, ins, O, I)
     ac = tl.load(decay + last).to(tl.float32)
     acj = load_row(decay + last + 1, tokens, 1, C)[:, None]
     xw = mm_t(x, g_w, P)
-    g_first = tl.sum(tl.sum(g_w * load_tile(weight + cells, outs, ins, ins, O, I), 1), 0)
+    g_first = tl.sum(tl.sum(g_w * load_tile(weight, outs, ins, ins, O, I), 1), 0)
     g_last = tl.sum(xw * d, 1)
     gw = g_w * ac
+    ga, gs, g_u = gw, gw, u
     left = d * acj
     g_d = xw * acj
     if ANCHOR:
-        g_first -= tl.sum(tl.sum(g_w * load_tile(anchor + cells, outs, ins, ins, O, I), 1), 0)
+        g_first -= tl.sum(tl.sum(g_w * load_tile(anchor, outs, ins, ins, O, I), 1), 0)
         ga = g_w * (1 - ac)
     if MOVES:
-        g_s = load_tile(g_new_velocity + cells, outs, ins, ins, O, I)
-        s = load_tile(velocity + cells, outs, ins, ins, O, I)
+        s = load_tile(velocity, outs, ins, ins, O, I)
         kcj = load_row(mixed + last + 1, tokens, 1, C)[:, None]
         mcj = load_row(momentum + last + 1, tokens, 1, C)[:, None]
         xs = mm_t(x, g_s, P)
@@ -107,22 +92,21 @@ def chunk_backward(
     first_a = tl.zeros([C], tl.float32)
     first_k = first_a
     if READ:  # noqa: SIM102 (the compiler decides this one, the program the next)
-        if n >= first_read:
-            at = n - first_read
-            g_r = load_tile(g_reads + at * tokens * outs, tokens, outs, outs, C, O)
-            q = load_tile(queries + at * size, tokens, ins, ins, C, I)
+        if is_read:
+            g_r = load_tile(g_reads, tokens, outs, outs, C, O)
+            q = load_tile(queries, tokens, ins, ins, C, I)
             if ACTIVE:
                 q = q * sigmoid(q)
             scores = mm_t(q, x, P)
             a0 = load_row(decay + line, tokens, side, C)[:, None]
             seen = load_tile(decay + line + 1, tokens, tokens, side, C, C)
-            pull = mm(g_r, load_tile(weight + cells, outs, ins, ins, O, I), P)
+            pull = mm(g_r, load_tile(weight, outs, ins, ins, O, I), P)
             first_a = tl.sum(pull * q, 1)
             g_q = pull * a0
             gw += t_mm(g_r * a0, q, P)
             g_d += t_mm(scores * seen, g_r, P)
             if ANCHOR:
-                pull = mm(g_r, load_tile(anchor + cells, outs, ins, ins, O, I), P)
+                pull = mm(g_r, load_tile(anchor, outs, ins, ins, O, I), P)
                 first_a -= tl.sum(pull * q, 1)
                 g_q += pull * (1 - a0)
                 ga += t_mm(g_r * (1 - a0), q, P)
@@ -143,13 +127,13 @@ def chunk_backward(
             g_q += mm(g_scores, x, P)
             g_x += t_mm(g_scores, q, P)
             if ACTIVE:
-                pre = load_tile(queries + at * size, tokens, ins, ins, C, I)
+                pre = load_tile(queries, tokens, ins, ins, C, I)
                 bent = sigmoid(pre)
                 g_q *= bent + bent * (pre - pre * bent)
             if EXTRA:
-                g_q += load_tile(extra + at * size, tokens, ins, ins, C, I)
-            store_tile(g_queries + at * size, g_q, tokens, ins, ins, C, I)
-    store_tile(g_weight + cells, gw, outs, ins, ins, O, I)
+                g_q += load_tile(extra, tokens, ins, ins, C, I)
+            store_tile(g_queries, g_q, tokens, ins, ins, C, I)
+    store_tile(g_weight, gw, outs, ins, ins, O, I)
     _begin_table(g_decay, seen_a, first_a, tokens, side, uncovered, line, C, ADD)
     if MOVES:
         _begin_table(g_mixed, seen_k, first_k, tokens, side, uncovered, line, C, ADD)
@@ -161,25 +145,27 @@ def chunk_backward(
         _add_last(g_mixed + last, k_first, k_last, tokens, C)
         _add_last(g_momentum + last, m_first, m_last, tokens, C)
 
-    y = g_d
+    y, g_e, g_products = g_d, rate, u
     if ERASE:
         # the triangular system (I + beta (gram . A)) d = u - beta base, whose right side has the gradient y
-        e = load_row(erase + n * tokens, tokens, 1, C)
-        beta = e[:, None]
+        beta = rate[:, None]
         gram = mm_t(x, x, P)
         seen = load_tile(decay + 1, tokens, tokens, side, C, C)
         a0 = load_row(decay, tokens, side, C)
-        y = t_mm(load_tile(inverse_in + n * tokens * tokens, tokens, tokens, tokens, C, C), g_d, P)
-        yp = tl.sum(y * load_tile(products + rows, tokens, outs, outs, C, O), 1)
+        y = t_mm(load_tile(inverse, tokens, tokens, tokens, C, C), g_d, P)
+        made = products
+        if not HELD:
+            made = load_tile(products, tokens, outs, outs, C, O)
+        yp = tl.sum(y * made, 1)
         g_e = a0 * yp
-        first_a = -e * yp
-        store_tile(g_products + rows, y * -(e * a0)[:, None], tokens, outs, outs, C, O)
+        first_a = -rate * yp
+        g_products = y * -(rate * a0)[:, None]
         if ANCHOR:
-            pull = mm(y, load_tile(anchor + cells, outs, ins, ins, O, I), P)
+            pull = mm(y, load_tile(anchor, outs, ins, ins, O, I), P)
             yp = tl.sum(pull * x, 1)
             g_e += (1 - a0) * yp
-            first_a += e * yp
-            back = (e * (1 - a0))[:, None]
+            first_a += rate * yp
+            back = (rate * (1 - a0))[:, None]
             g_x -= pull * back
             ga -= t_mm(y * back, x, P)
         yd = mm_t(y, d, P)
@@ -189,11 +175,11 @@ def chunk_backward(
         if MOVES:
             k0 = load_row(mixed, tokens, side, C)
             seen = load_tile(mixed + 1, tokens, tokens, side, C, C)
-            pull = mm(y, load_tile(velocity + cells, outs, ins, ins, O, I), P)
+            pull = mm(y, load_tile(velocity, outs, ins, ins, O, I), P)
             yp = tl.sum(pull * x, 1)
             g_e += k0 * yp
-            add_row(g_mixed, -e * yp, tokens, side, C)
-            back = (e * k0)[:, None]
+            add_row(g_mixed, -rate * yp, tokens, side, C)
+            back = (rate * k0)[:, None]
             g_x -= pull * back
             gs -= t_mm(y * back, x, P)
             yu = mm_t(y, u, P)
@@ -201,15 +187,53 @@ def chunk_backward(
             g_gram += yu * seen
             g_u += y - t_mm(gram * seen * beta, y, P)
         g_e = -(g_e + tl.sum(g_gram * gram, 1))
-        store_row(g_erase + n * tokens, g_e, tokens, 1, C)
         g_gram = g_gram * -beta
         g_x += mm(g_gram + tl.trans(g_gram), x, P)
     elif MOVES:
         g_u += y
     if MOVES:
         y = g_u
+    return gs, ga, g_products, g_x, y, g_e
+
+
+@triton.jit
+def chunk_backward(
+    weight, velocity, products, keys, writes, erase, decay, mixed, momentum, queries, anchor, d_in, inverse_in, extra,
+    g_new_weight, g_new_velocity, g_reads,
+    g_weight, g_velocity, g_products, g_keys, g_writes, g_erase, g_decay, g_mixed, g_momentum, g_queries, g_anchor,
+    tokens, outs, ins, key_groups, groups, first_read, table_stride,
+    C: tl.constexpr, O: tl.constexpr, I: tl.constexpr, MOVES: tl.constexpr, ANCHOR: tl.constexpr, ERASE: tl.constexpr,
+    READ: tl.constexpr, AFTER: tl.constexpr, ACTIVE: tl.constexpr, EXTRA: tl.constexpr, ADD: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """Arguments as in `chunk_forward` and `gradient`. Gradients of tables lie `table_stride` apart."""
+    n = tl.program_id(0).to(tl.int64)
+    side = tokens + 1
+    table, share = (n % groups) * side * side, n * table_stride
+    rows, cells, size, line = n * tokens * outs, n * outs * ins, tokens * ins, n * tokens
+    asked, given = (n - first_read) * size, (n - first_read) * tokens * outs
+    x = load_tile(keys + (n % key_groups) * size, tokens, ins, ins, C, I)
+    u = load_tile(writes + rows, tokens, outs, outs, C, O)
+    g_w = load_tile(g_new_weight + cells, outs, ins, ins, O, I)
+    g_s, d, rate = g_w, u, tl.zeros([C], tl.float32)
+    if ERASE:
+        d = load_tile(d_in + rows, tokens, outs, outs, C, O)
+        rate = load_row(erase + line, tokens, 1, C)
+    if MOVES:
+        g_s = load_tile(g_new_velocity + cells, outs, ins, ins, O, I)
+    gs, ga, g_made, g_x, g_u, g_e = gradient(
+        x, u, d, products + rows, rate, g_w, g_s, weight + cells, velocity + cells, anchor + cells,
+        inverse_in + line * tokens, decay + table, mixed + table, momentum + table, queries + asked, extra + asked,
+        g_reads + given, g_weight + cells, g_decay + share, g_mixed + share, g_momentum + share, g_queries + asked,
+        n >= first_read, tokens, outs, ins,
+        C, O, I, MOVES, ANCHOR, ERASE, READ, AFTER, ACTIVE, EXTRA, ADD, False, P,
+    )  # fmt: skip
+    if ERASE:
+        store_tile(g_products + rows, g_made, tokens, outs, outs, C, O)
+        store_row(g_erase + line, g_e, tokens, 1, C)
+    if MOVES:
         store_tile(g_velocity + cells, gs, outs, ins, ins, O, I)
     if ANCHOR:
         store_tile(g_anchor + cells, ga, outs, ins, ins, O, I)
-    store_tile(g_writes + rows, y, tokens, outs, outs, C, O)
+    store_tile(g_writes + rows, g_u, tokens, outs, outs, C, O)
     store_tile(g_keys + n * size, g_x, tokens, ins, ins, C, I)
