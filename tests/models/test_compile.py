@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from nestling.models.hope.levels import give_levels
 
@@ -41,6 +42,23 @@ def test_the_cache_is_carried_inside_and_between_graphs(make_model):
         second = model(IDS[:, 5:], past_key_values=first.past_key_values)
     found = torch.cat([first.logits, second.logits], 1)
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("mixer", ["hope", *(pytest.param(name, marks=SLOW) for name in ("selfmod", "attention"))])
+def test_writing_takes_few_graphs_however_long_the_text(make_model, mixer):
+    """One inside a chunk, one at its end and one at first: no shape of a token's step depends on what was read."""
+    torch._dynamo.reset()
+    model, ids = make_model(mixer).eval(), torch.arange(40).remainder(11)[None]
+    graphs = CompileCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        cache, found = model(ids[:, :20]).past_key_values, []
+        for t in range(20, 40):
+            made = compiled(ids[:, t : t + 1], past_key_values=cache)
+            cache = made.past_key_values
+            found.append(made.logits)
+        torch.testing.assert_close(torch.cat(found, 1), model(ids).logits[:, 20:])
+    assert graphs.frame_count <= 3
 
 
 LEVELS = {"cms_levels": [{"chunk_size": 4, "lr": 0.5}, {"chunk_size": None}], "context_length": 64}

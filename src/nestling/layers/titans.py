@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -237,9 +236,14 @@ class SelfModifyingTitans(nn.Module):
             return dict(zip(self.widths, self.in_proj(mixed).split(sizes, -1), strict=True))
         # parts in a row that see the same input in one product, but for the paths, which go on alone
         parts, at = {}, 0
-        alike = groupby(self.widths, lambda name: (name in self.config.convolved, name if name in PATHS else ""))
-        for (convolved, _), group in alike:
-            names = list(group)
+        runs: list[tuple[bool, list[str]]] = []  # not itertools.groupby, which torch.compile does not trace
+        for name in self.widths:
+            convolved = name in self.config.convolved
+            if runs and runs[-1][0] == convolved and not {name, runs[-1][1][-1]} & set(PATHS):
+                runs[-1][1].append(name)
+            else:
+                runs.append((convolved, [name]))
+        for convolved, names in runs:
             counts = [self.widths[name] for name in names]
             product = F.linear(mixed if convolved else x, self.in_proj.weight[at : at + sum(counts)])
             parts |= zip(names, product.split(counts, -1), strict=True)
