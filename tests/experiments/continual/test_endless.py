@@ -46,7 +46,9 @@ def test_a_document_that_ends_in_the_first_call_is_noted(model, tmp_path):
         AutoModelForCausalLM.from_pretrained(model).requires_grad_(False), [Level(16, lr=0.01)], context=32
     )
     stream = texts.write(tmp_path, tmp_path, True, 400, 2, 1, 80)
-    reading = Reading(learner.eval(), byte_tokenizer(), stream.documents[:2], tmp_path / "a.state", 0, {"first": [1]}, 4)
+    reading = Reading(
+        learner.eval(), byte_tokenizer(), stream.documents[:2], tmp_path / "a.state", 0, {"first": [1]}, 4
+    )
 
     def killed_at_the_end_of_the_first(session):
         if session.notes.document == 0 and session.notes.offset == 200:
