@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from experiments.classes.constrain import classify, prior
 from experiments.classes.intents import Example
 from experiments.classes.learner import ClassLearner, Setup
-from experiments.classes.probes import ClassMeans, LinearProbe
+from experiments.classes.probes import ClassMeans, Exact, LinearProbe
 from experiments.shared.continual.streams import adapted, finetune, learner, pieces, prefilled, read, score, trained
 from experiments.shared.continual.study import LearnerContender
 from nestling.cms.fast_linear import applied
@@ -244,6 +244,7 @@ METHODS: dict[str, type[ClassLearner]] = {
     "zero-shot": Speller,
     "in-context": Speller,
     "finetune": FineTuned,
+    "exact": Exact,
     "probe": LinearProbe,
     "class means": ClassMeans,
 }

@@ -41,6 +41,7 @@ class Format:
     """How a labelled text is written, and a class's name after it."""
 
     def __init__(self, tokenizer: Any, labels: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
         self.encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.names = [self.encode(f" {label}\n") for label in labels]
 

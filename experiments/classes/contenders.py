@@ -44,6 +44,9 @@ def contenders() -> list[LearnerContender]:
         LearnerContender("replay, same weights", "finetune", one, STACK, tuned | kept),
         LearnerContender("linear probe", "probe", options={"lr": 0.5}),
         LearnerContender("class means", "class means"),
+        LearnerContender("exact memory", "exact"),
+        LearnerContender("exact memory's keys, linear probe", "probe", options={"lr": 0.5, "keys": True}),
+        LearnerContender("exact memory's keys, class means", "class means", options={"keys": True}),
     ]
     small = {"window": 512}
     plain = small | {"model": OURS[1]}

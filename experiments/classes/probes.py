@@ -13,14 +13,52 @@ from experiments.classes.intents import Example
 from experiments.classes.learner import ClassLearner, Setup
 from experiments.shared.continual.streams import pad_left
 from experiments.shared.continual.study import LearnerContender
+from nestling.sessions.labels import ASK, Labels
+
+
+class Exact(ClassLearner):
+    """`nestling label`: an exact memory on what the model makes of a text; it stays as it is."""
+
+    def __init__(self, setup: Setup, contender: LearnerContender) -> None:
+        super().__init__(setup, contender)
+        self.known = Labels(setup.model, setup.form.tokenizer)
+
+    def learn(self, group: Sequence[Example]) -> None:
+        self.known.learn([e.text for e in group], [str(e.label) for e in group])
+        self.forwards += read(self.setup, [e.text for e in group])
+        dim = self.known.memory.dim
+        self.parameters = dim * (dim + 1) // 2 + len(self.known.names) * dim
+
+    def answer(self, texts: Sequence[str], classes: Sequence[int]) -> dict[str, list[int]]:
+        found = [int(answer.labels[0]) for answer in self.known.answer(texts)]
+        return {"plain": found, "calibrated": found}
+
+
+def read(setup: Setup, texts: Sequence[str]) -> int:
+    """Tokens that the keys of `nestling label` take."""
+    return sum(len(setup.form.encode(text)) + len(setup.form.encode(ASK)) for text in texts)
 
 
 class Features(ClassLearner):
-    """What the model makes of a text, the mean of its last hidden states; it stays as it is."""
+    """What the model makes of a text, the mean of its last hidden states; it stays as it is.
 
-    @torch.no_grad()
+    Options: keys (its keys of `nestling label` instead).
+    """
+
     def features(self, texts: Sequence[str]) -> Tensor:
         """[N, D], centred and scaled as the first texts."""
+        if self.options.get("keys"):
+            found = Labels(self.setup.model, self.setup.form.tokenizer).keys(texts).float()
+            self.forwards += read(self.setup, texts)
+        else:
+            found = self.means(texts)
+        if not hasattr(self, "scale"):
+            self.shift, self.scale = found.mean(0), found.std(0) + 1e-6
+        return (found - self.shift) / self.scale
+
+    @torch.no_grad()
+    def means(self, texts: Sequence[str]) -> Tensor:
+        """[N, D]: the mean of the last hidden states."""
         found, order = torch.empty(0), sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for at in range(0, len(order), self.setup.batch):
             part = order[at : at + self.setup.batch]
@@ -33,9 +71,7 @@ class Features(ClassLearner):
             found = found if len(found) else pooled.new_empty(len(texts), pooled.shape[1])
             found[part] = pooled
             self.forwards += int(mask.sum())
-        if not hasattr(self, "scale"):
-            self.shift, self.scale = found.mean(0), found.std(0) + 1e-6
-        return (found - self.shift) / self.scale
+        return found
 
     def answer(self, texts: Sequence[str], classes: Sequence[int]) -> dict[str, list[int]]:
         before = self.forwards  # of learning alone

@@ -21,6 +21,7 @@ COMMANDS = (
     "learn",
     "ask",
     "chat",
+    "label",
     "demo",
     "eval",
     "tune",
