@@ -9,6 +9,7 @@ from typing import Any
 from experiments.shared.report import COLOURS, figure, markdown
 
 BASE, DEFAULT = "no levels", "default"
+SHOWN = ("smollm2-135m", "byte llama")  # text by text; of the others the means
 
 
 def of_model(model: str, names: list[str], rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def table(summary: dict[str, Any]) -> str:
                          f"{c['worst_harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}",
                          "-" if c["of_plain"] is None else f"{c['of_plain']:.2f}", *_choice(c["chosen"])])  # fmt: skip
         for c in model["cells"]:
-            if c["contender"] == DEFAULT:
+            if c["contender"] == DEFAULT and model["model"] in SHOWN:
                 texts.append([model["model"], c["text"], c["kind"], f"{c['tokens']:,}", f"{c['before']:.3f}",
                               f"{c['before'] - c['gain']:.3f}", _number(c["carried"]), f"{c['harm']:+.4f}",
                               f"{c['worst_harm']:+.3f}", *_choice(c["chosen"])[1:]])  # fmt: skip
@@ -136,8 +137,8 @@ def _number(value: float | None) -> str:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """Gain and harm of every text by its length, a panel pair for each model."""
-    models = summary["found"]
+    """Gain and harm of every text by its length, a panel pair for each model that is shown text by text."""
+    models = [model for model in summary["found"] if model["model"] in SHOWN] or summary["found"]
     with figure(path, 2 * len(models), (5 * 2 * len(models), 3.8)) as axes:
         for n, model in enumerate(models):
             names = [c["contender"] for c in model["contenders"]]
