@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.knowledge import biographies
+from experiments.knowledge import biographies, pages, report
 from experiments.knowledge.biographies import Question, World
+from experiments.knowledge.retrieval import best
 from experiments.shared.continual.choice import weigh
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import (
@@ -35,7 +36,7 @@ from experiments.shared.continual.streams import (
 )  # fmt: skip
 from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob
 from experiments.shared.data import find_data
-from experiments.shared.report import COLOURS, figure, markdown, pm, spread
+from experiments.shared.report import spread
 from experiments.shared.work import Progress, Row
 from nestling.cms.anchor import set_anchor
 from nestling.cms.defaults import default_levels, fast_levels
@@ -46,9 +47,11 @@ from nestling.sessions.snapshots import FIRST, nearest
 GROUP = "Continual learning"
 QUESTION = "Documents read once: can it answer when they are gone?"
 
-BASE = "closed book"
+BASE = report.BASE
 PROMPT = "Question: {question}\nAnswer: {opening}"
 BETWEEN = "\n\n"  # of two documents
+FOUND = 3  # passages that retrieval puts in front of a question
+ON_PAGES = (BASE, "in context", "retrieval", "default", "default, sleep")
 WIDTH = {"placement": "width", "width": 27}  # the state of two levels is under 5% of the model's weights
 
 
@@ -65,7 +68,7 @@ class Knowledge(ContinualStudy):
     other_parts: int = 4
 
     def methods(self) -> tuple[str, ...]:
-        return ("none", "context", "levels", "finetune")
+        return ("none", "context", "retrieval", "levels", "finetune")
 
     def smoke(self) -> Knowledge:
         chosen = [c for c in self.contenders if c.name in (BASE, "in context", "1 level", "fine-tuning, same weights")]
@@ -82,6 +85,7 @@ def defaults() -> Knowledge:
     return Knowledge(contenders=[
         LearnerContender(BASE, "none"),
         LearnerContender("in context", "context"),
+        LearnerContender("retrieval", "retrieval", options={"passages": FOUND}),
         LearnerContender("1 level", "levels", one),
         LearnerContender("default", "levels"),
         LearnerContender("default, fast", "levels", [level.to_dict() for level in fast_levels(None)]),
@@ -138,12 +142,28 @@ def answers(
     ]  # fmt: skip
 
 
-def measures(questions: list[Question], likely: list[list[float]]) -> dict[str, float]:
+def retrieved(model: nn.Module, world: World, encode: Callable[[str], list[int]], passages: int) -> list[list[float]]:
+    """The answers to each question with the passages in front of it that share most with it."""
+    texts = [line for text in world.texts for line in text.splitlines() if line.strip()]
+    found = []
+    for q in world.questions:
+        shown = BETWEEN.join(best(f"{q.text} {q.opening}", texts, passages)) + BETWEEN
+        found += answers(model, [q], encode, prefilled(model, encode(shown)))
+    return found
+
+
+def measures(
+    questions: list[Question], likely: list[list[float]], before: list[list[float]] | None = None
+) -> dict[str, float]:
     """How well questions were answered.
+
+    Args:
+        before: the answers without anything read, where every question has choices of its own.
 
     Returns:
         accuracy: the likeliest choice is right.  calibrated: the same, with each choice measured against its mean over
-        all people (what the model says of anybody tells nothing).  right: log-probability of the right choice.
+        all people (what the model says of anybody tells nothing), or against `before`.
+        right: log-probability of the right choice.
         margin: the same minus the mean of the wrong ones.
     """
     groups: dict[str, list[list[float]]] = {}
@@ -151,8 +171,9 @@ def measures(questions: list[Question], likely: list[list[float]]) -> dict[str, 
         groups.setdefault(q.attribute, []).append(found)
     usual = {a: [sum(c) / len(c) for c in zip(*rows)] for a, rows in groups.items()}
     total = dict.fromkeys(("accuracy", "calibrated", "right", "margin"), 0.0)
-    for q, found in zip(questions, likely, strict=True):
-        apart = [x - u for x, u in zip(found, usual[q.attribute], strict=True)]
+    for n, (q, found) in enumerate(zip(questions, likely, strict=True)):
+        against = before[n] if before else usual[q.attribute]
+        apart = [x - u for x, u in zip(found, against, strict=True)]
         wrong = [x for i, x in enumerate(found) if i != q.answer]
         total["accuracy"] += max(range(len(found)), key=found.__getitem__) == q.answer
         total["calibrated"] += max(range(len(apart)), key=apart.__getitem__) == q.answer
@@ -179,26 +200,39 @@ def other(path: Path, settings_key: tuple[str, str, int, int], seed: int) -> tup
     return torch.tensor(rows), size
 
 
+@dataclass(frozen=True)
+class KnowledgeJob(StreamJob):
+    """One contender on one set of people, or on the pages."""
+
+    world: str = "people"
+
+    @property
+    def key(self) -> str:
+        return super().key if self.world == "people" else f"{self.world} {super().key}"
+
+
 class KnowledgeWork(ContinualWork):
     def __init__(self, settings: Knowledge, folder: Path) -> None:
         file = folder / settings.other_text
         super().__init__(settings, f"{file.name} {file.stat().st_size}")
         self.file = file
 
-    def reads(self, job: StreamJob) -> str:
+    def reads(self, job: KnowledgeJob) -> str:
         """The default's levels too, which a contender does not name."""
         contender = self.settings.contender(job.contender)
         default = contender.method == "levels" and not contender.levels
-        return f"{self.data} {default_levels(None)}" if default else self.data
+        found = f"{self.data} {default_levels(None)}" if default else self.data
+        return found if job.world == "people" else f"{found} {pages.build()}"
 
-    def run(self, job: StreamJob, progress: Progress | None) -> dict[str, Any]:
+    def run(self, job: KnowledgeJob, progress: Progress | None) -> dict[str, Any]:
         settings, contender = self.settings, self.settings.contender(job.contender)
         plain, tokenizer = pretrained(settings.model, settings.dtype)
 
         def encode(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        world = biographies.build(settings.people, settings.paraphrases, job.seed)
+        on_pages = job.world == "pages"
+        world = pages.build() if on_pages else biographies.build(settings.people, settings.paraphrases, job.seed)
         text = BETWEEN.join(world.texts) + BETWEEN
         documents = torch.tensor([encode(text)])
         slept = [shuffled(text, turn + 1) + BETWEEN for turn in range(contender.options.get("sleep", 0))]
@@ -214,11 +248,16 @@ class KnowledgeWork(ContinualWork):
         )
         with adapted(model, cache):
             context = prefilled(model, documents[0].tolist()) if contender.method == "context" else None
-            likely = answers(model, world.questions, encode, context)
-            found = measures(world.questions, likely) | {"by_attribute": by_attribute(world, likely)}
+            likely = (
+                retrieved(model, world, encode, contender.options["passages"]) if contender.method == "retrieval"
+                else answers(model, world.questions, encode, context)
+            )  # fmt: skip
+            before = answers(plain, world.questions, encode) if on_pages and contender.method != "none" else likely
+            found = measures(world.questions, likely, before if on_pages else None)
+            found |= {"by_attribute": by_attribute(world, likely, before if on_pages else None)}
             losses = token_losses(model, parts)
         bits = losses.sum().item() / math.log(2) / size
-        if contender.method == "levels" and not contender.levels:
+        if contender.method == "levels" and not contender.levels and not on_pages:
             found["choice"] = choice(plain, model, cache, world, encode, likely, parts, size, tokenizer.eos_token_id)
         return found | {"other_bits": bits, "updates": updates, "tokens": documents.shape[1],
                         "read": sum(turn.shape[1] for turn in turns),
@@ -265,12 +304,13 @@ def choice(
             "other_bits": bits[0], "other_without": bits[1]}  # fmt: skip
 
 
-def by_attribute(world: World, likely: list[list[float]]) -> dict[str, float]:
-    """The calibrated accuracy of the questions about each attribute."""
+def by_attribute(world: World, likely: list[list[float]], before: list[list[float]] | None = None) -> dict[str, float]:
+    """The calibrated accuracy of the questions about each attribute, or page."""
     found = {}
     for attribute in dict.fromkeys(q.attribute for q in world.questions):
-        mine = [(q, x) for q, x in zip(world.questions, likely, strict=True) if q.attribute == attribute]
-        found[attribute] = measures([q for q, _ in mine], [x for _, x in mine])["calibrated"]
+        mine = [n for n, q in enumerate(world.questions) if q.attribute == attribute]
+        asked, own = [world.questions[n] for n in mine], [likely[n] for n in mine]
+        found[attribute] = measures(asked, own, [before[n] for n in mine] if before else None)["calibrated"]
     return found
 
 
@@ -280,17 +320,19 @@ def work(settings: Knowledge, data: str | Path | None, smoke: bool) -> Knowledge
     return KnowledgeWork(settings, find_data(data, "books", [settings.other_text], source))
 
 
-def plan(settings: Knowledge, contenders: list[LearnerContender], row: Row) -> list[StreamJob]:
-    """Every contender on every seed."""
-    return [StreamJob(c.name, seed) for seed in settings.seeds for c in contenders]
+def plan(settings: Knowledge, contenders: list[LearnerContender], row: Row) -> list[KnowledgeJob]:
+    """Every contender on every seed; some on the pages, on the first."""
+    first = settings.seeds[0]
+    chosen = [KnowledgeJob(c.name, first, world="pages") for c in contenders if c.name in ON_PAGES]
+    return [KnowledgeJob(c.name, seed) for seed in settings.seeds for c in contenders] + chosen
 
 
 def summarize(settings: Knowledge, contenders: list[LearnerContender], row: Row) -> dict[str, Any]:
     """Means and spreads over seeds; gains and harm are taken against the closed book on the same seed."""
-    found, base = [], {seed: row(StreamJob(BASE, seed)) for seed in settings.seeds}
+    found, base = [], {seed: row(KnowledgeJob(BASE, seed)) for seed in settings.seeds}
     tokens = chance_ = None
     for contender in contenders:
-        rows = {seed: r for seed in settings.seeds if (r := row(StreamJob(contender.name, seed)))}
+        rows = {seed: r for seed in settings.seeds if (r := row(KnowledgeJob(contender.name, seed)))}
         if not rows:
             continue
         pairs = [(r, base[seed]) for seed, r in rows.items() if base[seed]]
@@ -321,52 +363,10 @@ def summarize(settings: Knowledge, contenders: list[LearnerContender], row: Row)
         "chance": chance_,
         "seeds": len(settings.seeds),
         "contenders": found,
+        "pages": report.on_pages(
+            {c.name: row(KnowledgeJob(c.name, settings.seeds[0], world="pages")) for c in contenders}
+        ),
     }
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The figures as Markdown, and the accuracy by attribute."""
-    rows, parts = [], []
-    for c in summary["contenders"]:
-        chunks = " + ".join(str(level["chunk_size"]) for level in c["levels"] if c["method"] == "levels") or "-"
-        chosen = [pm(c["chosen"]["calibrated"], 2), pm(c["chosen"]["harm"])] if c["chosen"] else ["-", "-"]
-        rows.append([c["contender"], chunks, ", ".join(map(str, c["updates"])) or "-", pm(c["accuracy"], 2),
-                     pm(c["calibrated"], 2), pm(c["gain"], 2), pm(c["margin"], 2), pm(c["harm"]),
-                     pm(c["learning_seconds"], 0), *chosen])  # fmt: skip
-        parts.append([c["contender"], *(pm(a, 2) for a in c["by_attribute"].values())])
-    text = markdown(["learner", "chunks", "updates", "accuracy", "calibrated accuracy", "gain", "margin",
-                     "harm elsewhere", "seconds of learning", "calibrated, chosen", "harm, chosen"], rows)  # fmt: skip
-    text += "\nCalibrated accuracy by attribute:\n\n"
-    text += markdown(["learner", *summary["contenders"][0]["by_attribute"]], parts)
-    text += f"\n{summary['people']} invented people, {summary['paraphrases']} short texts about each, "
-    text += f"{summary['tokens']['mean']:,.0f} tokens read once; then every attribute of everybody is asked for, "
-    text += 'without the texts (but "in context"). '
-    text += f"Mean ± standard deviation over {summary['seeds']} sets of people. Accuracy: the likeliest of the values "
-    text += f"that occur is the right one; chance is {summary['chance']:.2f}. Calibrated: each value is first measured "
-    text += "against its mean over all people. Gain: log-probability of the right value, in nats, over "
-    text += f"{BASE}. Margin: the same minus the mean of the wrong values. Harm elsewhere: bits per byte of ordinary "
-    text += "book text after reading minus before. Chosen: whether a question, or a part of ordinary text, is answered "
-    text += "by what was learned or by nothing is chosen by it, or by its first 64 tokens.\n"
-    return text
-
-
-def plot(summary: dict[str, Any], path: Path) -> None:
-    """Accuracy, margin and harm of every learner."""
-    names = [c["contender"] for c in summary["contenders"]]
-    panels = [
-        (("accuracy", "calibrated"), "Right answers", "accuracy (hollow: calibrated)", summary["chance"]),
-        (("margin",), "Right value against the wrong ones", "nats", 0),
-        (("harm",), "Harm elsewhere", "bits per byte, after minus before", 0),
-    ]
-    with figure(path, len(panels), (15, 1.4 + 0.36 * len(names)), sharey=True) as axes:
-        for axis, (measures_, title, label, line) in zip(axes, panels):
-            for place, c in enumerate(summary["contenders"]):
-                colour = COLOURS[("none", "context", "levels", "finetune").index(c["method"])]
-                for n, measure in enumerate(measures_):
-                    if value := c[measure]:
-                        axis.errorbar(value["mean"], place + 0.3 * n, xerr=value["std"], fmt="o", color=colour,
-                                      capsize=3, markerfacecolor="white" if n else colour)  # fmt: skip
-            axis.axvline(line, color="0.5", linewidth=0.8, linestyle=":" if line else "-")
-            axis.set(title=title, xlabel=label)
-        axes[0].set_yticks(range(len(names)), names)
-        axes[0].invert_yaxis()
+table, plot = report.table, report.plot

@@ -45,7 +45,14 @@ NOT_RUN = {
         "default, snapshots",
     },
     "endless": {"default"},
-    "knowledge": {"default", "default, fast", "default, as notes", "default, sleep", "default, sleep, anchored"},
+    "knowledge": {
+        "retrieval",
+        "default",
+        "default, fast",
+        "default, as notes",
+        "default, sleep",
+        "default, sleep, anchored",
+    },
     "languages": {c.name for c in find("languages").defaults().contenders},
     "quality_2m": {"gated deltanet and window", "transformer + conv"},
     "quality": {

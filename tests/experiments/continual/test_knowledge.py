@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 
+from experiments.knowledge import pages
 from experiments.knowledge.biographies import ATTRIBUTES, Question, build
 from experiments.knowledge.experiment import PROMPT, Knowledge, answers, chance, measures, taught
+from experiments.knowledge.retrieval import best, words
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import adapted, prefilled
 from experiments.shared.continual.study import LearnerContender
@@ -24,6 +26,7 @@ def settings(model):
         other_parts=2, seeds=[0, 1], contenders=[
             LearnerContender("closed book", "none"),
             LearnerContender("in context", "context"),
+            LearnerContender("retrieval", "retrieval", options={"passages": 1}),
             LearnerContender("1 level", "levels", LEVELS, STACK),
             LearnerContender("width", "levels", LEVELS, {"placement": "width", "width": 4}),
             LearnerContender("same weights", "finetune", LEVELS, STACK, {"lr": 1e-2, "size": 32}),
@@ -65,6 +68,24 @@ def test_measures_by_hand():
     found = measures(questions, [[-1.0, -4.0], [-2.0, -3.0]])  # x is likelier for anybody; less so for the second
     assert found == {"accuracy": 0.5, "calibrated": 1.0, "right": -2.0, "margin": 1.0}
     assert chance(questions) == 0.5
+    before = [[-1.0, -5.0], [-3.0, -3.0]]  # what was said of each before anything was read
+    assert measures(questions, [[-1.0, -4.0], [-2.0, -3.0]], before)["calibrated"] == 0.0
+
+
+def test_pages_answer_their_questions_and_give_no_wording_away():
+    world = pages.build()
+    for q in world.questions:
+        text = pages.PAGES[q.attribute].read_text().lower()
+        assert len(set(q.choices)) == 4 and q.choices[q.answer].split()[0].lower() in text
+        assert q.opening.lower() not in text and q.text.lower() not in text
+    assert {q.answer for q in world.questions} == {0, 1, 2, 3} and [*pages.ASKED] == [*pages.PAGES]
+
+
+def test_retrieval_ranks_rare_shared_words_first():
+    passages = ["the cat sat on the mat", "the dog and the cat", "a bassoon, the loud one", "the the the the"]
+    assert best("Who plays the BASSOON?", passages, 1) == passages[2:3]
+    assert best("the dog's cat", passages, 2) == passages[:2]
+    assert best("nothing shared", passages, 9) == passages and words("Ab-c, D") == ["ab", "c", "d"]
 
 
 def test_answers_are_log_probabilities_of_the_choices(model):
@@ -111,6 +132,13 @@ def test_the_experiment_runs_and_reports(settings, tmp_path):
     assert not summary["missing"] and not summary["failed"]
     found = {c["contender"]: c for c in summary["contenders"]}
     assert found["closed book"]["gain"]["mean"] == 0 == found["in context"]["harm"]["mean"]
+    assert (
+        found["retrieval"]["gain"]["mean"] != found["in context"]["gain"]["mean"]
+        and found["retrieval"]["updates"] == []
+    )
+    assert [c["contender"] for c in summary["pages"]] == ["closed book", "in context", "retrieval", "default"]
+    assert set(summary["pages"][3]["by_attribute"]) == set(pages.PAGES) and summary["pages"][3]["harm"] != 0
+    assert "| default |" in (out / "table.md").read_text().partition("Pages (")[2]
     assert found["1 level"]["gain"]["mean"] != 0 != found["1 level"]["harm"]["mean"]
     assert set(found["1 level"]["by_attribute"]) == set(ATTRIBUTES)
     assert 0 <= found["default"]["chosen"]["taken"]["mean"] <= 1 and found["1 level"]["chosen"] is None
