@@ -43,9 +43,14 @@ NOT_RUN = {
         "default",
         "default, replay",
         "default, snapshots",
+        "exact memory",
+        "exact memory's keys, linear probe",
+        "exact memory's keys, class means",
     },
     "endless": {"default"},
     "knowledge": {
+        "closed book",
+        "in context",
         "retrieval",
         "default",
         "default, fast",
@@ -94,7 +99,7 @@ def test_committed_rows_belong_to_the_present_settings(name, monkeypatch):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     found = {}
     for row in rows:
-        job = job_class(**{name: row[name] for name in fields})
+        job = job_class(**{name: row[name] for name in fields if name in row})  # older rows lack a later field
         assert (job.key, work.fingerprint(job)) == (row["key"], row["fingerprint"])
         found[job.kind, job.key] = row
     # and they are all that the experiment calls for
