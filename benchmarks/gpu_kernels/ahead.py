@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
-import tempfile
 import time
-from pathlib import Path
+from contextlib import redirect_stdout
+from io import StringIO
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -43,15 +43,10 @@ def build(kernel, chunk: int, head: int, precision: str, warps: int) -> dict[str
     kinds = {n: "constexpr" if n in flags else "i32" if n in NUMBERS else "*fp32" for n in names}
     source = ASTSource(fn=kernel, signature=kinds, constexprs={n: flags[n] for n in names if n in flags})
     begun = time.time()
-    made = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 1, "debug": False}
-    )
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "kernel.ptx")
-        text.write_text(made.asm["ptx"], encoding="utf-8")
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(text), "-o", str(Path(folder, "out"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+    with redirect_stdout(StringIO()) as log:
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 1})
+    said = log.getvalue()
 
     def number(pattern: str) -> int:
         found = re.search(pattern, said)

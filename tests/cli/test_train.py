@@ -31,6 +31,17 @@ def test_resume_needs_only_the_folder(call, trained):
     assert "nestling generate" in result.stdout
 
 
+def test_a_run_of_several_processes_goes_on_in_one(call, trained):
+    """Its run.json says how they shared it; one process shares it with none."""
+    stored = TrainConfig.load(trained / "run.json")
+    stored.changed(**{"parallel.mode": "fsdp", "parallel.offload": True}).save(trained / "run.json")
+    result = call("train", "--out", trained, "--resume", "--steps", 6)
+    assert result.exit_code == 0, result.stderr
+    assert TrainConfig.load(trained / "run.json").parallel == stored.parallel
+    refused = call("train", "--out", trained, "--resume", "--steps", 7, "--parallel", "fsdp")
+    assert refused.exit_code != 0 and "needs the processes of torchrun" in refused.stderr
+
+
 def test_options_reach_every_part_of_the_configuration(call, text, tmp_path):
     (tmp_path / "base.yaml").write_text("optim:\n  weight_decay: 0.3\n  lr: 0.5\n")
     arguments = ["train", text, "--out", tmp_path / "r", "--config", tmp_path / "base.yaml", "--steps", 1, *TINY]

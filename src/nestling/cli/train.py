@@ -137,6 +137,7 @@ def main(
       nestling train book.txt --out runs/book -o schedule.warmup=0.1 -o optim.clip=0.5
     """
     from nestling.training.config import RUN_FILE, TrainConfig
+    from nestling.utils.ranks import is_launched
 
     if init is not None and model is not None:
         raise ValueError("--init and --model both say where the weights come from: give one of them")
@@ -179,6 +180,9 @@ def main(
     if resume and config is None and stored.is_file():
         base = TrainConfig.load(stored)
         options.setdefault("out", str(stored.parent))  # the folder may have moved
+        if not is_launched():  # a run of several processes goes on in one
+            for name, alone in (("mode", "auto"), ("sequence", 1), ("offload", False)):
+                options.setdefault(f"parallel.{name}", alone)
     if set_:
         options["model.options"] = nested(assignments(set_, "--set"), base.model.options)
     final = base.changed(**options)

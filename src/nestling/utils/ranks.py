@@ -98,7 +98,12 @@ def find_ranks() -> Ranks:
 
 def is_first() -> bool:
     """Whether this process is the one that speaks, also before and after the process group is open."""
-    return int(os.environ.get("RANK", 0)) == 0 if all(name in os.environ for name in STARTED) else True
+    return int(os.environ.get("RANK", 0)) == 0 if is_launched() else True
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or something like it, started this process as one of several."""
+    return all(name in os.environ for name in STARTED)
 
 
 @contextmanager
@@ -108,7 +113,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     Args:
         device: of the run, as its configuration names it.
     """
-    if not all(name in os.environ for name in STARTED) or dist.is_initialized():
+    if not is_launched() or dist.is_initialized():
         yield find_ranks()
         return
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
