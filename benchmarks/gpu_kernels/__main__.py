@@ -101,6 +101,11 @@ def items() -> dict[str, tuple]:
     found["block, batch 4"] = time_layer, dict(chunk=None, precision=one), 10
     for c, p in LAYERS:
         found[f"layer chunk {c}, {p}, batch 4"] = time_layer, dict(chunk=c, precision=p, profiled=c == chunk), 20
+    for c in (chunk, 32, 16):  # a chunk in one program each way, beside the forms above
+        found[f"check whole {c} {one}"] = check, dict(kind="whole", tokens=c, precision=one), 120
+        found[f"time whole {c} {one}"] = time_step, dict(kind="whole", tokens=c, precision=one), 60
+    options = dict(chunk=chunk, precision=one, whole=True, profiled=True)
+    found[f"layer chunk {chunk}, {one}, whole, batch 4"] = time_layer, options, 120
     found["block, batch 1"] = time_layer, dict(chunk=None, precision=one, batch=1), 10
     for p in (x3, one):
         found[f"layer chunk 64, {p}, batch 1"] = time_layer, dict(chunk=chunk, precision=p, batch=1), 15

@@ -16,7 +16,7 @@ from nestling.ops import triton as kernels
 def check(kind, tokens, precision, warps=None, sides=(WIDTH,)) -> dict:
     use(precision, warps)
     want_step = prepare(kind, tokens, torch.float64, "cpu", sides[0])
-    reference = by_rule if kind == "mlp" else linear_by_rule
+    reference = linear_by_rule if kind == "linear" else by_rule
     want = [o for o in reference(want_step, False) if o is not None]
     loss_of(want).backward()
     step = prepare(kind, tokens, torch.float32, DEVICE, sides[0])

@@ -51,13 +51,13 @@ def gate_arguments(tokens, n=2, groups=HEADS, outs=1, ins=WIDTH):
 
 
 def by_kernels(kind):
-    from nestling.memory.fused_kernels import linear_step, mlp_step
+    from nestling.memory.fused_kernels import linear_step, mlp_step, mlp_whole_step
 
-    return mlp_step if kind == "mlp" else linear_step
+    return {"mlp": mlp_step, "whole": mlp_whole_step, "linear": linear_step}[kind]
 
 
 def prepare(kind, tokens, dtype, device, p=WIDTH):
-    made = mlp_arguments(tokens, p=p) if kind == "mlp" else gate_arguments(tokens)
+    made = gate_arguments(tokens) if kind == "linear" else mlp_arguments(tokens, p=p)
     return type(made)(*(None if t is None else t.to(device, dtype).requires_grad_() for t in made))
 
 

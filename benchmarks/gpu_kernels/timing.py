@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -103,10 +104,11 @@ class Block(torch.nn.Module):
 
 
 def time_layer(
-    chunk, precision, with_kernels=True, tokens=4096, batch=4, profiled=False, graph=True, eager=True
+    chunk, precision, with_kernels=True, tokens=4096, batch=4, profiled=False, graph=True, eager=True, whole=False
 ) -> dict:
-    """Forward and backward in bf16; chunk None is the softmax block. Times in ms."""
+    """Forward and backward in bf16; chunk None is the softmax block; whole: a chunk in one program. Times in ms."""
     use(precision, None)
+    os.environ["NESTLING_TRITON"] = "whole" if whole else "1"
     torch.manual_seed(0)
     width = 16 * WIDTH
     layer = (Block(width, 16) if chunk is None else SelfModifyingTitans(width, 16, chunk_size=chunk)).cuda()
