@@ -41,7 +41,7 @@ def table(summary: dict[str, Any]) -> str:
     text += markdown(["learner", *summary["contenders"][0]["by_attribute"]], parts)
     text += f"\n{summary['people']} invented people, {summary['paraphrases']} short texts about each, "
     text += f"{summary['tokens']['mean']:,.0f} tokens read once; then every attribute of everybody is asked for, "
-    text += 'without the texts (but "in context"). '
+    text += 'without the texts (but "in context" and "retrieval"). '
     text += f"Mean ± standard deviation over {summary['seeds']} sets of people. Accuracy: the likeliest of the values "
     text += f"that occur is the right one; chance is {summary['chance']:.2f}. Calibrated: each value is first measured "
     text += "against its mean over all people. Gain: log-probability of the right value, in nats, over "

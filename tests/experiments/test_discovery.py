@@ -49,9 +49,6 @@ NOT_RUN = {
     },
     "endless": {"default"},
     "knowledge": {
-        "closed book",
-        "in context",
-        "retrieval",
         "default",
         "default, fast",
         "default, as notes",

@@ -21,6 +21,10 @@ def test_sentences_are_held_out_and_what_leads_to_them_is_read(text):
         assert one.sentence in text and one.sentence not in rest and one.lead in rest
     assert sorted((rest + " " + " ".join(h.sentence for h in held)).split()) == sorted(text.split())
     assert held_out("One line. " + "x" * (LONGEST + 1)) == ("One line. " + "x" * (LONGEST + 1), [])
+    short = "The key hangs behind the door. Mara keeps the sails in the attic.\nThe anchor lies under the stairs."
+    assert [h.sentence for h in held_out(short)[1]] == ["The anchor lies under the stairs."]
+    two = "The key hangs behind the door. Mara keeps the sails in the attic."
+    assert held_out(two) == (two, [])  # a note of one sentence that may be held out is read whole
 
 
 def test_a_checked_session_says_what_is_known_of_them(model, tokenizer, session, tmp_path, text):

@@ -90,7 +90,10 @@ def main(
         resumed, notes = (load_state(state, model), load_notes(state)) if state and state.exists() else (None, None)
         if forget_context and resumed is not None:
             if not isinstance(resumed, LevelsCache) or resumed.levels is None:
-                raise ValueError(f"--forget-context leaves what levels learned, and {state} holds nothing of levels")
+                raise ValueError(
+                    f"--forget-context leaves what levels learned, and {state} holds nothing of levels: "
+                    "let it read first (nestling learn)"
+                )
             resumed.forget_context()
         written = _Writer(TextGenerator(model, tokenizer, resumed, seed), shown=not as_json, carry=carry)
         texts = []

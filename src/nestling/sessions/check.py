@@ -55,7 +55,8 @@ def held_out(text: str) -> tuple[str, list[Held]]:
     parts = sentences(text)
     fit = [i for i in range(1, len(parts)) if SHORTEST <= len(parts[i].strip()) <= LONGEST and parts[i - 1].strip()]
     chosen: list[int] = []
-    for i in fit[EACH // 2 :: max(EACH, -(-len(fit) // MOST))]:
+    first = min(EACH // 2, len(fit) - 1) if len(fit) > 1 else EACH  # of a short note one, but never all there is
+    for i in fit[first :: max(EACH, -(-len(fit) // MOST))]:
         if not chosen or i - 1 > chosen[-1]:  # what leads to it is read
             chosen.append(i)
     rest = "".join(part for i, part in enumerate(parts) if i not in set(chosen))
