@@ -1,7 +1,8 @@
-"""A chunk of an MLP memory in one program each way: what it holds is loaded once and stays until its chunk is done.
+"""A chunk of an MLP memory in one program each way: what one step makes for the next stays with the program.
 
-The same equations as `inner` and `rule` by launches of their own. Between the steps nothing goes through memory; the
-backward pass keeps W2 k, the error, the rate and what each layer's rule solved, and makes the rest anew.
+The same equations as `inner` and `rule` by launches of their own. Weights are loaded again where keeping them would
+take more shared memory than an H100 has. The backward pass keeps W2 k, the error, the rate and what each layer's rule
+solved, and makes the rest anew.
 """
 
 from __future__ import annotations
