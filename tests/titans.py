@@ -42,6 +42,7 @@ SETTINGS = {
     "retain_zero_linear": dict(retain="zero", architecture="linear"),
     "erase_gate": dict(erase_gate=True),
     "erase_gate_alone": dict(erase_gate=True, dgd=False, momentum=False, tied_write=False),
+    "erase_heads": dict(erase_gate=True, momentum=False, tied_write=False, erase_heads=1),
     "erase_gate_first_of_two": dict(erase_gate=True, erase_range=2.0),
     "erase_gate_last_of_two": dict(
         erase_gate=True, erase_range=2.0, erase_layer="last", objective="dot", gated_erase=True, read="after"
@@ -87,7 +88,7 @@ CHOICES = {
     "architecture": ("mlp", "linear"), "skip": ("outer", "inner"), "first_rate": (None, 0.3),
     "objective": ("l2", "dot"), "dgd": (True, False), "gated_erase": (False, True), "step": ("joint", "layer", "plain"),
     "erase_gate": (True, True, False), "erase_range": (1.0, 2.0), "erase_layer": ("first", "last"),
-    "tied_write": (True, False), "self_targets": (True, False), "momentum": (True, False),
+    "tied_write": (True, False), "erase_heads": (None, 1), "self_targets": (True, False), "momentum": (True, False),
     "rate": ("learned", "gate", "one"), "decay": ("learned", "none"), "retain": ("initial", "zero"),
     "read": ("before", "after", "chunk"), "conv_size": (3, 0), "qkv_conv": (0, 2),
     "conv_for": ("all", "gates", ("k", "erase", "x")), "normalize_values": (True, False),
@@ -116,7 +117,9 @@ def build_drawn(seed=0, **options):
 def possible(o):
     """Drawn settings with those changed that are refused together."""
     if not o["erase_gate"]:
-        o |= {"erase_range": 1.0, "erase_layer": "first", "tied_write": True}
+        o |= {"erase_range": 1.0, "erase_layer": "first", "tied_write": True, "erase_heads": None}
+    if o["tied_write"]:
+        o["erase_heads"] = None
     if o["architecture"] == "linear":
         o |= {"skip": "outer", "first_rate": None, "erase_layer": "first"}
     if o["erase_range"] > 1 and (o["architecture"] == "linear" or o["erase_layer"] == "last"):

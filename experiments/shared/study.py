@@ -30,9 +30,11 @@ def check_names(contenders: Iterable[Contender]) -> None:
 
 
 def without_stages(schedule: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's values as a fingerprint takes them: a single stage is what all rows had before there were two."""
+    """A schedule's values as a fingerprint takes them: one stage is what all rows had before there were two."""
     one = schedule["chunk_factor"] == 1
-    return {k: v for k, v in schedule.items() if not (one and k.startswith("chunk_"))}
+    full = schedule["short_window"] is None
+    left_out = [*(["chunk_"] if one else []), *(["short_"] if full else [])]
+    return {k: v for k, v in schedule.items() if not k.startswith(tuple(left_out))}
 
 
 @dataclass

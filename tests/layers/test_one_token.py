@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(build.native() is None, reason="needs a C++ comp
 VARIANTS = [
     *((name, {} if MIXERS[name][0] is Attention else {"chunk_size": 5}) for name in MIXERS),
     ("hope_memory", dict(chunk_size=5, tied_write=False, momentum=True, retain="initial")),
+    ("hope_memory", dict(chunk_size=5, tied_write=False, erase_heads=2)),
     ("titans_linear", dict(chunk_size=4, read="chunk", retain="initial", qkv_conv=3, conv_size=0, output_gate=False)),
     ("gated_deltanet", dict(chunk_size=1, read="before", norm_limit=0.02)),
     ("window_attention", dict(window=9, num_kv_heads=1, qk_norm=True, conv_size=0, output_gate=False)),

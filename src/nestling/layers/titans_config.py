@@ -66,6 +66,9 @@ class TitansConfig:
     initial_erase: float = 0.5
     """The erase's gate before training, a part of `erase_range`: from 0.5 a range of 2 begins by overwriting, from 0.85
     by turning values around."""
+    erase_heads: int | None = None
+    """How many heads erase, the first ones; the gates of the others are 0, so they only add: a sum counts, and holds
+    more pairs (decision D35). It needs tied_write=False. None is all."""
     erase_layer: str = "first"
     """Which layer of a deep memory the gate erases in, "first" or "last"; the other ones as without it."""
     tied_write: bool = True
@@ -188,6 +191,8 @@ class TitansConfig:
             raise ValueError(f"initial_erase must lie between 0 and 1; got {self.initial_erase!r}")
         if self.initial_erase != 0.5 and not self.erase_gate:
             raise ValueError(f"initial_erase={self.initial_erase!r} is of a gate: it needs erase_gate=True")
+        if self.erase_heads is not None:
+            self._check_erase_heads(self.erase_heads)
         if not self.initial_scale >= 0:
             raise ValueError(f"initial_scale must not be negative; got {self.initial_scale!r}")
         if self.head_dim is None and self.dim % self.num_heads:
@@ -201,6 +206,17 @@ class TitansConfig:
             )
         if len(self.horizon) != 2 or min(self.horizon) <= 1:
             raise ValueError(f"horizon must be two numbers of tokens above 1; got {self.horizon!r}")
+
+    def _check_erase_heads(self, heads: int) -> None:
+        if not isinstance(heads, int) or not 0 < heads <= self.num_heads:
+            raise ValueError(
+                f"erase_heads must be an integer from 1 to num_heads ({self.num_heads}), or None; got {heads!r}"
+            )
+        if not self.erase_gate or self.tied_write:
+            raise ValueError(
+                f"erase_heads={heads} closes the erase's gate in the other heads: it needs erase_gate=True, and "
+                "tied_write=False, or they would not write"
+            )
 
     def _check_choices(self) -> None:
         unknown = set(self.adaptive) - set(ADAPTIVE)

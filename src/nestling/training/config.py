@@ -157,8 +157,10 @@ class OptimConfig:
 @dataclass
 class ScheduleConfig:
     """What changes over the run: the learning rate, as a factor on `optim.lr`: "cosine", "wsd" (warm-up, stable, decay)
-    or "constant"; and how often memories write: with a `chunk_factor` above 1 their chunks are so many times as long in
-    the steps before `chunk_until`, which is cheaper, and then the model's own (the two stages of TNT)."""
+    or "constant"; how often memories write: with a `chunk_factor` above 1 their chunks are so many times as long in
+    the steps before `chunk_until`, which is cheaper, and then the model's own (the two stages of TNT); and how far
+    attention sees: with a `short_window` no further than so many tokens in a share of the steps before `short_until`,
+    drawn at random, so that the memories learn what the attention beside them would otherwise do (decision D36)."""
 
     name: str = "cosine"
     warmup: float = 0.05  # fraction of the steps
@@ -166,11 +168,16 @@ class ScheduleConfig:
     final: float = 0.1  # the factor at the end
     chunk_factor: int = 1
     chunk_until: float = 0.8  # fraction of the steps
+    short_window: int | None = None  # tokens
+    short_share: float = 0.5  # of the steps
+    short_until: float = 0.75  # fraction of the steps
 
     def __post_init__(self) -> None:
         _one_of(self, "name", ("cosine", "wsd", "constant"))
         _positive(self, "chunk_factor")
-        for name in ("warmup", "decay", "final", "chunk_until"):
+        if self.short_window is not None:
+            _positive(self, "short_window")
+        for name in ("warmup", "decay", "final", "chunk_until", "short_share", "short_until"):
             _within(self, name, 0.0, 1.0)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from nestling.layers.attention import Attention
 from nestling.layers.titans import SelfModifyingTitans
 from nestling.schedule import Schedule
 from nestling.training.config import TrainConfig
@@ -93,3 +94,40 @@ def chunk_warnings(model: nn.Module, window: int) -> list[str]:
         f"a training window of {window} tokens is not longer than a memory's chunk of {max(chunks)}: what the model "
         "does with a second chunk stays untrained. Take a larger seq_len, or a smaller chunk_size of the mixer"
     ]
+
+
+@contextmanager
+def shorter_windows(model: nn.Module, limit: int | None) -> Iterator[None]:
+    """Inside, no attention of the model sees more than `limit` tokens: for whole sequences, forward and backward."""
+    if limit is None:
+        yield
+        return
+    layers = attentions(model)
+    own = [layer.window for layer in layers]
+    try:
+        for layer in layers:
+            layer.window = min(limit, layer.window or limit)
+        yield
+    finally:
+        for layer, window in zip(layers, own):
+            layer.window = window
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """The layers of softmax attention."""
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def check_short_window(model: nn.Module, limit: int | None) -> None:
+    """Raise ValueError where `schedule.short_window` would have no effect, or leave nothing that sees further."""
+    if limit is None:
+        return
+    windows = [layer.window for layer in attentions(model)]
+    if not any(window is None or window > limit for window in windows):
+        held = f"windows of {', '.join(map(str, sorted({w for w in windows if w})))}" if windows else "no attention"
+        raise ValueError(f"schedule.short_window {limit} shortens no window: this {type(model).__name__} has {held}")
+    if not memories(model):
+        raise ValueError(
+            f"schedule.short_window {limit} leaves what is further back to memories, and this {type(model).__name__} "
+            "has none: leave it out"
+        )

@@ -16,14 +16,22 @@ from nestling.training.build import build_model, load_saved
 from nestling.training.config import RUN_FILE, TrainConfig
 from nestling.training.data import Corpus, Mixture, load_corpus
 from nestling.training.evaluation import Evaluation, bits_per_byte, evaluate
-from nestling.training.levels import check_factor, chunk_warnings, freeze, longer_chunks, make_schedule
+from nestling.training.levels import (
+    check_factor,
+    check_short_window,
+    chunk_warnings,
+    freeze,
+    longer_chunks,
+    make_schedule,
+    shorter_windows,
+)
 from nestling.training.metrics import Metrics
 from nestling.training.optimizers import LevelOptimizers
 from nestling.training.parallelize import find_mode, parallelize
 from nestling.training.progress import Silence, TrainingProgress
 from nestling.training.report import Report, Result
 from nestling.training.resume import check_same_run, find_checkpoint, writing_alone
-from nestling.training.schedules import chunk_factor, lr_factor
+from nestling.training.schedules import chunk_factor, lr_factor, window_limit
 from nestling.training.streaming import Stream, StreamedBatches
 from nestling.training.tokenizers import load_tokenizer
 from nestling.utils.machine import find_device, stop_requests
@@ -95,6 +103,7 @@ class Trainer:
         self.model.train()
         self.warnings += chunk_warnings(self.model, config.data.seq_len)
         check_factor(self.model, config.schedule.chunk_factor, config.data.seq_len)
+        check_short_window(self.model, config.schedule.short_window)
         if config.gradient_checkpointing and config.parallel.sequence == 1:  # else slices are read again
             self.model.activation_checkpointing_enable()
         self.schedule = make_schedule(self.model, config)
@@ -119,10 +128,11 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         accumulate = config.optim.accumulate
         longer = chunk_factor(self.step, config.steps, config.schedule)
+        limit = window_limit(self.step, config.steps, config.schedule, config.seed)
         loss = 0.0
         for micro in range(accumulate):
             window = self.batches[self.step * accumulate + micro].to(self.device)
-            with longer_chunks(self.model, longer):
+            with longer_chunks(self.model, longer), shorter_windows(self.model, limit):
                 last = micro == accumulate - 1
                 loss += self._parallel.backward(window, accumulate, last, config.precision, self._apart)
         loss = self.ranks.mean(loss)

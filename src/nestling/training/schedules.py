@@ -1,8 +1,9 @@
-"""What changes over a run: the learning rate, as a factor on its peak, and the length of the memories' chunks."""
+"""What changes over a run: the learning rate, the length of the memories' chunks, and how far attention sees."""
 
 from __future__ import annotations
 
 import math
+import random
 
 from nestling.training.config import ScheduleConfig
 
@@ -25,3 +26,10 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
 def chunk_factor(step: int, steps: int, config: ScheduleConfig) -> int:
     """How many times as long as the model says the memories' chunks are at step `step` (from 0) of `steps`."""
     return config.chunk_factor if step < round(config.chunk_until * steps) else 1
+
+
+def window_limit(step: int, steps: int, config: ScheduleConfig, seed: int) -> int | None:
+    """The tokens that attention sees at most at step `step` (from 0) of `steps`, None for as many as the model says."""
+    if config.short_window is None or step >= round(config.short_until * steps):
+        return None
+    return config.short_window if random.Random(f"window {seed} {step}").random() < config.short_share else None

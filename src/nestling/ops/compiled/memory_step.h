@@ -23,7 +23,7 @@ struct MemoryStep {
     int64_t dim, heads, width, hidden, taps, path_taps;
     int64_t convolved;  // bit i: part i of the input projection sees the convolved input
     int64_t gated, momentum, erase_gate, rate, decay, read;
-    int64_t l2, dgd, gated_erase, step, relative, tied_write, unit_values, self_targets, erase_last;
+    int64_t l2, dgd, gated_erase, step, relative, tied_write, erase_heads, unit_values, self_targets, erase_last;
     Group groups[GROUPS];
     Place roles[ROLES];
 };
@@ -216,7 +216,7 @@ void memory_step(const MemoryStep& z, const MemoryGiven<T>& in, const MemoryMade
             if (z.decay == DECAY_LEARNED) t.alpha = sigmoid(logit(AS_ALPHA, ALPHA, in.alpha));
             if (z.decay == DECAY_FIXED) t.alpha = 1 - std::ldexp(T(1), -5 - h);
             if (z.momentum) t.mu = sigmoid(part[MU][at] + in.mu[h]);
-            if (z.erase_gate) t.erase = stretched(part[ERASE][at] + in.erase[h]);
+            if (z.erase_gate && h < z.erase_heads) t.erase = stretched(part[ERASE][at] + in.erase[h]);
             const T first_rate = in.first_rate ? std::exp(in.first_rate[h]) : T(1), range = z.erase_gate ? *in.range : T(0);
             for (int role = 0; role < ROLES; ++role) {
                 if (!adapts(role)) continue;
