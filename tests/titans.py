@@ -88,7 +88,7 @@ CHOICES = {
     "architecture": ("mlp", "linear"), "skip": ("outer", "inner"), "first_rate": (None, 0.3),
     "objective": ("l2", "dot"), "dgd": (True, False), "gated_erase": (False, True), "step": ("joint", "layer", "plain"),
     "erase_gate": (True, True, False), "erase_range": (1.0, 2.0), "erase_layer": ("first", "last"),
-    "tied_write": (True, False), "erase_heads": (None, 1), "self_targets": (True, False), "momentum": (True, False),
+    "tied_write": (True, False), "erase_heads": (None, 1, "half"), "self_targets": (True, False), "momentum": (True, False),
     "rate": ("learned", "gate", "one"), "decay": ("learned", "none"), "retain": ("initial", "zero"),
     "read": ("before", "after", "chunk"), "conv_size": (3, 0), "qkv_conv": (0, 2),
     "conv_for": ("all", "gates", ("k", "erase", "x")), "normalize_values": (True, False),

@@ -45,7 +45,9 @@ ADAPTIVE = dict(adaptive=["k", "v"], projection_rate=0.02, retain="initial")
 # single tokens and begins by turning values around
 HALF = TRACKING | SHORT | dict(tied_write=True, conv_for=["gate", "eta", "alpha"], qkv_conv_init=None)
 HOPE = HALF | dict(initial_erase=0.85)
-# the same with queries, keys and values of single tokens
+# the same with heads that never erase beside those that do
+TWO_KINDS = HOPE | dict(tied_write=False, erase_heads="half", horizon=[2048.0, 32768.0])
+# the first with queries, keys and values of single tokens
 PLAIN_HOPE = HOPE | dict(qkv_conv=0, horizon=[2048.0, 32768.0])
 # until it was seen to lose parity in `languages`: the convolution in front of the gates was drawn at random
 SECOND = HALF | UNIFORM | dict(qkv_conv_init="last")
@@ -64,6 +66,7 @@ def defaults() -> Choice:
         # the two at the best of their rates on text; what else is compared had 0.007
         ChoiceContender("attention", "attention", head_size=32, text_lr=5e-3),
         ChoiceContender("hope", mixers=[window, beside(HOPE | horizon(2048, 32768))], text_lr=5e-3),
+        ChoiceContender("hope, heads of two kinds", mixers=[window, beside(TWO_KINDS)], text_lr=5e-3),
         ChoiceContender("hope, plain keys", mixers=[window, beside(PLAIN_HOPE)], text_lr=5e-3),
         ChoiceContender("third default", mixers=third, text_lr=5e-3),
         ChoiceContender("beside", mixers=[SMALL_HEADS, beside(HOPE)], text_lr=5e-3),

@@ -27,7 +27,8 @@ class MemoryBesideAttention(nn.Module):
     """y = memory(x) + attention(x): what was long ago, and all of the window (Titans' "memory as a gate", added).
 
     Args:
-        dim, num_heads: model width D; heads of the memory.
+        dim, num_heads: model width D; heads of the memory. With `erase_heads` "half" it has two at least, of the same
+            width: one that erases and one that adds.
         attention_heads, attention_head_dim: heads of the attention and their channels; None: twice the memory's heads,
             or as many where their channels would be odd; dim / attention_heads channels.
         num_kv_heads, window, rope_theta, qk_norm: of the attention, as `Attention` has them.
@@ -45,7 +46,10 @@ class MemoryBesideAttention(nn.Module):
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.memory = SelfModifyingTitans(dim, num_heads, **options)
+        heads = max(2, num_heads) if options.get("erase_heads") == "half" else num_heads
+        if heads > num_heads and options.get("head_dim") is None:
+            options["head_dim"] = dim // num_heads
+        self.memory = SelfModifyingTitans(dim, heads, **options)
         twice = 2 * num_heads if dim % (4 * num_heads) == 0 else num_heads  # rotary positions turn pairs of channels
         heads = twice if attention_heads is None else attention_heads
         self.attention = Attention(

@@ -64,7 +64,6 @@ class MemoryPlan(NamedTuple):
 def memory_plan(config: TitansConfig) -> MemoryPlan:
     """The plan of a layer with these settings."""
     groups, rule = groups_of(config), config.rule
-    erasing = config.num_heads if config.erase_heads is None else config.erase_heads
     there = (
         ("eta_bias", config.rate != "one"), ("alpha_bias", config.decay == "learned"), ("mu_bias", config.momentum),
         ("erase_bias", config.erase_gate), ("log_first_rate", config.first_rate is not None),
@@ -76,7 +75,7 @@ def memory_plan(config: TitansConfig) -> MemoryPlan:
         config.qkv_conv, sum((name in config.convolved) << i for i, name in enumerate(_PARTS)), config.output_gate,
         config.momentum, config.erase_gate, _RATES.index(config.rate), _DECAYS.index(config.decay),
         _READS.index(config.read), rule.objective == "l2", rule.dgd, rule.gated_erase, _STEPS.index(rule.step),
-        rule.relative, rule.tied_write, erasing, config.normalize_values, rule.self_targets,
+        rule.relative, rule.tied_write, config.erasing, config.normalize_values, rule.self_targets,
         rule.erase_layer == "last",
     ]  # fmt: skip
     for i in range(_GROUPS):

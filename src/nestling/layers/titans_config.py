@@ -66,9 +66,9 @@ class TitansConfig:
     initial_erase: float = 0.5
     """The erase's gate before training, a part of `erase_range`: from 0.5 a range of 2 begins by overwriting, from 0.85
     by turning values around."""
-    erase_heads: int | None = None
-    """How many heads erase, the first ones; the gates of the others are 0, so they only add: a sum counts, and holds
-    more pairs (decision D35). It needs tied_write=False. None is all."""
+    erase_heads: int | str | None = None
+    """How many heads erase, the first ones, or "half" (of an odd number the larger); the gates of the others are 0, so
+    they only add: a sum counts, and holds more pairs (decision D35). It needs tied_write=False. None is all."""
     erase_layer: str = "first"
     """Which layer of a deep memory the gate erases in, "first" or "last"; the other ones as without it."""
     tied_write: bool = True
@@ -144,6 +144,13 @@ class TitansConfig:
         """Tokens of a chunk of the main memory."""
         return self.memory_chunk_size or self.chunk_size
 
+    @property
+    def erasing(self) -> int:
+        """How many heads erase, where there is a gate for it."""
+        if isinstance(self.erase_heads, int):
+            return self.erase_heads
+        return self.num_heads if self.erase_heads is None else -(-self.num_heads // 2)
+
     @cached_property
     def rule(self) -> UpdateRule:
         """By which the main memory learns."""
@@ -207,14 +214,14 @@ class TitansConfig:
         if len(self.horizon) != 2 or min(self.horizon) <= 1:
             raise ValueError(f"horizon must be two numbers of tokens above 1; got {self.horizon!r}")
 
-    def _check_erase_heads(self, heads: int) -> None:
-        if not isinstance(heads, int) or not 0 < heads <= self.num_heads:
+    def _check_erase_heads(self, heads: int | str) -> None:
+        if heads != "half" and (not isinstance(heads, int) or not 0 < heads <= self.num_heads):
             raise ValueError(
-                f"erase_heads must be an integer from 1 to num_heads ({self.num_heads}), or None; got {heads!r}"
+                f'erase_heads must be an integer from 1 to num_heads ({self.num_heads}), "half" or None; got {heads!r}'
             )
         if not self.erase_gate or self.tied_write:
             raise ValueError(
-                f"erase_heads={heads} closes the erase's gate in the other heads: it needs erase_gate=True, and "
+                f"erase_heads={heads!r} closes the erase's gate in the other heads: it needs erase_gate=True, and "
                 "tied_write=False, or they would not write"
             )
 

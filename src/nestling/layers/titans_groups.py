@@ -119,8 +119,8 @@ def gates_of(config: TitansConfig, part: Mapping[str, Tensor], numbers: Numbers)
         mu = torch.sigmoid(logits("mu"))
     if config.erase_gate:
         erase = gate(logits("erase"))
-        if config.erase_heads is not None:
-            erase = erase * (torch.arange(config.num_heads, device=k.device) < config.erase_heads)[:, None]
+        if config.erasing < config.num_heads:
+            erase = erase * (torch.arange(config.num_heads, device=k.device) < config.erasing)[:, None]
     return Gates(eta, alpha, mu, erase)
 
 

@@ -149,8 +149,7 @@ def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Te
             eta = stretched(projected("eta").squeeze(-1) + layer.eta_bias)
         if config.erase_gate:
             gate_t = stretched(static["erase"][:, t].squeeze(-1) + layer.erase_bias)
-            if config.erase_heads is not None:
-                gate_t = torch.stack([gate_t[:, h] * (h < config.erase_heads) for h in range(layer.num_heads)], 1)
+            gate_t = torch.stack([gate_t[:, h] * (h < config.erasing) for h in range(layer.num_heads)], 1)
         if config.decay == "learned":
             alpha = sigmoid(projected("alpha").squeeze(-1) + layer.alpha_bias)
         elif config.decay == "fixed":
