@@ -16,6 +16,9 @@ from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
 from nestling.models.hope import HopeConfig
+from nestling.training.config import ScheduleConfig
+from nestling.training.levels import shorter_windows
+from nestling.training.schedules import window_limit
 
 
 @dataclass
@@ -23,6 +26,8 @@ class LanguageContender(Contender):
     """A sequence layer with its options, or a pattern of them, or "lstm"; `runs`: its seeds, all if it is empty.
 
     steps: of training; None: the experiment's.
+    short_window: attention sees no more tokens in half of the first three quarters of the steps (`nestling train`'s
+        schedule.short_window); None: as many as the model says.
     """
 
     mixer: str = "selfmod"
@@ -31,6 +36,7 @@ class LanguageContender(Contender):
     head_size: int = 64
     runs: list[int] = field(default_factory=list)
     steps: int | None = None
+    short_window: int | None = None
 
 
 @dataclass
@@ -88,9 +94,7 @@ class LanguagesWork(StudyWork):
     def compared(self, job: LanguageJob) -> dict[str, Any]:
         """Not for how many seeds it is run."""
         contender = super().compared(job) | {"runs": []}
-        if contender["steps"] is None:
-            contender.pop("steps")
-        return contender
+        return {k: v for k, v in contender.items() if v is not None or k not in ("steps", "short_window")}
 
     def result(self, row: dict[str, Any]) -> str:
         return " / ".join(f"{100 * found['words']:.1f}" for found in row["accuracy"].values())
@@ -155,14 +159,17 @@ def run(
     language, rng = LANGUAGES[name], random.Random(seed)
     model = build(settings, contender, len(language.letters) + 1).to(device)
     trained = next(iter(settings.bins.values()))
+    steps, schedule = contender.steps or settings.steps, ScheduleConfig(short_window=contender.short_window)
+    limits = iter(window_limit(step, steps, schedule, seed) for step in range(steps))
 
     def loss_of() -> Tensor:
         tokens, targets = batch(language, [language.draw(rng, *trained) for _ in range(settings.batch_size)])
         tokens, targets = tokens.to(device), targets.to(device)
         told = targets != IGNORED
-        return F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
+        with shorter_windows(model, next(limits)):
+            return F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
 
-    losses = train(model, contender.steps or settings.steps, settings.lr, settings.warmup, loss_of, progress)
+    losses = train(model, steps, settings.lr, settings.warmup, loss_of, progress)
     found = {
         bin_: accuracy(model, words(language, 10_000 + seed, settings.tested, *span))
         for bin_, span in settings.bins.items()

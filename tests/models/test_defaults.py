@@ -74,8 +74,8 @@ def test_a_model_saved_with_the_first_defaults_is_what_it_was(tmp_path, left_out
 def test_the_first_defaults_stay_available():
     first = HopeConfig(defaults=1, hidden_size=8)
     assert (first.mixer, first.num_attention_heads) == ("selfmod", 4)
-    with pytest.raises(ValueError, match="defaults must be one of 1, 2, 3, 4; got 5"):
-        HopeConfig(defaults=5)
+    with pytest.raises(ValueError, match="defaults must be one of 1, 2, 3, 4, 5; got 6"):
+        HopeConfig(defaults=6)
 
 
 def test_the_second_defaults_differ_in_what_a_convolution_begins_as(tmp_path):
@@ -115,8 +115,10 @@ def test_the_last_layer_of_the_default_has_a_memory(layers):
 
 def test_the_default_is_a_window_and_a_memory_beside_one(tmp_path):
     config = HopeConfig(hidden_size=128, num_hidden_layers=4, mixer_options={"chunk_size": 8, "num_kv_heads": 1})
-    assert (config.defaults, config.mixer, config.num_attention_heads) == (4, "hope", 2)
-    assert config.layer_mixer(1) == ("memory_and_attention", {"num_heads": 2, "chunk_size": 8, "num_kv_heads": 1})
+    assert (config.defaults, config.mixer, config.num_attention_heads) == (5, "hope", 2)
+    kinds = {"tied_write": False, "erase_heads": "half"}
+    given = {"num_heads": 2, "chunk_size": 8, "num_kv_heads": 1}
+    assert config.layer_mixer(1) == ("memory_and_attention", given | kinds)
     assert config.layer_mixer(2) == ("window_attention", {"num_heads": 2, "window": 256, "num_kv_heads": 1})
     config.save_pretrained(tmp_path)
     again = HopeConfig.from_pretrained(tmp_path)
@@ -127,8 +129,21 @@ def test_the_default_is_a_window_and_a_memory_beside_one(tmp_path):
         build_mixer("hope", 8, 1)
 
 
-def test_tracking_is_the_default_with_keys_of_single_tokens():
-    tracking, default = HopeConfig(mixer="hope_tracking"), HopeConfig(mixer_options={"qkv_conv": 0})
+def test_all_heads_of_the_fourth_defaults_erase(tmp_path):
+    fourth, now = (HopeConfig(hidden_size=64, num_hidden_layers=3, defaults=version) for version in (4, 5))
+    assert fourth.mixer_names == now.mixer_names == ["memory_and_attention", "window_attention", "memory_and_attention"]
+    fourth.save_pretrained(tmp_path)
+    for config in (fourth, HopeConfig.from_pretrained(tmp_path)):
+        memory = config.build_layer_mixer(0).memory.config
+        assert (memory.num_heads, memory.erasing, memory.tied_write) == (1, 1, True)
+    memory = now.build_layer_mixer(0).memory.config
+    assert (memory.num_heads, memory.head_width, memory.erasing, memory.tied_write) == (2, 64, 1, False)
+    wide = HopeConfig(hidden_size=192, num_hidden_layers=2).build_layer_mixer(1).memory.config
+    assert (wide.num_heads, wide.head_width, wide.erasing) == (3, 64, 2)
+
+
+def test_tracking_is_the_fourth_default_with_keys_of_single_tokens():
+    tracking, default = HopeConfig(mixer="hope_tracking"), HopeConfig(mixer_options={"qkv_conv": 0}, defaults=4)
     assert [tracking.layer_mixer(i) for i in range(4)] == [default.layer_mixer(i) for i in range(4)]
     assert not tracking.build_layer_mixer(-1 % tracking.num_hidden_layers).memory.path_convs
 

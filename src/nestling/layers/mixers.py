@@ -82,7 +82,11 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
 # names that stand for one sequence layer after another, by decoder layer, again and again; the last decoder layer has
 # the last of them (decision D24)
 PATTERNS: dict[str, tuple[dict, ...]] = {
-    "hope": ({"mixer": "window_attention", "window": 256}, {"mixer": "memory_and_attention"}),
+    # half of the memory's heads erase, which tracks a state; the others only add, which counts and holds more pairs
+    "hope": (
+        {"mixer": "window_attention", "window": 256},
+        {"mixer": "memory_and_attention", "tied_write": False, "erase_heads": "half"},
+    ),
     # queries, keys and values of single tokens: reflections along keys that vary with their neighbours turn a state out
     # of its plane, so this keeps parity for longer; language would rather have the convolutions (experiment `choice`)
     "hope_tracking": (
@@ -91,9 +95,12 @@ PATTERNS: dict[str, tuple[dict, ...]] = {
     ),
 }
 
-# what a pattern stood for in configurations saved with earlier defaults, beginning in the first decoder layer
+# what a pattern stood for in configurations saved with earlier defaults
 _ALTERNATING = ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256})
-FORMER_PATTERNS: dict[int, dict[str, tuple[dict, ...]]] = {2: {"hope": _ALTERNATING}, 3: {"hope": _ALTERNATING}}
+_ONE_KIND = ({"mixer": "window_attention", "window": 256}, {"mixer": "memory_and_attention"})
+FORMER_PATTERNS: dict[int, dict[str, tuple[dict, ...]]] = {
+    2: {"hope": _ALTERNATING}, 3: {"hope": _ALTERNATING}, 4: {"hope": _ONE_KIND}
+}  # fmt: skip
 # the same of a sequence layer, as changes of its options
 FORMER: dict[int, dict[str, dict]] = {
     2: {"hope_memory": {"conv_init": "uniform", "qkv_conv_init": "last", "initial_erase": 0.5}}
@@ -102,9 +109,10 @@ FORMER: dict[int, dict[str, dict]] = {
 
 def pattern_of(name: str, defaults: int, layers: int) -> tuple[dict, ...]:
     """The sequence layers that a pattern's name stands for in a model of so many, from the first; they repeat."""
-    if former := FORMER_PATTERNS.get(defaults, {}).get(name):
+    former = FORMER_PATTERNS.get(defaults, {}).get(name)
+    if former and defaults < 4:  # which began in the first decoder layer
         return former
-    entries = PATTERNS[name]
+    entries = former or PATTERNS[name]
     first = -layers % len(entries)
     return entries[first:] + entries[:first]
 
