@@ -16,9 +16,6 @@ from experiments.shared.study import Contender, Study, StudyWork
 from experiments.shared.work import Job, Progress, curve
 from nestling.models import HopeForCausalLM, sizes
 from nestling.models.hope import HopeConfig
-from nestling.training.config import ScheduleConfig
-from nestling.training.levels import shorter_windows
-from nestling.training.schedules import window_limit
 
 
 @dataclass
@@ -159,17 +156,17 @@ def run(
     language, rng = LANGUAGES[name], random.Random(seed)
     model = build(settings, contender, len(language.letters) + 1).to(device)
     trained = next(iter(settings.bins.values()))
-    steps, schedule = contender.steps or settings.steps, ScheduleConfig(short_window=contender.short_window)
-    limits = iter(window_limit(step, steps, schedule, seed) for step in range(steps))
 
     def loss_of() -> Tensor:
         tokens, targets = batch(language, [language.draw(rng, *trained) for _ in range(settings.batch_size)])
         tokens, targets = tokens.to(device), targets.to(device)
         told = targets != IGNORED
-        with shorter_windows(model, next(limits)):
-            return F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
+        return F.binary_cross_entropy_with_logits(model(tokens)[told], targets[told])
 
-    losses = train(model, steps, settings.lr, settings.warmup, loss_of, progress)
+    losses = train(
+        model, contender.steps or settings.steps, settings.lr, settings.warmup, loss_of, progress,
+        short_window=contender.short_window, seed=seed,
+    )  # fmt: skip
     found = {
         bin_: accuracy(model, words(language, 10_000 + seed, settings.tested, *span))
         for bin_, span in settings.bins.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.choice.experiment import DELTA, HOPE, beside, horizon
+from experiments.choice.experiment import DELTA, HOPE, TWO_KINDS, beside, horizon
 from experiments.needles.report import plot, summarize, table
 from experiments.needles.study import NeedleContender, Needles, NeedlesWork
 from experiments.shared.corpus import find_files
@@ -30,9 +30,12 @@ def defaults() -> Needles:
 
     window = {"mixer": "window_attention", "window": 256}
     small = {"mixer": "window_attention", "window": 64, "num_heads": 2}
+    kinds = [small, beside(TWO_KINDS | LONG) | {"window": 64}]
     contenders = [
         NeedleContender("Hope", mixers=[window, beside(HOPE | horizon(2048, 32768))]),
         NeedleContender("Hope, window 64, long", mixers=[small, beside(HOPE | LONG) | {"window": 64}]),
+        NeedleContender("two kinds, window 64, long", mixers=kinds),
+        NeedleContender("two kinds, window 64, long, short windows", mixers=kinds, short_window=16),
         NeedleContender("third default", mixers=third(256)),
         NeedleContender("third default, window 64, long", mixers=third(64, **LONG)),
         NeedleContender("Hope's memory alone, long", "selfmod", options=HOPE | LONG),

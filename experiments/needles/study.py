@@ -24,13 +24,18 @@ from nestling.models.hope import HopeConfig
 
 @dataclass
 class NeedleContender(Contender):
-    """A sequence layer with its options, or a pattern of them; `runs`: the seeds of each task, {} is all of them."""
+    """A sequence layer with its options, or a pattern of them; `runs`: the seeds of each task, {} is all of them.
+
+    short_window: attention sees no more tokens in half of the first three quarters of the steps (`nestling train`'s
+        schedule.short_window); None: as many as the model says.
+    """
 
     mixer: str = "attention"
     options: dict[str, Any] = field(default_factory=dict)
     mixers: list[dict[str, Any]] = field(default_factory=list)
     head_size: int = 64
     runs: dict[str, list[int]] = field(default_factory=dict)
+    short_window: int | None = None
 
 
 @dataclass
@@ -91,6 +96,8 @@ class NeedlesWork(StudyWork):
         """Not for how many seeds it is run."""
         contender = super().compared(job)
         contender.pop("runs")
+        if contender["short_window"] is None:
+            contender.pop("short_window")
         return contender
 
     def run(self, job: TaskJob, progress: Progress | None) -> dict[str, Any]:
@@ -158,7 +165,10 @@ def learn(
         loss = F.cross_entropy(model(tokens).logits.transpose(1, 2), targets, reduction="none")
         return loss[answers > 0].mean() + settings.straw_weight * loss[answers == 0].mean()
 
-    return model, train(model, settings.steps, settings.lr, settings.warmup, loss_of, progress)
+    return model, train(
+        model, settings.steps, settings.lr, settings.warmup, loss_of, progress,
+        short_window=contender.short_window, seed=seed,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from experiments.shared.work import Progress
+from nestling.training.config import ScheduleConfig
+from nestling.training.levels import shorter_windows
+from nestling.training.schedules import window_limit
 
 
 def train(
-    model: nn.Module, steps: int, lr: float, warmup: int, loss_of: Callable[[], Tensor], progress: Progress | None
-) -> list[float]:
-    """AdamW with a linear warm-up and a cosine to a twentieth; the loss of each step, from `loss_of()`."""
+    model: nn.Module, steps: int, lr: float, warmup: int, loss_of: Callable[[], Tensor], progress: Progress | None,
+    *, short_window: int | None = None, seed: int = 0,
+) -> list[float]:  # fmt: skip
+    """AdamW with a linear warm-up and a cosine to a twentieth; the loss of each step, from `loss_of()`.
+
+    With a short window attention sees no more tokens in the steps that `nestling train` would draw for it.
+    """
+    windows = ScheduleConfig(short_window=short_window)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -23,8 +31,9 @@ def train(
     )
     losses = []
     for step in range(steps):
-        loss = loss_of()
-        loss.backward()
+        with shorter_windows(model, window_limit(step, steps, windows, seed)):
+            loss = loss_of()
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
