@@ -128,7 +128,7 @@ def foreign_states():
     yield "a tensor", x
 
 
-@pytest.mark.parametrize(("kind", "state"), foreign_states(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("kind", "state"), [*foreign_states()], ids=lambda v: v if isinstance(v, str) else "")
 def test_foreign_states_are_refused(kind, state):
     layer = build()
     before = [p.clone() for p in layer.parameters()]

@@ -112,6 +112,9 @@ def main(
     Chunks of 128 tokens in the first four fifths of the steps, which is cheaper, then the model's own 64:
       nestling train book.txt --out runs/two --set mixer=selfmod -o schedule.chunk_factor=2
 
+    Attention that sees only 16 tokens in half of the steps, so that the memories learn to carry what is further back:
+      nestling train book.txt --out runs/carry -o schedule.short_window=16
+
     A folder of texts, two files held out, a tokenizer trained on the data:
       nestling train texts/ --val a.txt --val b.txt --tokenizer bpe:4096 --out runs/texts
 

@@ -172,7 +172,9 @@ def _update(module: SelfModifyingTitans, name: str) -> str:
     old = f"W ({decay or ''}{'I' if erase else ''} {erase})" if erase else f"{decay} W".strip()
     old = old.replace("(I", "(I").replace("αI", "α I").replace("γI", "γ I")
     write = "+ S" if module.config.momentum else "− e ∂ℓ/∂W"
-    return f"W ← {old} {write}" + (", decaying to W₀" if _anchored(module) else "")
+    adds = module.config.num_heads - module.config.erasing if module.rule.erase_gate and name == "memory" else 0
+    heads = f", g = 0 in {adds} of {module.config.num_heads} heads" if adds else ""
+    return f"W ← {old} {write}{heads}" + (", decaying to W₀" if _anchored(module) else "")
 
 
 def _anchored(module: SelfModifyingTitans) -> str:
