@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.choice.experiment import DELTA, HOPE, beside, horizon
+from experiments.choice.experiment import DELTA, HOPE, TWO_KINDS, beside, horizon
 from experiments.shared.models.paper import PaperRun
 from experiments.shared.models.runs import TrainingWork
 from experiments.shared.models.study import ModelContender, TrainingJob, TrainingStudy
@@ -34,6 +34,7 @@ QUESTION = "How good is Hope beside other sequence layers, at equal parameters, 
 # every option written out: the table keeps its meaning when a default changes
 WINDOW = {"mixer": "window_attention", "window": 256}
 HYBRID = {"mixers": [WINDOW, beside(HOPE | horizon(2048, 32768))], "num_attention_heads": 2}
+KINDS = {"mixers": [WINDOW, beside(TWO_KINDS)], "num_attention_heads": 2}
 GATED_DELTANET = {"mixers": [{"mixer": "selfmod"} | DELTA], "num_attention_heads": 2}
 SAMBA = {"mixers": [{"mixer": "selfmod"} | DELTA, WINDOW], "num_attention_heads": 2}
 
@@ -55,6 +56,8 @@ def defaults() -> TrainingStudy:
             "contenders": [
                 {"name": "hope, muon", "optim": "muon"},
                 {"name": "hope, hybrid, muon", "model": HYBRID, "optim": "muon"},
+                # at the rate that was best of three for the hybrid with one kind of heads
+                {"name": "hope, two kinds, muon", "model": KINDS, "optim": "muon", "lrs": [1e-2]},
                 {"name": "hope"},
                 {"name": "hope, expansion 2", "options": {"expansion": 2}},
                 {"name": "titans", "mixer": "titans"},
