@@ -65,8 +65,8 @@ def defaults() -> Choice:
     contenders = [
         # the two at the best of their rates on text; what else is compared had 0.007
         ChoiceContender("attention", "attention", head_size=32, text_lr=5e-3),
-        ChoiceContender("hope", mixers=[window, beside(HOPE | horizon(2048, 32768))], text_lr=5e-3),
-        ChoiceContender("heads of two kinds", mixers=[window, beside(TWO_KINDS)], text_lr=5e-3),
+        ChoiceContender("hope", mixers=[window, beside(TWO_KINDS)], text_lr=5e-3),
+        ChoiceContender("fourth default", mixers=[window, beside(HOPE | horizon(2048, 32768))], text_lr=5e-3),
         ChoiceContender("hope, plain keys", mixers=[window, beside(PLAIN_HOPE)], text_lr=5e-3),
         ChoiceContender("third default", mixers=third, text_lr=5e-3),
         ChoiceContender("beside", mixers=[SMALL_HEADS, beside(HOPE)], text_lr=5e-3),

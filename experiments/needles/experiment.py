@@ -32,10 +32,10 @@ def defaults() -> Needles:
     small = {"mixer": "window_attention", "window": 64, "num_heads": 2}
     kinds = [small, beside(TWO_KINDS | LONG) | {"window": 64}]
     contenders = [
-        NeedleContender("Hope", mixers=[window, beside(HOPE | horizon(2048, 32768))]),
-        NeedleContender("Hope, window 64, long", mixers=[small, beside(HOPE | LONG) | {"window": 64}]),
-        NeedleContender("two kinds, window 64, long", mixers=kinds),
-        NeedleContender("two kinds, window 64, long, short windows", mixers=kinds, short_window=16),
+        NeedleContender("fourth default", mixers=[window, beside(HOPE | horizon(2048, 32768))]),
+        NeedleContender("fourth default, window 64, long", mixers=[small, beside(HOPE | LONG) | {"window": 64}]),
+        NeedleContender("Hope, window 64, long", mixers=kinds),
+        NeedleContender("Hope, window 64, long, short windows", mixers=kinds, short_window=16),
         NeedleContender("third default", mixers=third(256)),
         NeedleContender("third default, window 64, long", mixers=third(64, **LONG)),
         NeedleContender("Hope's memory alone, long", "selfmod", options=HOPE | LONG),
