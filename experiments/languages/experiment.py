@@ -43,6 +43,7 @@ def defaults() -> Languages:
     contenders = [
         LanguageContender("Hope", mixers=[window, kinds], runs=[0]),
         LanguageContender("Hope, short windows, 1200 steps", mixers=[window, kinds], steps=1200, short_window=4),
+        LanguageContender("Hope, short windows, 2000 steps", mixers=[window, kinds], steps=2000, short_window=4),
         LanguageContender("fourth default", mixers=[window, beside]),
         LanguageContender("fourth default, 2000 steps", mixers=[window, beside], runs=[0], steps=2000),
         LanguageContender("third default", mixers=[{"mixer": "selfmod"} | HOPE, window]),
