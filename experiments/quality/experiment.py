@@ -6,6 +6,7 @@ only those final runs ever see the book that is held out whole.
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     """Bits per byte of each seed, learning curves, and loss by position."""
     found = [s for s in summary["contenders"] if s["tails"]]
     layer = {s["contender"]: s["contender"].removesuffix(f", {s['optim']}") for s in found}  # a colour each
-    palette = dict(zip(sorted(set(layer.values())), (*COLOURS, "#999933", "#000000")))
+    palette = dict(zip(sorted(set(layer.values())), cycle((*COLOURS, "#999933", "#000000", "#882255"))))
     colours = {name: palette[own] for name, own in layer.items()}
     lines = {s["contender"]: {"muon": "--", "m3": ":"}.get(s["optim"], "-") for s in found}
     with figure(path, 3, (17, 2.4 + 0.34 * max(8, len(found)))) as (ranks, curves, positions):
