@@ -68,7 +68,7 @@ class TitansConfig:
     by turning values around."""
     erase_heads: int | str | None = None
     """How many heads erase, the first ones, or "half" (of an odd number the larger); the gates of the others are 0, so
-    they only add: a sum counts, and holds more pairs (decision D35). It needs tied_write=False. None is all."""
+    they only add: a sum counts, and holds more pairs (decision D36). It needs tied_write=False. None is all."""
     erase_layer: str = "first"
     """Which layer of a deep memory the gate erases in, "first" or "last"; the other ones as without it."""
     tied_write: bool = True

@@ -160,7 +160,7 @@ class ScheduleConfig:
     or "constant"; how often memories write: with a `chunk_factor` above 1 their chunks are so many times as long in
     the steps before `chunk_until`, which is cheaper, and then the model's own (the two stages of TNT); and how far
     attention sees: with a `short_window` no further than so many tokens in a share of the steps before `short_until`,
-    drawn at random, so that the memories learn what the attention beside them would otherwise do (decision D36)."""
+    drawn at random, so that the memories learn what the attention beside them would otherwise do (decision D37)."""
 
     name: str = "cosine"
     warmup: float = 0.05  # fraction of the steps
