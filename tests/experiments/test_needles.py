@@ -82,7 +82,7 @@ def test_a_run_and_its_table(tmp_path):
     rows = {jobs[0]: work(jobs[0])}
     assert rows[jobs[0]]["accuracy"] == work(jobs[0])["accuracy"]
     summary = report.summarize(settings, settings.contenders, rows.get)
-    assert "| Hope |" in report.table(summary) and "(1)" in report.table(summary)
+    assert "| fourth default |" in report.table(summary) and "(1)" in report.table(summary)
     report.plot(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
 
