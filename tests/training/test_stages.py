@@ -1,10 +1,9 @@
 """Memories whose chunks are longer in the first part of a run, and then the model's own."""
 
 import pytest
-import torch
 
-from nestling.training import Trainer, checkpoint, train
-from nestling.training.build import load_saved
+from nestling.training import Trainer, train
+from resumed import assert_same_end, run_with_stops
 
 
 def selfmod(config, chunk, main):
@@ -36,14 +35,9 @@ def test_a_run_of_two_stages_goes_on_in_either(staged, tmp_path):
     staged = staged.changed(**{"optim.accumulate": 1})
     train(staged)
     other = staged.changed(out=str(tmp_path / "other"))
-    for stop in (5, 9):
-        trainer = Trainer(other, resume=stop == 9)
-        while trainer.step < stop:
-            trainer.train_step()
-        trainer.save()
+    run_with_stops(other, 5, 9)
     Trainer(other, resume=True).run()
-    ends = [load_saved(checkpoint.resolve(config.out)).state_dict() for config in (staged, other)]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert_same_end(staged, other)
     with pytest.raises(ValueError, match=r"cannot change schedule.chunk_factor \(was 3, now 1\)"):
         Trainer(other.changed(**{"schedule.chunk_factor": 1}), resume=True)
 

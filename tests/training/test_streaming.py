@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from nestling.training import Trainer, checkpoint, train
-from nestling.training.build import load_saved
+from nestling.training import Trainer, train
 from nestling.training.config import DataConfig
 from nestling.training.data import load_corpus
 from nestling.training.streaming import StreamedBatches
+from resumed import assert_same_end, run_with_stops
 
 pytest.importorskip("datasets")
 EOS = 257
@@ -93,13 +93,8 @@ def test_a_run_goes_on_as_if_nothing_had_happened(files, config, tmp_path, kind)
     config = config.changed(**changes, **{"data.documents": "apart", "optim.accumulate": 2})
     train(config)
     other = config.changed(out=str(tmp_path / "other"))
-    for stop in (5, 12):
-        run = Trainer(other, resume=stop == 12)
-        while run.step < stop:
-            run.train_step()
-        run.save()
-    ends = [load_saved(checkpoint.resolve(c.out)).state_dict() for c in (config, other)]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    run_with_stops(other, 5, 12)
+    assert_same_end(config, other)
 
 
 def test_held_out_text_can_be_another(files, config, text):

@@ -1,12 +1,11 @@
 """Attention that sees no further than a few tokens in a share of a run's steps, and then as far as the model says."""
 
 import pytest
-import torch
 
-from nestling.training import Trainer, checkpoint, train
-from nestling.training.build import load_saved
+from nestling.training import Trainer, train
 from nestling.training.config import ScheduleConfig
 from nestling.training.schedules import window_limit
+from resumed import assert_same_end, run_with_stops
 
 HOPE = {"mixer": "hope", "mixer_options": {"window": 6}}
 
@@ -51,13 +50,9 @@ def test_a_run_with_short_windows_goes_on_as_if_nothing_had_happened(shortened, 
     shortened = shortened.changed(**{"optim.accumulate": 1})
     train(shortened)
     other = shortened.changed(out=str(tmp_path / "other"))
-    trainer = Trainer(other)
-    while trainer.step < 5:
-        trainer.train_step()
-    trainer.save()
+    run_with_stops(other, 5)
     Trainer(other, resume=True).run()
-    ends = [load_saved(checkpoint.resolve(config.out)).state_dict() for config in (shortened, other)]
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert_same_end(shortened, other)
     with pytest.raises(ValueError, match=r"cannot change schedule.short_window \(was 2, now 3\)"):
         Trainer(other.changed(**{"schedule.short_window": 3}), resume=True)
 

@@ -63,23 +63,27 @@ def save_state(
     write_bytes(path, save(named, metadata))
 
 
+def read_tensors(path: str | Path, unlike: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a safetensors file says of itself, and its tensors. ValueError: it is damaged, or what `unlike` says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or {unlike} ({error}); start without it") from None
+
+
 def load_state(path: str | Path, model: PreTrainedModel) -> Cache:
     """The state in a file, as a cache on the model's device.
 
     Raises:
         ValueError: no such file, a damaged one, or the state of another model.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no state at {path}")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no state file ({error}); start without it") from None
+    metadata, tensors = read_tensors(path, "no state file")
     if metadata.get("format") not in (FORMAT, APART):
         raise ValueError(f"{path} is no state file of this version (format {metadata.get('format')!r})")
     if metadata.get("model") != fingerprint(model):

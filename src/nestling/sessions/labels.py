@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nestling.generation.state import fingerprint
+from nestling.generation.state import fingerprint, read_tensors
 from nestling.memory.exact import ExactMemory
 from nestling.training.tokenizers import encode
 from nestling.utils.files import write_bytes
@@ -121,16 +121,9 @@ class Labels:
 
     def load(self, path: str | Path) -> None:
         """Take up what a file holds. ValueError: no such file, a damaged one, or one of another model."""
-        from safetensors import SafetensorError, safe_open
-
         if not Path(path).is_file():
             raise ValueError(f"no labels at {path}: learn some first (nestling label MODEL --learn FILE)")
-        try:
-            with safe_open(str(path), "pt") as file:
-                said = file.metadata() or {}
-                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or holds no labels ({error}): start without it") from None
+        said, kept = read_tensors(path, "holds no labels")
         if said.get("format") != FORMAT:
             raise ValueError(f"{path} holds no labels of this version (format {said.get('format')!r})")
         if said.get("model") != fingerprint(self.model):
