@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nestling.layers.one_token import may_step, memory_plan, memory_step
+from nestling.layers.titans_cache import CachedMemories, CachedScan
 from nestling.layers.titans_config import PATHS, TitansConfig
 from nestling.layers.titans_groups import Gates, Numbers, gate_logit, groups_of
 from nestling.layers.titans_operator import key_of, scan
@@ -27,7 +28,7 @@ from nestling.memory.rule import FastWeights, TokenFigures
 from nestling.ops.conv import short_convolution
 from nestling.ops.padding import pack, unpack
 from nestling.ops.unit import unit
-from nestling.utils.likeness import Like, activations
+from nestling.utils.likeness import Like, activations, columns
 from nestling.utils.transforms import is_transformed
 
 
@@ -66,6 +67,9 @@ class SelfModifyingTitans(nn.Module):
         self.log_first_rate = nn.Parameter(torch.empty(num_heads)) if config.first_rate is not None else None
         adapts = config.projection_rate is not None
         self.log_projection_rate = nn.Parameter(torch.empty(num_heads)) if adapts else None
+        keeps = config.cache_every is not None  # the gate over kept memories
+        self.log_cache_scale = nn.Parameter(torch.empty(num_heads)) if keeps else None
+        self.cache_bias = nn.Parameter(torch.empty(num_heads)) if keeps else None
         # initial states: what every sequence starts from, learned by the outer loop
         self.initial = nn.ModuleList(
             nn.ParameterList(torch.empty(len(g.names), num_heads, *shape) for shape in g.architecture.shapes())
@@ -119,6 +123,9 @@ class SelfModifyingTitans(nn.Module):
             nn.init.constant_(self.log_first_rate, math.log(self.config.first_rate))
         if self.log_projection_rate is not None:
             nn.init.constant_(self.log_projection_rate, math.log(self.config.projection_rate))
+        if self.log_cache_scale is not None:
+            nn.init.constant_(self.log_cache_scale, math.log(self.config.cache_scale))
+            nn.init.zeros_(self.cache_bias)
         for group, weights in zip(self.groups, self.initial, strict=True):
             for weight, std in zip(weights, group.architecture.initial(), strict=True):
                 nn.init.normal_(weight, std=std)
@@ -158,18 +165,25 @@ class SelfModifyingTitans(nn.Module):
             state_dtype(taps).new_zeros(batch_size, taps.shape[1] - 1, taps.shape[0])
             for taps in self.path_convs.values()
         )
-        return TitansState(torch.zeros(batch_size, dtype=torch.int64), conv, tuple(memories), paths)
+        keeps = self.config.cache_every is not None
+        cached = CachedMemories.begin(memories[-1].now[0][:, -1]) if keeps else ()
+        return TitansState(torch.zeros(batch_size, dtype=torch.int64), conv, tuple(memories), paths, cached)
 
     @torch.no_grad()
     def state_like(self, state: Any, batch_size: int) -> TitansState:
-        """What the state of so many streams is made of, a Like in place of every tensor (`state` is not needed)."""
+        """What the state of so many streams is made of, a Like in place of every tensor; as many memories are kept as
+        in `state`."""
         first = tree_map_only(Tensor, lambda t: Like((batch_size, *t.shape[1:]), (t.dtype,)), self.initial_state(1))
+        if first.cached:
+            count = columns(getattr(getattr(state, "cached", None), "numbers", None), 1)
+            grown = (replace(like, shape=(batch_size, count, *like.shape[2:])) for like in first.cached[:3])
+            first = first._replace(cached=CachedMemories(*grown, *first.cached[3:]))
         return first._replace(conv=replace(first.conv, dtypes=activations(self.in_proj.weight.dtype)))
 
     def forward(
         self, x: Tensor, state: TitansState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, TitansState]:
-        if may_step(x):
+        if self.config.cache_every is None and may_step(x):
             started = self.initial_state(x.shape[0]) if state is None else state
             if (found := memory_step(self, x, started, mask)) is not None:
                 return found
@@ -186,7 +200,10 @@ class SelfModifyingTitans(nn.Module):
         features, conv, paths = self._features(x, state.conv, state.paths, count)
         gate = features.pop("gate", None)
         numbers, anchors, memories = self.numbers(), self._anchors(batch), swap(state.memories)
-        if as_operator:
+        cached = state.cached
+        if self.config.cache_every is not None:
+            y, memories, cached = self._with_cached(features, memories, cached, state.position, count, observe)
+        elif as_operator:
             y, memories = scan(self.config, self.key, numbers, anchors, features, memories, state.position, count)
         else:
             lengths = [tokens] * batch if count is None else count.tolist()
@@ -199,7 +216,23 @@ class SelfModifyingTitans(nn.Module):
             y = y * F.silu(gate)
         y = self.out_proj(y)
         position = state.position + (tokens if count is None else count.to(state.position.device))
-        return (y if order is None else unpack(y, order)), TitansState(position, conv, swap(memories), paths)
+        return (y if order is None else unpack(y, order)), TitansState(position, conv, swap(memories), paths, cached)
+
+    @torch.compiler.disable
+    def _with_cached(
+        self, features: dict[str, Tensor], memories: tuple[FastWeights, ...], cached: CachedMemories, position: Tensor,
+        count: Tensor | None, observe: Observer | None,
+    ) -> tuple[Tensor, tuple[FastWeights, ...], CachedMemories]:  # fmt: skip
+        """The scan of a layer that keeps memories: how many depends on positions, so a compiler leaves it to Python."""
+        if is_transformed():
+            raise ValueError("a layer with cache_every does not go with torch.func and torch.export: call it as it is")
+        tokens, batch = features["q"].shape[2], len(position)
+        lengths = [tokens] * batch if count is None else count.tolist()
+        scale = state_dtype(self.log_cache_scale).exp() * self.config.cache_every**0.5
+        scan_ = MemoryScan(self.config, self.numbers(), self._anchors(batch), observe)
+        whole = CachedScan(scan_, scale, state_dtype(self.cache_bias))
+        with torch.autocast(features["q"].device.type, enabled=False):
+            return whole.run(features, memories, cached, position.tolist(), lengths)
 
     def _features(
         self, x: Tensor, conv: Tensor, paths: tuple[Tensor, ...], lengths: Tensor | None

@@ -11,7 +11,7 @@ ADAPTIVE = ("k", "v", "q", "eta", "alpha")
 PATHS = ("q", "k", "v")  # projections that may have a short convolution of their own
 GATES = ("gate", "eta", "alpha", "mu", "erase")  # what else the input projection may make
 _LEAST = dict(dim=1, num_heads=1, expansion=1, chunk_size=1, conv_size=0, qkv_conv=0, segment_size=0)
-_LEAST_OR_NONE = dict(head_dim=1, memory_chunk_size=1)
+_LEAST_OR_NONE = dict(head_dim=1, memory_chunk_size=1, cache_every=1, cache_max=1)
 _CHOICES = dict(
     architecture=("mlp", "linear"), gates=("mlp", "linear"), decay=("learned", "fixed", "none"),
     rate=("learned", "one", "gate"), retain=("initial", "zero"), read=("before", "after", "chunk"),
@@ -127,10 +127,19 @@ class TitansConfig:
     long where chunks are taken at once (`ops.chunks`)."""
     norm_limit: float = 8.0
     """A weight whose root mean square exceeds this at a chunk's end is scaled back to it."""
+    cache_every: int | None = None
+    """Tokens of a stretch: what each wrote to the main memory is kept and read beside it (memory caching, decision
+    D38), so the state grows with the text. A multiple of `chunk_size` is fastest; for a matrix with static projections.
+    None keeps nothing."""
+    cache_max: int | None = None
+    """Memories that are kept at most, the last ones; None is all."""
+    cache_scale: float = 4.0
+    """How sharply a query chooses among kept memories before training: a learned factor in a softmax."""
 
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_choices()
+        self._check_cache()
         object.__setattr__(self, "adaptive", tuple(name for name in ADAPTIVE if name in self.adaptive))
         _ = self.rule  # which checks its own settings
 
@@ -187,7 +196,7 @@ class TitansConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-        for name in ("norm_limit", "initial_rate"):
+        for name in ("norm_limit", "initial_rate", "cache_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
         for name in ("first_rate", "projection_rate"):
@@ -224,6 +233,21 @@ class TitansConfig:
                 f"erase_heads={heads!r} closes the erase's gate in the other heads: it needs erase_gate=True, and "
                 "tied_write=False, or they would not write"
             )
+
+    def _check_cache(self) -> None:
+        if self.cache_every is None:
+            if self.cache_max is not None:
+                raise ValueError(f"cache_max={self.cache_max!r} is of kept memories: it needs cache_every")
+            return
+        needed = dict(architecture="linear", adaptive=(), momentum=False)
+        needed |= {} if self.decay == "none" else {"retain": "zero"}
+        for name, value in needed.items():
+            found = getattr(self, name)
+            if (tuple(found) if name == "adaptive" else found) != value:
+                raise ValueError(
+                    f"cache_every={self.cache_every} keeps what a stretch wrote to a matrix: it needs "
+                    f'{name}={value!r}, as "hope_memory" and its kin have; got {found!r}'
+                )
 
     def _check_choices(self) -> None:
         unknown = set(self.adaptive) - set(ADAPTIVE)

@@ -104,6 +104,36 @@ class Memory:
         self.now = self.start = bounded
 
 
+class Cache:
+    """What stretches of `every` tokens wrote to a matrix memory, for every sequence and head (decision D38)."""
+
+    def __init__(self, config, scale: Tensor, bias: Tensor, weight: Tensor):
+        self.config, self.scale, self.bias = config, scale, bias
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.begin(weight)
+
+    def begin(self, weight: Tensor) -> None:
+        """A stretch opens with the memory [B, H, o, i]."""
+        self.start, self.decay, self.keys = weight, torch.ones_like(weight[..., :1, :1]), []
+
+    def note(self, k: Tensor, alpha: Tensor) -> None:
+        """One token: key [B, H, i] and decay [B, H]."""
+        self.keys.append(k)
+        self.decay = self.decay * alpha[..., None, None]
+
+    def close(self, weight: Tensor) -> None:
+        """Keep what was written and open the next stretch."""
+        self.kept.append((weight - self.decay * self.start, sum(self.keys) / len(self.keys)))
+        self.kept = self.kept[-(self.config.cache_max or len(self.kept)) :]
+        self.begin(weight)
+
+    def read(self, q: Tensor, running: Tensor) -> Tensor:
+        """The read of the running memory [B, H, o] with those of the kept ones, each to its share."""
+        near = [self.scale * self.config.cache_every**0.5 * (q * m).sum(-1) for _, m in self.kept]
+        share = torch.softmax(torch.stack([self.bias + 0 * q[..., 0], *near]), 0).unsqueeze(-1)
+        return share[0] * running + sum(g * apply(c, q) for g, (c, _) in zip(share[1:], self.kept))
+
+
 def step_sizes(rule, eta: Tensor, inputs: list[Tensor], errors: list[Tensor]) -> list[Tensor]:
     """Step e of each layer (decisions D1, D2), [B, H]."""
     sizes = [x.square().sum(-1) for x in inputs]
@@ -126,11 +156,15 @@ def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Te
     gate = static.pop("gate", None)
     static = {name: f.unflatten(-1, (layer.num_heads, -1)) for name, f in static.items()}  # [B, T, H, p or 1]
     memories = initial_memories(layer, x.shape[0])
-    main, out = memories["memory"], []
+    main, out, cache = memories["memory"], [], None
+    if config.cache_every is not None:
+        cache = Cache(config, torch.exp(layer.log_cache_scale), layer.cache_bias, main.now[0])
     for t in range(tokens):
         for memory in memories.values():
             if t and t % memory.chunk_size == 0:
                 memory.close_chunk(config.norm_limit)
+        if cache is not None and t and t % config.cache_every == 0:
+            cache.close(main.now[0])
 
         def projected(name: str, t: int = t) -> Tensor:
             """Of token t: by a memory at its chunk's start (NL Eqs. 83-85, 90), or by a matrix."""
@@ -167,6 +201,9 @@ def self_modifying_titans_reference(layer: SelfModifyingTitans, x: Tensor) -> Te
             memory.write(layer.rule, k, v, rate, alpha, mu, *own)  # NL Eq. 88
         weights = {"before": before, "after": main.now, "chunk": main.start}[config.read]
         out.append(main(weights, q))  # NL Eq. 86
+        if cache is not None:
+            out[-1] = cache.read(q, out[-1])
+            cache.note(k, alpha)
     y = torch.stack(out, 1)  # [B, T, H, p]
     y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.norm_weight
     y = y.flatten(2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nestling.memory.rule import FastWeights
+
+if TYPE_CHECKING:
+    from nestling.layers.titans_cache import CachedMemories
 
 
 class TitansState(NamedTuple):
@@ -18,6 +21,7 @@ class TitansState(NamedTuple):
     memories: tuple[FastWeights, ...]  # one for each group of memories of one shape and chunk size
     # last inputs of the convolutions of q, k and v, [B, qkv_conv - 1, H p]; a state from before they were has none
     paths: tuple[Tensor, ...] = ()
+    cached: CachedMemories | tuple[()] = ()  # of a layer with `cache_every`
 
 
 def state_dtype(x: Tensor) -> Tensor:
@@ -57,6 +61,9 @@ def check_call(layer: nn.Module, x: Tensor, state: TitansState | None, mask: Ten
             f"state holds last inputs {found} of the convolutions after the projections, this layer's are {wanted}: it "
             "comes from a layer with another qkv_conv"
         )
+    if bool(state.cached) != (layer.config.cache_every is not None):
+        had, has = ("keeps", "does not") if state.cached else ("does not keep", "does")
+        raise ValueError(f"state is of a layer that {had} memories, this one {has}: cache_every differs")
     for fast, weights in zip(state.memories, layer.initial, strict=True):
         if bool(fast.velocity) != layer.config.momentum:
             raise ValueError(

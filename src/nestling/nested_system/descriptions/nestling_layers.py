@@ -70,6 +70,8 @@ def self_modifying_titans(module: SelfModifyingTitans, place: Place) -> Parts:
         )  # fmt: skip
         for name in group.names:
             yield from _in_context(module, place, group, name)
+    if module.config.cache_every is not None:
+        yield from _kept(module, place, module.config.cache_every)
     yield from _teaching(module, place)
 
 
@@ -140,6 +142,44 @@ def _in_context(module: SelfModifyingTitans, place: Place, group: MemoryGroup, n
         )
         yield Transfer(own, needs, "generation", "its surprise")
         yield Transfer(needs, own, "parametric", "S, added with every token")
+
+
+def _kept(module: SelfModifyingTitans, place: Place, every: int) -> Parts:
+    """What stretches of the text wrote, and the gate that reads it (decision D38)."""
+    heads, p, dtype = module.num_heads, module.head_dim, torch.float32
+    if module.in_proj.weight.dtype == torch.float64:
+        dtype = torch.float64
+    count = min(place.context_length // every, module.config.cache_max or place.context_length)
+    tensors = (
+        place.state("kept.memories", (count, heads, p, p), dtype), place.state("kept.keys", (count, heads, p), dtype),
+        place.state("kept.numbers", (count,), torch.int64),
+    )  # fmt: skip
+    size, macs, own = sum(t.bytes for t in tensors), count * heads * (p * p + p), place.path("kept")
+    yield place.weights(
+        "gate", ("log_cache_scale", "cache_bias"), retrieval="g = softmax(b, s √S q·mₙ)", macs=0, name="kept.gate",
+        keys="—",
+    )  # fmt: skip
+    yield AssociativeMemory(
+        own,
+        "kept memories",
+        "m, the mean key of a stretch",
+        "C, what the stretch wrote to the memory",
+        "Σₙ exp(s √S q·mₙ) |Cₙ q − y|²",
+        retrieval="y = Σₙ gₙ Cₙ q",
+        update="Cₙ = W − (Π α) W at the stretch's start is kept",
+        solver=Solver("non-parametric", "Nadaraya-Watson over stretches"),
+        frequency=Frequency.every(every),
+        context="sequence",
+        feasible=f"functions of {'all' if module.config.cache_max is None else f'the last {count}'} stretches",
+        tensors=tensors,
+        lifetime="context",
+        cost=Cost(0, size, macs, size, heads * p * p // every, heads * p * p * dtype.itemsize // every),
+        note=f"grows by one with every {every} tokens",
+    )
+    yield Transfer(place.path("memory"), own, "parametric", "C, copied")
+    yield Transfer(place.path("kept.gate"), own, "generation", "the share of each")
+    yield Transfer(place.path("in_proj"), own, "generation", "queries and keys")
+    yield Transfer(own, place.path("out_proj"), "non-parametric", "its part of y")
 
 
 _KINDS = {"memory": "in-context memory", "eta": "in-context gate", "alpha": "in-context gate"}
