@@ -25,12 +25,13 @@ ENTRIES = "found"
 DATA = "a folder with `books` and `bible`; the experiment's README says where they come from"
 
 
+def levels(name: str, *fields: dict[str, Any], **options: Any) -> LearnerContender:
+    """A contender with levels. Fields of a level that are not named are those of the default (decision D20)."""
+    return LearnerContender(name, "levels", list(fields), {}, options)
+
+
 def defaults() -> Streams:
-    """The experiment's settings. Fields of a level that are not named are those of the default (decision D20)."""
-
-    def levels(name: str, *fields: dict[str, Any], **options: Any) -> LearnerContender:
-        return LearnerContender(name, "levels", list(fields), {}, options)
-
+    """The experiment's settings."""
     middle, share = {"chunk_size": 512}, 0.08  # of .02, .08 and .3, on tuning seeds
     return Streams(contenders=[
         LearnerContender(report.BASE, "none"),

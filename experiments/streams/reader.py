@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,19 @@ from nestling.cms.defaults import default_blocks, default_levels
 from nestling.sessions.snapshots import FIRST
 
 PIECE = 512  # tokens of one call
+
+
+def put(cache: Any, deltas: Iterable[Tensor]) -> None:
+    """Let the one level in a cache have learned these differences."""
+    state = cache.levels
+    cache.levels = replace(state, levels=(replace(state.levels[0], deltas=tuple(deltas)),))
+
+
+def with_deltas(cache: Any, deltas: Iterable[Tensor]) -> Any:
+    """A copy of a cache with these differences."""
+    cache = cache.fork()
+    put(cache, deltas)
+    return cache
 
 
 class Slow:
@@ -37,15 +51,11 @@ class Slow:
         if state.position % self.every == 0:
             held = torch._foreach_lerp(held, used, self.share)
         self.held = [*held]
-        self._put(cache, used)
+        put(cache, used)
 
     def begin(self, cache: Any) -> None:
         """The fast level begins anew: S alone is used."""
-        self._put(cache, self.held)
-
-    def _put(self, cache: Any, used: Any) -> None:
-        state = cache.levels
-        cache.levels = replace(state, levels=(replace(state.levels[0], deltas=tuple(used)),))
+        put(cache, self.held)
 
     @property
     def nbytes(self) -> int:
@@ -71,23 +81,23 @@ class Snapshots:
 
     def losses(self, reader: Reader, rows: Tensor) -> Tensor:
         """Nats of rows [B, n] by every candidate in a fresh context, nothing learned first: [candidates, B, n]."""
-        return torch.stack([reader.losses(rows, self._with(reader.cache, held)) for held in self._candidates()])
+        return torch.stack([reader.losses(rows, with_deltas(reader.cache, held)) for held in self._candidates()])
+
+    def best(self, reader: Reader, rows: Tensor) -> tuple[Any, Tensor]:
+        """The cache in which every stream's level is what predicts its row of the first tokens [B, n] best, and the
+        losses of these [candidates, B, n]."""
+        lost = self.losses(reader, rows)
+        chosen, streams = lost.sum(2).argmin(0), torch.arange(len(rows))
+        deltas = tuple(torch.stack(layer)[chosen, streams] for layer in zip(*self._candidates(), strict=True))
+        return with_deltas(reader.cache, deltas), lost
 
     def recall(self, reader: Reader, rows: Tensor) -> None:
-        """Put every stream's level to what predicts its row of the first tokens [B, n] best."""
-        best = self.losses(reader, rows).sum(2).argmin(0)
-        streams, candidates = torch.arange(len(rows)), self._candidates()
-        deltas = tuple(torch.stack(layer)[best, streams] for layer in zip(*candidates, strict=True))
-        reader.cache = self._with(reader.cache, deltas)
+        """Go on with what is best for the first tokens of a text."""
+        reader.cache, _ = self.best(reader, rows)
         self.due = False
 
     def _candidates(self) -> list[tuple[Tensor, ...]]:
         return [tuple(torch.zeros_like(d) for d in self.held[0]), *self.held]
-
-    def _with(self, cache: Any, deltas: tuple[Tensor, ...]) -> Any:
-        cache, state = cache.fork(), cache.levels
-        cache.levels = replace(state, levels=(replace(state.levels[0], deltas=deltas),))
-        return cache
 
     @property
     def nbytes(self) -> int:
@@ -157,9 +167,8 @@ class Reader:
         """
         if self.snapshots is None or not self.snapshots.held:
             return self.losses(rows, self.cache)
-        all_ = self.snapshots.losses(self, rows)
-        best = all_[:, :, :FIRST].sum(2).argmin(0)
-        return torch.cat([all_[0, :, :FIRST], all_[best, torch.arange(len(rows)), FIRST:]], 1)
+        best, first = self.snapshots.best(self, rows[:, :FIRST])
+        return torch.cat([first[0], self.losses(rows, best)[:, FIRST:]], 1)
 
     @torch.no_grad()
     def losses(self, rows: Tensor, cache: Any) -> Tensor:

@@ -117,7 +117,7 @@ class StreamsWork(ContinualWork):
             for place in elsewhere.values()
         ]
         reader = Reader(plain, contender, settings.context, tokenizer.eos_token_id)
-        began = time.perf_counter()
+        began, reading = time.perf_counter(), 0.0
         known, other, windows, at = [], [], [], 0
 
         def ask() -> None:
@@ -127,8 +127,9 @@ class StreamsWork(ContinualWork):
         ask()
         for length in (len(p) for p in parts[0]):
             for start in range(at, at + length, settings.window):
-                row = ids[:, start : min(start + settings.window, at + length) + 1]
+                row, before = ids[:, start : min(start + settings.window, at + length) + 1], time.thread_time()
                 lost = reader.read(row.to(self.device)).double().sum(1).tolist()
+                reading += time.thread_time() - before
                 windows.append([x / math.log(2) / texts.size(tokenizer, r[1:]) for x, r in zip(lost, row)])
                 if progress:
                     progress(start, windows[-1][0])
@@ -145,6 +146,7 @@ class StreamsWork(ContinualWork):
             "other": other,  # [time][text][stream]
             "state_bytes": reader.nbytes // len(streams),
             "wall_seconds": time.perf_counter() - began,
+            "reading_seconds": reading,  # of the processor, questions apart
         }
 
     def _model(self, name: str) -> tuple[nn.Module, Any]:
