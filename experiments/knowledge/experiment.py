@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from experiments.knowledge import biographies, pages, report
 from experiments.knowledge.biographies import Question, World
-from experiments.knowledge.retrieval import best
+from experiments.shared.retrieval import best
 from experiments.shared.continual.choice import weigh
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import (

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from experiments.shared.continual.streams import adapted, learner
 from experiments.shared.continual.study import LearnerContender
+from experiments.streams.remedies import Consolidation, Replay, nats
 from nestling.cms.defaults import default_blocks, default_levels
 from nestling.sessions.snapshots import FIRST
 
 PIECE = 512  # tokens of one call
+FISHER = 256  # tokens of a passage by which it is estimated what matters
 
 
 def put(cache: Any, deltas: Iterable[Tensor]) -> None:
@@ -106,13 +107,19 @@ class Snapshots:
 
 
 class Reader:
-    """Reads B streams a piece at a time; `context` tokens after which attention begins anew, `start` opens a text."""
+    """Reads B streams a piece at a time; `context` tokens after which attention begins anew, `start` opens a text.
+
+    Options: slow, share, sessions (a `Slow` level), snapshots, replay (tokens read again for each new one), ewc, fisher
+    (strength and passages of a `Consolidation`).
+    """
 
     def __init__(self, plain: nn.Module, contender: LearnerContender, context: int, start: int = 0) -> None:
         self.cache: Any = None
         self.slow: Slow | None = None
         self.snapshots = Snapshots() if contender.options.get("snapshots") else None
-        self.start = start
+        self.replay = Replay() if contender.options.get("replay") else None
+        self.held: Consolidation | None = None
+        self.start, self.context = start, context
         self.options, self.piece, self.learns = contender.options, context, contender.method == "levels"
         if not self.learns:
             self.model = plain
@@ -125,15 +132,31 @@ class Reader:
         if "slow" in self.options:
             self.piece = levels[0]["chunk_size"]
             self.slow = Slow(self.options["slow"], self.options["share"], levels[0]["decay"])
+        if "ewc" in self.options:
+            self.piece, o = levels[0]["chunk_size"], self.options
+            self.held = Consolidation(o["ewc"], o["fisher"], min(FISHER, context))
 
     @torch.no_grad()
     def read(self, row: Tensor) -> Tensor:
         """The loss of each token in nats [B, n] of row [B, n + 1], whose first token comes before them."""
+        if self.held is not None:
+            self.held.keep(row[:, 1:])
+        if self.replay is not None:
+            return torch.cat([self._again(row[:, at : at + self.context + 1])
+                              for at in range(0, row.shape[1] - 1, self.context)], 1)  # fmt: skip
         if self.snapshots is not None and self.snapshots.due:  # the first tokens count as the levels stand
             head = self._read(row[:, : FIRST + 1])
             self.snapshots.recall(self, row[:, 1 : FIRST + 1])
             return torch.cat([head, self._read(row[:, FIRST:])], 1)
         return self._read(row)
+
+    def _again(self, row: Tensor) -> Tensor:
+        """Read a context's tokens, and as many of what was read before, `replay` times."""
+        lost = self._read(row)
+        self.replay.keep(row if not self.replay.rows else row[:, 1:])
+        for _ in range(self.options["replay"]):
+            self._read(self.replay.passage(row.shape[1] - 1))
+        return lost
 
     def _read(self, row: Tensor) -> Tensor:
         losses = []
@@ -146,6 +169,8 @@ class Reader:
                 self.cache = out.past_key_values
                 if self.slow is not None:
                     self.slow.follow(self.cache)
+                if self.held is not None:
+                    put(self.cache, self.held.pulled(self.cache.levels.levels[0].deltas))
             else:
                 out = self.model(part[:, :-1], use_cache=False)
             losses.append(nats(out.logits, part[:, 1:]))
@@ -155,6 +180,8 @@ class Reader:
         """A text has ended: with sessions, the fast level begins anew."""
         if self.slow is not None and self.options.get("sessions"):
             self.slow.begin(self.cache)
+        if self.held is not None:
+            self.held.consolidate(self.model, self.cache.levels.levels[0].deltas)
         if self.snapshots is not None:
             self.snapshots.keep(self.cache)
 
@@ -180,9 +207,4 @@ class Reader:
     @property
     def nbytes(self) -> int:
         """Of what is remembered of all streams, the context apart."""
-        return sum(held.nbytes for held in (self.cache, self.slow, self.snapshots) if held is not None)
-
-
-def nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each target [B, n]."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+        return sum(held.nbytes for held in (self.cache, self.slow, self.snapshots, self.replay, self.held) if held is not None)

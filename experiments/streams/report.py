@@ -42,6 +42,7 @@ def _contender(name: str, row: dict[str, Any], base: dict[str, Any], domains: in
         "harm": spread(_over_rows(harms[-1])),
         "worst harm": max(x for now in harms for text in now for x in text),
         "state_bytes": row["state_bytes"],
+        "reading_seconds": row.get("reading_seconds"),
         "wall_seconds": row["wall_seconds"],
         "curve": [spread(window) for window in gains],
         "first domain": [spread(now[0]) for now in knows],
@@ -60,15 +61,16 @@ def _over_rows(rows: list[list[float]]) -> list[float]:
 
 def table(summary: dict[str, Any]) -> str:
     """Every contender of every model."""
-    rows = []
+    rows, timed = [], all(c.get("reading_seconds") for model in summary["found"] for c in model["contenders"])
     for model in summary["found"]:
         for c in model["contenders"]:
             keys = ("stream", "stream above default", "first", "back", "learned", "kept", "kept above default", "end")
             rows.append([c["contender"], model["model"], count(c["tokens"]), *(pm(c.get(k)) for k in keys),
-                         pm(c["harm"]), f"{c['worst harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}"])  # fmt: skip
+                         pm(c["harm"]), f"{c['worst harm']:.3f}", f"{c['state_bytes'] / 1e6:,.1f}",
+                         *([f"{c['reading_seconds']:,.0f}"] if timed else [])])  # fmt: skip
     text = markdown(["levels", "model", "tokens", "gain", "above default", "gain, first sight", "gain, return",
                      "learned", "kept", "kept, above default", "known at the end", "harm", "largest harm",
-                     "state, MB"], rows, left=2)  # fmt: skip
+                     "state, MB", *(["reading, s"] if timed else [])], rows, left=2)  # fmt: skip
     text += (
         f"\nBits per byte below the same model without levels, mean ± standard deviation over {len(summary['seeds'])} "
     )
@@ -80,7 +82,8 @@ def table(summary: dict[str, Any]) -> str:
         "stream by stream. Learned, kept: on parts never read, in a fresh context, right after their domain and when "
     )
     text += "all five were read (all domains but the last); known at the end: all domains, after the return. Harm: the "
-    text += "rise on two novels that nobody reads, at the end; the largest of one of them at any time in any stream.\n"
+    text += "rise on two novels that nobody reads, at the end; the largest of one of them at any time in any stream."
+    text += " Reading: seconds of the processor for all streams, questions apart.\n" if timed else "\n"
     return text
 
 

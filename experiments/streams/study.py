@@ -17,6 +17,7 @@ from experiments.shared.continual.study import ContinualStudy, ContinualWork, Le
 from experiments.shared.corpus import find_files
 from experiments.shared.work import Job, Progress
 from experiments.streams import texts
+from experiments.streams.prompted import Prompted
 from experiments.streams.reader import Reader
 from nestling.cms.defaults import default_blocks, default_levels
 
@@ -46,7 +47,7 @@ class Streams(ContinualStudy):
                 raise ValueError(f"{name} must be a multiple of context {self.context}, not {getattr(self, name)}")
 
     def methods(self) -> tuple[str, ...]:
-        return ("none", "levels")
+        return ("none", "levels", "prompted")
 
     def smoke(self) -> Streams:
         chosen = [
@@ -116,7 +117,11 @@ class StreamsWork(ContinualWork):
             torch.tensor([texts.tokens(place, self.folder, tokenizer, 0.4, settings.probe)] * len(streams))
             for place in elsewhere.values()
         ]
-        reader = Reader(plain, contender, settings.context, tokenizer.eos_token_id)
+        reader = (
+            Prompted(plain, contender.options, tokenizer.decode, tokenizer.eos_token_id)
+            if contender.method == "prompted"
+            else Reader(plain, contender, settings.context, tokenizer.eos_token_id)
+        )
         began, reading = time.perf_counter(), 0.0
         known, other, windows, at = [], [], [], 0
 
@@ -155,7 +160,7 @@ class StreamsWork(ContinualWork):
         )
         return found[0].to(self.device), found[1]
 
-    def _bits(self, reader: Reader, tokenizer: Any, rows: Tensor) -> list[float]:
+    def _bits(self, reader: Reader | Prompted, tokenizer: Any, rows: Tensor) -> list[float]:
         """Bits per byte of rows [B, n] in a fresh context, after an end-of-text token."""
         lost = reader.known(rows.to(self.device)).double().sum(1).tolist()
         return [x / math.log(2) / texts.size(tokenizer, r) for x, r in zip(lost, rows)]

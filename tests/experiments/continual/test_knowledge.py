@@ -9,7 +9,7 @@ import torch
 from experiments.knowledge import pages
 from experiments.knowledge.biographies import ATTRIBUTES, Question, build
 from experiments.knowledge.experiment import PROMPT, Knowledge, answers, chance, measures, taught
-from experiments.knowledge.retrieval import best, words
+from experiments.shared.retrieval import best, words
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import adapted, prefilled
 from experiments.shared.continual.study import LearnerContender

@@ -7,7 +7,9 @@ from transformers import AutoModelForCausalLM
 from experiments.shared.continual.study import LearnerContender
 from experiments.streams import report, texts
 from experiments.streams.experiment import defaults, plan, summarize
+from experiments.streams.prompted import QUERY, Prompted
 from experiments.streams.reader import FIRST, Reader
+from experiments.streams.remedies import TOKEN_BYTES, Consolidation, nats
 from nestling.training.tokenizers import byte_tokenizer
 
 LEVEL = {"chunk_size": 16, "lr": 0.05, "optimizer": "spectral", "rank": 4, "decay": 0.1}
@@ -100,6 +102,67 @@ def test_each_stream_goes_on_with_the_snapshot_that_predicts_it_best(plain):
     assert torch.allclose(lost[:, :FIRST], without[:, :FIRST], atol=1e-5)
     assert (lost[:, FIRST:].sum(1) < without[:, FIRST:].sum(1)).all()
     assert reader.nbytes == reader.cache.nbytes + 2 * sum(d.nbytes for d in now)
+
+
+def test_with_replay_what_was_read_is_read_again(plain):
+    """Of a stream of one context, replay is the context read twice; its losses are those of the first reading."""
+    row = streams(3)[:, :66]
+    readers = [Reader(plain, LearnerContender("x", "levels", [LEVEL], {}, o), 64) for o in ({}, {"replay": 1})]
+    lost = [reader.read(row[:, :65]) for reader in readers]
+    readers[0].read(row[:, :65])
+    once, again = ([*r.cache.levels.levels[0].deltas] for r in readers)
+    assert torch.allclose(lost[0], lost[1], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(once, again, strict=True))
+    assert readers[1].nbytes == readers[0].nbytes + 2 * 65 * TOKEN_BYTES
+
+
+def test_consolidation_holds_what_mattered_where_it_was(plain):
+    """Each stream's Fisher information is of its own passages; the pull lies between the anchor and the step."""
+    level = {"chunk_size": 16, "lr": 0.01, "optimizer": "adamw", "rank": None, "decay": 0.0}
+    reader = Reader(plain, LearnerContender("x", "levels", [level], {}, {"ewc": 1e3, "fisher": 1}), 64, 1)
+    row = streams(3)[:, :65]
+    reader.read(row)
+    reader.end_part()
+    held = reader.held
+    # one passage as long as all that is read: its gradient is the text's
+    whole = Consolidation(1.0, 1, 63)
+    whole.keep(row[:, 1:])
+    deltas = reader.cache.levels.levels[0].deltas
+    whole.consolidate(reader.model, deltas)
+    for stream in (0, 1):
+        alone = Consolidation(1.0, 1, 63)
+        alone.keep(row[stream : stream + 1, 1:])
+        alone.consolidate(reader.model, tuple(d[stream : stream + 1] for d in deltas))
+        for a, b in zip(whole.fisher, alone.fisher, strict=True):
+            assert torch.allclose(a[stream], b[0], rtol=1e-3, atol=1e-9)
+    moved = tuple(d + 0.1 for d in deltas)
+    for d, m, f, p in zip(deltas, moved, held.fisher, held.pulled(moved), strict=True):
+        assert torch.allclose(p, d + 0.1 / (1 + 1e3 * f), atol=1e-6) and float(f.min()) >= 0 < float(f.max())
+        assert not torch.equal(p, m)
+    assert whole.text == [] and held.nbytes == 2 * sum(d.nbytes for d in deltas)
+
+
+def test_a_long_context_and_a_search_put_what_was_read_first(plain):
+    row, decode = streams(20)[:, :257], byte_tokenizer().decode
+    options = {"piece": 16, "latest": 32, "passages": 0, "size": 0}
+    long = Prompted(plain, options, decode, 1)
+    lost = long.read(row)
+    begun = torch.cat([torch.ones(2, 1, dtype=torch.long), row[:, 209:257]], 1)  # 32 latest, then the last piece
+    assert torch.allclose(lost[:, -16:], nats(plain(begun[:, :-1]).logits, begun[:, 1:])[:, -16:], atol=1e-5)
+    asked = torch.cat([torch.ones(2, 1, dtype=torch.long), row[:, -31:], torch.ones(2, 1, dtype=torch.long),
+                       row[:, 1:17]], 1)  # fmt: skip
+    known = long.known(row[:, 1:17])
+    assert torch.allclose(known, nats(plain(asked[:, :-1]).logits, asked[:, 1:])[:, -16:], atol=1e-5)
+    assert long.nbytes == 2 * 32 * TOKEN_BYTES
+
+    search = Prompted(plain, options | {"latest": QUERY, "passages": 1, "size": 8}, decode, 1)
+    head = torch.tensor([1, *b"a quince. the rest is other text about something else and so on, without that fruit "])
+    search.read(torch.stack([head[:81]] * 2))
+    question = torch.tensor([[*b"what is quince? " * 5]] * 2)
+    found = search.known(question)
+    near = torch.cat([torch.tensor([[1, *b"\x01a quince"[:8]]] * 2), question[:, 0:80]], 1)
+    assert torch.allclose(found[:, 64:], nats(plain(near[:, :-1]).logits, near[:, 1:])[:, -16:], atol=1e-5)
+    assert search.nbytes == 2 * 81 * TOKEN_BYTES
 
 
 def test_figures_are_differences_to_the_model_without_levels(tmp_path):
