@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from experiments.knowledge import biographies, pages, report
 from experiments.knowledge.biographies import Question, World
-from experiments.shared.retrieval import best
 from experiments.shared.continual.choice import weigh
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import (
@@ -37,6 +36,7 @@ from experiments.shared.continual.streams import (
 from experiments.shared.continual.study import ContinualStudy, ContinualWork, LearnerContender, StreamJob
 from experiments.shared.data import find_data
 from experiments.shared.report import spread
+from experiments.shared.retrieval import best
 from experiments.shared.work import Progress, Row
 from nestling.cms.anchor import set_anchor
 from nestling.cms.defaults import default_levels, fast_levels

@@ -1,4 +1,4 @@
-"""A model that learns nothing: what was read stands before what it predicts, the latest of it or what a search finds."""
+"""A model that learns nothing: before what it predicts stands what it read last, or what a search finds."""
 
 from __future__ import annotations
 

@@ -207,4 +207,5 @@ class Reader:
     @property
     def nbytes(self) -> int:
         """Of what is remembered of all streams, the context apart."""
-        return sum(held.nbytes for held in (self.cache, self.slow, self.snapshots, self.replay, self.held) if held is not None)
+        parts = (self.cache, self.slow, self.snapshots, self.replay, self.held)
+        return sum(part.nbytes for part in parts if part is not None)

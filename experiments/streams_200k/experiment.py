@@ -17,7 +17,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def defaults() -> Streams:
-    """The experiment's settings: domains and questions of `streams`. Rates were chosen on tuning seeds, three of each."""
+    """The experiment's settings: domains and questions of `streams`; rates were chosen on a tuning seed."""
 
     def tuned(name: str, lr: float, **options: Any) -> LearnerContender:
         level = {"rank": None, "optimizer": "adamw", "lr": lr, "decay": 0.0}
@@ -36,8 +36,9 @@ def defaults() -> Streams:
         levels("LoRA, replay", {"lr": 3e-3, "optimizer": "adamw"} | still, replay=1),
         tuned("fine-tuning", 3e-4),
         tuned("fine-tuning, EWC", 3e-4, ewc=1e4, fisher=16),
+        levels("slow average, sessions, half as fast", slow=512, share=0.04, sessions=True),
         levels("2 levels", {}, {"chunk_size": 512}),
-        levels("one level, rank 128, nothing fades", {"rank": 128} | still),
+        levels("one level, rank 128, nothing fades", {"rank": 128, "lr": 0.01} | still),
         prompted("retrieval", piece=64, latest=192, passages=2, size=64),
         prompted("long context", piece=1024, latest=3072, passages=0, size=0),
         levels("snapshots", snapshots=True),

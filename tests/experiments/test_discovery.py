@@ -67,6 +67,17 @@ NOT_RUN = {
     },
     "needles": {c.name for c in find("needles").defaults().contenders},
     **{name: {c.name for c in find(name).defaults().contenders} for name in ("babilong", "positions")},
+    "streams_200k": {
+        "one level, rank 128, nothing fades",
+        "retrieval",
+        "long context",
+        "snapshots",
+        "LoRA, replay",
+        "fine-tuning",
+        "fine-tuning, EWC",
+        "slow average, sessions, half as fast",
+        "2 levels",
+    },
     "streams": {c.name for c in find("streams").defaults().contenders},
 }
 

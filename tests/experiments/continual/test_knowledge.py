@@ -9,10 +9,10 @@ import torch
 from experiments.knowledge import pages
 from experiments.knowledge.biographies import ATTRIBUTES, Question, build
 from experiments.knowledge.experiment import PROMPT, Knowledge, answers, chance, measures, taught
-from experiments.shared.retrieval import best, words
 from experiments.shared.continual.pretrained import pretrained
 from experiments.shared.continual.streams import adapted, prefilled
 from experiments.shared.continual.study import LearnerContender
+from experiments.shared.retrieval import best, words
 from experiments.shared.run import run_experiment
 
 STACK = {"blocks": [-2, -1]}

@@ -120,17 +120,17 @@ def test_consolidation_holds_what_mattered_where_it_was(plain):
     """Each stream's Fisher information is of its own passages; the pull lies between the anchor and the step."""
     level = {"chunk_size": 16, "lr": 0.01, "optimizer": "adamw", "rank": None, "decay": 0.0}
     reader = Reader(plain, LearnerContender("x", "levels", [level], {}, {"ewc": 1e3, "fisher": 1}), 64, 1)
-    row = streams(3)[:, :65]
+    row = streams(6)[:, :129]
     reader.read(row)
     reader.end_part()
     held = reader.held
     # one passage as long as all that is read: its gradient is the text's
-    whole = Consolidation(1.0, 1, 63)
+    whole = Consolidation(1.0, 1, 127)
     whole.keep(row[:, 1:])
     deltas = reader.cache.levels.levels[0].deltas
     whole.consolidate(reader.model, deltas)
     for stream in (0, 1):
-        alone = Consolidation(1.0, 1, 63)
+        alone = Consolidation(1.0, 1, 127)
         alone.keep(row[stream : stream + 1, 1:])
         alone.consolidate(reader.model, tuple(d[stream : stream + 1] for d in deltas))
         for a, b in zip(whole.fisher, alone.fisher, strict=True):
@@ -156,12 +156,12 @@ def test_a_long_context_and_a_search_put_what_was_read_first(plain):
     assert long.nbytes == 2 * 32 * TOKEN_BYTES
 
     search = Prompted(plain, options | {"latest": QUERY, "passages": 1, "size": 8}, decode, 1)
-    head = torch.tensor([1, *b"a quince. the rest is other text about something else and so on, without that fruit "])
+    head = torch.tensor([1, *b"quince. the rest is other text about something else and so on, without that fruit. "])
     search.read(torch.stack([head[:81]] * 2))
-    question = torch.tensor([[*b"what is quince? " * 5]] * 2)
+    question = torch.tensor([[*b"what? quince? " * 6]] * 2)
     found = search.known(question)
-    near = torch.cat([torch.tensor([[1, *b"\x01a quince"[:8]]] * 2), question[:, 0:80]], 1)
-    assert torch.allclose(found[:, 64:], nats(plain(near[:, :-1]).logits, near[:, 1:])[:, -16:], atol=1e-5)
+    near = torch.cat([torch.tensor([[1, 1, *b"quince."]] * 2), question[:, :80]], 1)
+    assert torch.allclose(found[:, 64:80], nats(plain(near[:, :-1]).logits, near[:, 1:])[:, -16:], atol=1e-5)
     assert search.nbytes == 2 * 81 * TOKEN_BYTES
 
 
