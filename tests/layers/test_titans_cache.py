@@ -116,7 +116,7 @@ def test_sequences_of_other_lengths_do_not_see_each_other(name, every, most, see
         alone, own = layer(x[row : row + 1, 20 - length :])
         close(y[row : row + 1, 20 - length :], alone)
         there = state.cached.numbers[row] >= 0
-        close(state.cached.memories[row : row + 1, there], own.cached.memories)
+        close(state.cached.memories[row : row + 1, :, there], own.cached.memories)
         close(state.cached.numbers[row : row + 1, there], own.cached.numbers)
 
 
@@ -126,9 +126,9 @@ def test_of_heads_that_add_a_kept_memory_is_one_begun_anew():
     layer.initial[0][0].zero_()
     x = tokens(1, 18)
     kept = layer(x)[1].cached.memories
-    assert kept.shape[1] == 3
+    assert kept.shape[2] == 3
     for n in range(3):
-        close(kept[:, n], layer(x[:, 6 * n : 6 * n + 6])[1].cached.memories[:, 0])
+        close(kept[:, :, n], layer(x[:, 6 * n : 6 * n + 6])[1].cached.memories[:, :, 0])
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def test_the_state_grows_by_a_memory_a_stretch_or_up_to_the_most():
     def held(layer, count):
         state = layer(tokens(2, count))[1]
         check_like(state, layer.state_like(state, 2), "state")
-        return state.cached.memories.shape[1]
+        return state.cached.memories.shape[2]
 
     assert [held(build(), n) for n in (5, 6, 11, 12, 60)] == [0, 1, 1, 2, 10]
     assert [held(build(cache_max=3), n) for n in (5, 6, 60)] == [0, 1, 3]

@@ -8,6 +8,7 @@ import nestling
 from nestling.generation.state import load_state, save_state
 from nestling.models import HopeConfig, HopeForCausalLM
 from nestling.models.hope.cache import cache_bytes
+from nestling.training.levels import chunk_warnings
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, vocab_size=40, num_attention_heads=2)
 KEPT = {"chunk_size": 4, "window": 6, "cache_every": 4}
@@ -84,3 +85,8 @@ def test_turned_on_after_training(ids, tmp_path):
 def test_described_in_the_nested_system(model):
     text = str(nestling.levels(model))
     assert "kept memories" in text
+
+
+@pytest.mark.parametrize(("window", "warned"), [(4, True), (5, False)])
+def test_training_in_which_nothing_is_kept_is_warned_of(model, window, warned):
+    assert any("smaller cache_every" in said for said in chunk_warnings(model, window)) is warned

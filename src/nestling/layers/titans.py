@@ -176,8 +176,7 @@ class SelfModifyingTitans(nn.Module):
         first = tree_map_only(Tensor, lambda t: Like((batch_size, *t.shape[1:]), (t.dtype,)), self.initial_state(1))
         if first.cached:
             count = columns(getattr(getattr(state, "cached", None), "numbers", None), 1)
-            grown = (replace(like, shape=(batch_size, count, *like.shape[2:])) for like in first.cached[:3])
-            first = first._replace(cached=CachedMemories(*grown, *first.cached[3:]))
+            first = first._replace(cached=first.cached.like(count))
         return first._replace(conv=replace(first.conv, dtypes=activations(self.in_proj.weight.dtype)))
 
     def forward(

@@ -17,7 +17,7 @@ with two learned numbers a head, b and s (the paper's gated residual memory, its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,8 +32,8 @@ from nestling.layers.titans_scan import Memories, MemoryScan
 class CachedMemories(NamedTuple):
     """What a stream keeps of its stretches; every tensor begins with the batch dimension."""
 
-    memories: Tensor  # C of each complete stretch, [B, N, H, o, i]
-    keys: Tensor  # m of each, [B, N, H, i]
+    memories: Tensor  # C of each complete stretch, transposed, [B, H, N, i, o]: all of a head's are one matrix
+    keys: Tensor  # m of each, [B, H, N, i]
     numbers: Tensor  # which stretch each is, ascending, -1 where a sequence has fewer than others: int64 [B, N]
     start: Tensor  # of the open stretch: W where it began, [B, H, o, i]
     decay: Tensor  # the product of its decays, [B, H]
@@ -44,10 +44,18 @@ class CachedMemories(NamedTuple):
         """Of a stream that begins with the main memory [B, H, o, i]."""
         batch, heads, outs, ins = weight.shape
         return cls(
-            weight.new_zeros(batch, 0, heads, outs, ins), weight.new_zeros(batch, 0, heads, ins),
+            weight.new_zeros(batch, heads, 0, ins, outs), weight.new_zeros(batch, heads, 0, ins),
             torch.zeros(batch, 0, dtype=torch.int64, device=weight.device),
             weight, weight.new_ones(batch, heads), weight.new_zeros(batch, heads, ins),
         )  # fmt: skip
+
+    def like(self, count: int) -> CachedMemories:
+        """One of `Like`s in place of tensors with so many kept memories."""
+        memories, keys, numbers = (
+            replace(own, shape=(*own.shape[:dim], count, *own.shape[dim + 1 :]))
+            for own, dim in zip(self[:3], (2, 2, 1), strict=True)
+        )
+        return self._replace(memories=memories, keys=keys, numbers=numbers)
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,12 @@ class CachedScan:
         count = cached.numbers.shape[1]
         if count == 0:
             return y
-        near = torch.einsum("bhti,bnhi->bhtn", q, cached.keys) * self.scale[:, None, None]
+        near = q @ cached.keys.mT * self.scale[:, None, None]
         near = near.masked_fill((cached.numbers < 0)[:, None, None], -torch.inf)
         own = self.bias[:, None, None].expand(*near.shape[:-1], 1)
         own, share = torch.cat([own, near], -1).softmax(-1).split([1, count], -1)
         weighed = (share.unsqueeze(-1) * q.unsqueeze(-2)).flatten(-2)  # [B, H, T, N i]: all reads as one product
-        return own * y + weighed @ cached.memories.permute(0, 2, 1, 4, 3).flatten(2, 3)
+        return own * y + weighed @ cached.memories.flatten(2, 3)
 
 
 def _noted(cached: CachedMemories, k: Tensor, alpha: Tensor, lengths: Sequence[int]) -> CachedMemories:
@@ -116,14 +124,15 @@ def _closed(
     numbers = torch.cat([cached.numbers, count[:, None] - 1], 1)
     if most is not None:
         numbers = numbers.masked_fill(numbers < count[:, None] - most, -1)
-    return CachedMemories(
-        torch.cat([cached.memories, wrote.unsqueeze(1)], 1),
-        torch.cat([cached.keys, cached.total.unsqueeze(1) / every], 1),
+    cached = CachedMemories(
+        torch.cat([cached.memories, wrote.mT.unsqueeze(2)], 2),
+        torch.cat([cached.keys, cached.total.unsqueeze(2) / every], 2),
         numbers,
         torch.where(done[:, None, None, None], weight, cached.start),
         cached.decay.masked_fill(done[:, None], 1),
         cached.total.masked_fill(done[:, None, None], 0),
     )
+    return cached if most is None else _ordered(cached)
 
 
 def _ordered(cached: CachedMemories) -> CachedMemories:
@@ -134,10 +143,10 @@ def _ordered(cached: CachedMemories) -> CachedMemories:
     if bool(there.all()):
         return cached
     order = numbers.argsort(dim=1, stable=True)[:, numbers.shape[1] - int(there.sum(1).max()) :]
-    rows = torch.arange(len(order), device=order.device)[:, None]
-    there = there[rows, order]
+    there, place = there.gather(1, order)[:, None, :, None], order[:, None, :, None]
+    memories, keys = cached.memories.flatten(3), cached.keys
     return cached._replace(
-        memories=cached.memories[rows, order] * there[..., None, None, None],
-        keys=cached.keys[rows, order] * there[..., None, None],
-        numbers=numbers[rows, order],
+        memories=(memories.take_along_dim(place, 2) * there).unflatten(3, cached.memories.shape[3:]),
+        keys=keys.take_along_dim(place, 2) * there,
+        numbers=numbers.gather(1, order),
     )

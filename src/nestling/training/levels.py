@@ -86,14 +86,23 @@ def check_factor(model: nn.Module, factor: int, window: int) -> None:
 
 
 def chunk_warnings(model: nn.Module, window: int) -> list[str]:
-    """Memories whose chunk is not shorter than a training window: reading never begins a second chunk there."""
+    """Memories whose chunk is not shorter than a training window: reading never begins a second chunk there, or a
+    second stretch, so that kept memories are never read."""
     chunks = [group.chunk_size for layer in memories(model) for group in layer.groups]
-    if window > max(chunks, default=0):
-        return []
-    return [
-        f"a training window of {window} tokens is not longer than a memory's chunk of {max(chunks)}: what the model "
-        "does with a second chunk stays untrained. Take a larger seq_len, or a smaller chunk_size of the mixer"
-    ]
+    kept = [layer.config.cache_every for layer in memories(model) if layer.config.cache_every is not None]
+    found = []
+    if window <= max(chunks, default=0):
+        found.append(
+            f"a training window of {window} tokens is not longer than a memory's chunk of {max(chunks)}: what the "
+            "model does with a second chunk stays untrained. Take a larger seq_len, or a smaller chunk_size of the "
+            "mixer"
+        )
+    if window <= max(kept, default=0):
+        found.append(
+            f"a training window of {window} tokens is not longer than a stretch of {max(kept)} that a memory keeps: "
+            "what the model does with kept memories stays untrained. Take a larger seq_len, or a smaller cache_every"
+        )
+    return found
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def _kept(module: SelfModifyingTitans, place: Place, every: int) -> Parts:
         dtype = torch.float64
     count = min(place.context_length // every, module.config.cache_max or place.context_length)
     tensors = (
-        place.state("kept.memories", (count, heads, p, p), dtype), place.state("kept.keys", (count, heads, p), dtype),
+        place.state("kept.memories", (heads, count, p, p), dtype), place.state("kept.keys", (heads, count, p), dtype),
         place.state("kept.numbers", (count,), torch.int64),
     )  # fmt: skip
     size, macs, own = sum(t.bytes for t in tensors), count * heads * (p * p + p), place.path("kept")
