@@ -189,6 +189,14 @@ def run(
     settings: TaskStudy, contender: TaskContender, task: Task, seed: int, progress: Progress | None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Train on what is drawn anew in each step; the share of right answers in each test."""
+    model, losses = trained(settings, contender, task, seed, progress, device)
+    return {"parameters": size(model), "accuracy": tested(settings, model, task, seed), "curve": curve(losses, 30)}
+
+
+def trained(
+    settings: TaskStudy, contender: TaskContender, task: Task, seed: int, progress: Progress | None, device: str = "cpu"
+) -> tuple[nn.Module, list[float]]:
+    """What was trained, tokens [B, T] to logits [B, T, classes], and the loss of each step."""
     torch.manual_seed(seed)
     read = HopeForCausalLM(configuration(settings, contender, task.classes))
     generator = torch.Generator().manual_seed(seed)
@@ -199,10 +207,13 @@ def run(
         tokens, targets = (t.to(device) for t in task.draw(task.batch_size, generator))
         return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
-    losses = train(model, contender.steps or settings.steps, settings.lr, settings.warmup, loss_of, progress)
+    return model, train(model, contender.steps or settings.steps, settings.lr, settings.warmup, loss_of, progress)
+
+
+def tested(settings: TaskStudy, model: nn.Module, task: Task, seed: int) -> dict[str, float]:
+    """The share of right answers in each test."""
     fresh = torch.Generator().manual_seed(10_000 + seed)
-    found = {label: accuracy(model, draw(settings.tested, fresh)) for label, draw in task.tests.items()}
-    return {"parameters": size(model), "accuracy": found, "curve": curve(losses, 30)}
+    return {label: accuracy(model, draw(settings.tested, fresh)) for label, draw in task.tests.items()}
 
 
 @torch.no_grad()
