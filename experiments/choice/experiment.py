@@ -66,6 +66,9 @@ def defaults() -> Choice:
         # the two at the best of their rates on text; what else is compared had 0.007
         ChoiceContender("attention", "attention", head_size=32, text_lr=5e-3),
         ChoiceContender("hope", mixers=[window, beside(TWO_KINDS)], text_lr=5e-3),
+        ChoiceContender(
+            "hope, two kinds, plain keys", mixers=[window, beside(TWO_KINDS | {"qkv_conv": 0})], text_lr=5e-3
+        ),
         ChoiceContender("fourth default", mixers=[window, beside(HOPE | horizon(2048, 32768))], text_lr=5e-3),
         ChoiceContender("hope, plain keys", mixers=[window, beside(PLAIN_HOPE)], text_lr=5e-3),
         ChoiceContender("third default", mixers=third, text_lr=5e-3),

@@ -40,10 +40,17 @@ def defaults() -> Languages:
     window = {"mixer": "window_attention", "window": 256}
     beside = {"mixer": "memory_and_attention", "window": 256} | HOPE | dict(horizon=[2048.0, 32768.0])
     kinds = beside | dict(tied_write=False, erase_heads="half")
+    plain = kinds | dict(qkv_conv=0)
     contenders = [
         LanguageContender("Hope", mixers=[window, kinds], runs=[0]),
         LanguageContender("Hope, short windows, 1200 steps", mixers=[window, kinds], steps=1200, short_window=4),
         LanguageContender("Hope, short windows, 2000 steps", mixers=[window, kinds], steps=2000, short_window=4),
+        LanguageContender(
+            "Hope, plain keys, short windows, 1200 steps", mixers=[window, plain], steps=1200, short_window=4
+        ),
+        LanguageContender(
+            "Hope, plain keys, short windows, 2000 steps", mixers=[window, plain], steps=2000, short_window=4
+        ),
         LanguageContender("fourth default", mixers=[window, beside]),
         LanguageContender("fourth default, 2000 steps", mixers=[window, beside], runs=[0], steps=2000),
         LanguageContender("third default", mixers=[{"mixer": "selfmod"} | HOPE, window]),
