@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.choice.experiment import DELTA, FIRST, HOPE, PLAIN, beside, horizon
+from experiments.choice.experiment import DELTA, FIRST, HOPE, PLAIN, TWO_KINDS, beside, horizon
 from experiments.mad.tasks import TASKS
 from experiments.shared.models.tasks import Task, TaskContender, TaskStudy, TaskWork, plan
 from experiments.shared.models.tasks_report import plot, summarize, table
@@ -34,7 +34,8 @@ def defaults() -> Mad:
     """The experiment's settings."""
     window = {"mixer": "window_attention", "window": 256}
     contenders = [
-        TaskContender("Hope", mixers=[window, beside(HOPE | horizon(2048, 32768))]),
+        TaskContender("Hope", mixers=[window, beside(TWO_KINDS)]),
+        TaskContender("fourth default", mixers=[window, beside(HOPE | horizon(2048, 32768))]),
         TaskContender("Hope's memory alone", options=HOPE),
         TaskContender("first default", options=FIRST, head_size=32),
         TaskContender("attention", "attention", head_size=32),

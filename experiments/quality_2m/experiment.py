@@ -40,7 +40,7 @@ def defaults() -> TrainingStudy:
                 {"name": "hope", "lrs": [3e-3, 5e-3]},
                 {"name": "hope, hybrid", "model": HYBRID | heads, "lrs": [5e-3, 1e-2]},
                 {"name": "transformer + conv", "mixer": "attention", "lrs": [5e-3, 1e-2]},
-                {"name": "gated deltanet and window", "model": SAMBA | heads, "lrs": [1e-2]},
+                {"name": "gated deltanet and window", "model": SAMBA | heads, "lrs": [5e-3, 1e-2]},
             ],
         }
     )
