@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from experiments.languages.report import plot, summarize, table
 from experiments.languages.study import LanguageContender, LanguageJob, Languages, LanguagesWork
@@ -34,23 +35,27 @@ FIRST = dict(
 )  # fmt: skip
 
 
+def windowed(name: str, mixers: list[dict[str, Any]]) -> list[LanguageContender]:
+    """The layers trained with windows that are short in part of the steps, for so long and for longer."""
+    return [
+        LanguageContender(f"{name}, short windows, {steps} steps", mixers=mixers, steps=steps, short_window=4)
+        for steps in (1200, 2000)
+    ]
+
+
 def defaults() -> Languages:
     """The experiment's settings."""
     linear = MATRIX | dict(decay="none", dgd=False, rate="one", step="plain", conv_init="uniform")
     window = {"mixer": "window_attention", "window": 256}
     beside = {"mixer": "memory_and_attention", "window": 256} | HOPE | dict(horizon=[2048.0, 32768.0])
     kinds = beside | dict(tied_write=False, erase_heads="half")
-    plain = kinds | dict(qkv_conv=0)
+    free = dict(norm_limit=1e4)  # before, sums of some 40 letters met the memory's bound
     contenders = [
-        LanguageContender("Hope", mixers=[window, kinds], runs=[0]),
-        LanguageContender("Hope, short windows, 1200 steps", mixers=[window, kinds], steps=1200, short_window=4),
-        LanguageContender("Hope, short windows, 2000 steps", mixers=[window, kinds], steps=2000, short_window=4),
-        LanguageContender(
-            "Hope, plain keys, short windows, 1200 steps", mixers=[window, plain], steps=1200, short_window=4
-        ),
-        LanguageContender(
-            "Hope, plain keys, short windows, 2000 steps", mixers=[window, plain], steps=2000, short_window=4
-        ),
+        *windowed("Hope", [window, kinds | free]),
+        *windowed("Hope, plain keys", [window, kinds | free | dict(qkv_conv=0)]),
+        LanguageContender("fifth default", mixers=[window, kinds], runs=[0]),
+        *windowed("fifth default", [window, kinds]),
+        *windowed("fifth default, plain keys", [window, kinds | dict(qkv_conv=0)]),
         LanguageContender("fourth default", mixers=[window, beside]),
         LanguageContender("fourth default, 2000 steps", mixers=[window, beside], runs=[0], steps=2000),
         LanguageContender("third default", mixers=[{"mixer": "selfmod"} | HOPE, window]),
@@ -68,6 +73,7 @@ def defaults() -> Languages:
         LanguageContender("Transformer", "attention", head_size=32),
         LanguageContender("Transformer, 2000 steps", "attention", head_size=32, runs=[0], steps=2000),
         LanguageContender("linear attention", options=linear),
+        LanguageContender("linear attention, unbounded", options=linear | free),
         LanguageContender("DeltaNet", options=DELTA),
         LanguageContender("DeltaNet, eigenvalues to -1", options=DELTA | NEGATIVE),
         LanguageContender("LSTM", "lstm"),
