@@ -74,8 +74,8 @@ def test_a_model_saved_with_the_first_defaults_is_what_it_was(tmp_path, left_out
 def test_the_first_defaults_stay_available():
     first = HopeConfig(defaults=1, hidden_size=8)
     assert (first.mixer, first.num_attention_heads) == ("selfmod", 4)
-    with pytest.raises(ValueError, match="defaults must be one of 1, 2, 3, 4, 5; got 6"):
-        HopeConfig(defaults=6)
+    with pytest.raises(ValueError, match="defaults must be one of 1, 2, 3, 4, 5, 6; got 7"):
+        HopeConfig(defaults=7)
 
 
 def test_the_second_defaults_differ_in_what_a_convolution_begins_as(tmp_path):
@@ -115,8 +115,8 @@ def test_the_last_layer_of_the_default_has_a_memory(layers):
 
 def test_the_default_is_a_window_and_a_memory_beside_one(tmp_path):
     config = HopeConfig(hidden_size=128, num_hidden_layers=4, mixer_options={"chunk_size": 8, "num_kv_heads": 1})
-    assert (config.defaults, config.mixer, config.num_attention_heads) == (5, "hope", 2)
-    kinds = {"tied_write": False, "erase_heads": "half"}
+    assert (config.defaults, config.mixer, config.num_attention_heads) == (6, "hope", 2)
+    kinds = {"tied_write": False, "erase_heads": "half", "norm_limit": 1e4}
     given = {"num_heads": 2, "chunk_size": 8, "num_kv_heads": 1}
     assert config.layer_mixer(1) == ("memory_and_attention", given | kinds)
     assert config.layer_mixer(2) == ("window_attention", {"num_heads": 2, "window": 256, "num_kv_heads": 1})
@@ -130,7 +130,7 @@ def test_the_default_is_a_window_and_a_memory_beside_one(tmp_path):
 
 
 def test_all_heads_of_the_fourth_defaults_erase(tmp_path):
-    fourth, now = (HopeConfig(hidden_size=64, num_hidden_layers=3, defaults=version) for version in (4, 5))
+    fourth, now = (HopeConfig(hidden_size=64, num_hidden_layers=3, defaults=version) for version in (4, 6))
     assert fourth.mixer_names == now.mixer_names == ["memory_and_attention", "window_attention", "memory_and_attention"]
     fourth.save_pretrained(tmp_path)
     for config in (fourth, HopeConfig.from_pretrained(tmp_path)):
@@ -140,6 +140,17 @@ def test_all_heads_of_the_fourth_defaults_erase(tmp_path):
     assert (memory.num_heads, memory.head_width, memory.erasing, memory.tied_write) == (2, 64, 1, False)
     wide = HopeConfig(hidden_size=192, num_hidden_layers=2).build_layer_mixer(1).memory.config
     assert (wide.num_heads, wide.head_width, wide.erasing) == (3, 64, 2)
+
+
+@pytest.mark.parametrize(("mixer", "limit"), [("hope", 1e4), ("linear_attention", 1e4), ("retnet", 1e4)])
+def test_sums_met_a_bound_until_the_fifth_defaults(mixer, limit, tmp_path):
+    fifth = HopeConfig(hidden_size=8, num_hidden_layers=2, mixer=mixer, num_attention_heads=1, defaults=5)
+    fifth.save_pretrained(tmp_path)
+    limits = []
+    for config in (fifth, HopeConfig.from_pretrained(tmp_path), HopeConfig.from_dict(fifth.to_dict() | {"defaults": 6})):
+        layer = config.build_layer_mixer(1)
+        limits.append(getattr(layer, "memory", layer).config.norm_limit)
+    assert limits == [8.0, 8.0, limit]
 
 
 def test_tracking_is_the_fourth_default_with_keys_of_single_tokens():

@@ -15,7 +15,9 @@ from nestling.layers.titans_config import TitansConfig
 _STATIC = dict(adaptive=(), self_targets=False, normalize_values=False, momentum=False, retain="zero")
 # without an erase the writes of a chunk add up: begin with steps of about 1 / chunk_size
 _DESCENT = dict(_STATIC, dgd=False, normalize_values=True, initial_rate=0.02)
-_HEBBIAN = dict(_STATIC, architecture="linear", objective="dot", dgd=False, rate="one", step="plain", read="after")
+_HEBBIAN = dict(
+    _STATIC, architecture="linear", objective="dot", dgd=False, rate="one", step="plain", read="after", norm_limit=1e4
+)  # a sum grows with the text and is no fault: the bound of 8 is met by some 40 tokens of one kind
 _DELTA = dict(_STATIC, architecture="linear", objective="dot", dgd=True, step="layer", read="after", initial_rate=1.0)
 _TRACKING = dict(
     architecture="linear", objective="dot", momentum=False, erase_gate=True, erase_range=2.0, conv_size=0,
@@ -85,7 +87,7 @@ PATTERNS: dict[str, tuple[dict, ...]] = {
     # half of the memory's heads erase, which tracks a state; the others only add, which counts and holds more pairs
     "hope": (
         {"mixer": "window_attention", "window": 256},
-        {"mixer": "memory_and_attention", "tied_write": False, "erase_heads": "half"},
+        {"mixer": "memory_and_attention", "tied_write": False, "erase_heads": "half", "norm_limit": 1e4},
     ),
     # queries, keys and values of single tokens: reflections along keys that vary with their neighbours turn a state out
     # of its plane, so this keeps parity for longer; language would rather have the convolutions (experiment `choice`)
@@ -99,11 +101,13 @@ PATTERNS: dict[str, tuple[dict, ...]] = {
 _ALTERNATING = ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256})
 _ONE_KIND = ({"mixer": "window_attention", "window": 256}, {"mixer": "memory_and_attention"})
 FORMER_PATTERNS: dict[int, dict[str, tuple[dict, ...]]] = {
-    2: {"hope": _ALTERNATING}, 3: {"hope": _ALTERNATING}, 4: {"hope": _ONE_KIND}
+    2: {"hope": _ALTERNATING}, 3: {"hope": _ALTERNATING}, 4: {"hope": _ONE_KIND},
+    5: {"hope": (_ONE_KIND[0], {"mixer": "memory_and_attention", "tied_write": False, "erase_heads": "half"})},
 }  # fmt: skip
 # the same of a sequence layer, as changes of its options
-FORMER: dict[int, dict[str, dict]] = {
-    2: {"hope_memory": {"conv_init": "uniform", "qkv_conv_init": "last", "initial_erase": 0.5}}
+_BOUNDED = {"linear_attention": {"norm_limit": 8.0}, "retnet": {"norm_limit": 8.0}}
+FORMER: dict[int, dict[str, dict]] = {version: _BOUNDED for version in range(1, 6)} | {
+    2: {"hope_memory": {"conv_init": "uniform", "qkv_conv_init": "last", "initial_erase": 0.5}} | _BOUNDED
 }
 
 

@@ -19,7 +19,7 @@ from nestling.utils.auto_classes import KnownByFile, NeverCopied
 from nestling.utils.shapes import shapes_alone
 
 # the sequence layer of a configuration that names none, by the version of the defaults (decision D24)
-DEFAULT_MIXERS = {1: "selfmod", 2: "hope", 3: "hope", 4: "hope", 5: "hope"}
+DEFAULT_MIXERS = {1: "selfmod", 2: "hope", 3: "hope", 4: "hope", 5: "hope", 6: "hope"}
 
 # what Hugging Face itself hands to a configuration besides its fields
 _PASSED_ON = {
@@ -80,8 +80,8 @@ class HopeConfig(KnownByFile, NeverCopied, PreTrainedConfig):
         max_position_embeddings: longest text the model may see; None sets no limit.
         defaults: version of the defaults: 1 when the mixer was "selfmod", 2 and 3 when "hope" alternated memories and
             attention (in 2 the convolution in front of the gates was drawn at random and the erase began at a half), 4
-            when all heads of its memory erased, 5 now. None: 5, and 1 for a saved configuration that does not say, so
-            that it loads as what it was.
+            when all heads of its memory erased, 5 when sums met a bound, 6 now. None: 6, and 1 for a saved
+            configuration that does not say, so that it loads as what it was.
 
     Raises:
         ValueError, TypeError: a value out of range, an unknown option, a field of another type.
