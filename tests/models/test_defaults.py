@@ -159,6 +159,11 @@ def test_tracking_is_the_fourth_default_with_keys_of_single_tokens():
     assert not tracking.build_layer_mixer(-1 % tracking.num_hidden_layers).memory.path_convs
 
 
+def test_counting_is_the_default_with_keys_of_single_tokens():
+    counting, default = HopeConfig(mixer="hope_counting"), HopeConfig(mixer_options={"qkv_conv": 0})
+    assert [counting.layer_mixer(i) for i in range(4)] == [default.layer_mixer(i) for i in range(4)]
+
+
 @pytest.mark.parametrize(("width", "heads"), [(256, 4), (64, 1), (48, 1), (160, 2), (200, 2)])
 def test_heads_have_64_channels_where_the_width_allows(width, heads):
     assert HopeConfig(hidden_size=width).num_attention_heads == heads

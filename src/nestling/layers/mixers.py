@@ -95,7 +95,15 @@ PATTERNS: dict[str, tuple[dict, ...]] = {
         {"mixer": "window_attention", "window": 256},
         {"mixer": "memory_and_attention", "qkv_conv": 0},
     ),
-}
+    # the default with such keys: what follows its neighbours adds up to no count (experiment `languages`)
+    "hope_counting": (
+        {"mixer": "window_attention", "window": 256},
+        {
+            "mixer": "memory_and_attention", "qkv_conv": 0, "tied_write": False, "erase_heads": "half",
+            "norm_limit": 1e4,
+        },
+    ),
+}  # fmt: skip
 
 # what a pattern stood for in configurations saved with earlier defaults
 _ALTERNATING = ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256})
