@@ -35,11 +35,11 @@ FIRST = dict(
 )  # fmt: skip
 
 
-def windowed(name: str, mixers: list[dict[str, Any]]) -> list[LanguageContender]:
-    """The layers trained with windows that are short in part of the steps, for so long and for longer."""
+def windowed(name: str, mixers: list[dict[str, Any]], *lengths: int) -> list[LanguageContender]:
+    """The layers trained for each of so many steps, with windows that are short in part of them."""
     return [
         LanguageContender(f"{name}, short windows, {steps} steps", mixers=mixers, steps=steps, short_window=4)
-        for steps in (1200, 2000)
+        for steps in lengths
     ]
 
 
@@ -51,11 +51,11 @@ def defaults() -> Languages:
     kinds = beside | dict(tied_write=False, erase_heads="half")
     free = dict(norm_limit=1e4)  # before, sums of some 40 letters met the memory's bound
     contenders = [
-        *windowed("Hope", [window, kinds | free]),
-        *windowed("Hope, plain keys", [window, kinds | free | dict(qkv_conv=0)]),
+        *windowed("Hope", [window, kinds | free], 1200),
+        *windowed("Hope, plain keys", [window, kinds | free | dict(qkv_conv=0)], 1200),
         LanguageContender("fifth default", mixers=[window, kinds], runs=[0]),
-        *windowed("fifth default", [window, kinds]),
-        *windowed("fifth default, plain keys", [window, kinds | dict(qkv_conv=0)]),
+        *windowed("fifth default", [window, kinds], 1200, 2000),
+        *windowed("fifth default, plain keys", [window, kinds | dict(qkv_conv=0)], 1200),
         LanguageContender("fourth default", mixers=[window, beside]),
         LanguageContender("fourth default, 2000 steps", mixers=[window, beside], runs=[0], steps=2000),
         LanguageContender("third default", mixers=[{"mixer": "selfmod"} | HOPE, window]),
@@ -73,7 +73,6 @@ def defaults() -> Languages:
         LanguageContender("Transformer", "attention", head_size=32),
         LanguageContender("Transformer, 2000 steps", "attention", head_size=32, runs=[0], steps=2000),
         LanguageContender("linear attention", options=linear),
-        LanguageContender("linear attention, unbounded", options=linear | free),
         LanguageContender("DeltaNet", options=DELTA),
         LanguageContender("DeltaNet, eigenvalues to -1", options=DELTA | NEGATIVE),
         LanguageContender("LSTM", "lstm"),
