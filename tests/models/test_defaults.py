@@ -146,8 +146,9 @@ def test_all_heads_of_the_fourth_defaults_erase(tmp_path):
 def test_sums_met_a_bound_until_the_fifth_defaults(mixer, limit, tmp_path):
     fifth = HopeConfig(hidden_size=8, num_hidden_layers=2, mixer=mixer, num_attention_heads=1, defaults=5)
     fifth.save_pretrained(tmp_path)
+    sixth = HopeConfig.from_dict(fifth.to_dict() | {"defaults": 6})
     limits = []
-    for config in (fifth, HopeConfig.from_pretrained(tmp_path), HopeConfig.from_dict(fifth.to_dict() | {"defaults": 6})):
+    for config in (fifth, HopeConfig.from_pretrained(tmp_path), sixth):
         layer = config.build_layer_mixer(1)
         limits.append(getattr(layer, "memory", layer).config.norm_limit)
     assert limits == [8.0, 8.0, limit]

@@ -114,7 +114,7 @@ FORMER_PATTERNS: dict[int, dict[str, tuple[dict, ...]]] = {
 }  # fmt: skip
 # the same of a sequence layer, as changes of its options
 _BOUNDED = {"linear_attention": {"norm_limit": 8.0}, "retnet": {"norm_limit": 8.0}}
-FORMER: dict[int, dict[str, dict]] = {version: _BOUNDED for version in range(1, 6)} | {
+FORMER: dict[int, dict[str, dict]] = dict.fromkeys(range(1, 6), _BOUNDED) | {
     2: {"hope_memory": {"conv_init": "uniform", "qkv_conv_init": "last", "initial_erase": 0.5}} | _BOUNDED
 }
 

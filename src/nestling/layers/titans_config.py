@@ -126,8 +126,8 @@ class TitansConfig:
     are kept; 0 keeps everything, in 1.6 times the memory and .55 to .8 of the time. A piece is an eighth of it, or as
     long where chunks are taken at once (`ops.chunks`)."""
     norm_limit: float = 8.0
-    """A weight whose root mean square exceeds this at a chunk's end is scaled back to it. Sums meet 8 after some 40 tokens
-    of one kind: `mixer="hope"`, "linear_attention" and "retnet" have 10,000 (decision D39)."""
+    """A weight whose root mean square exceeds this at a chunk's end is scaled back to it. Sums meet 8 after some 40
+    tokens of one kind: `mixer="hope"`, "linear_attention" and "retnet" have 10,000 (decision D39)."""
     cache_every: int | None = None
     """Tokens of a stretch: what each wrote to the main memory is kept and read beside it (memory caching, decision
     D38), so the state grows with the text. A multiple of `chunk_size` is fastest; for a matrix with static projections.
