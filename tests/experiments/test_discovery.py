@@ -73,7 +73,6 @@ NOT_RUN = {
         "long context",
         "snapshots",
         "slow average, sessions, half as fast",
-        "2 levels",
     },
     "streams": {c.name for c in find("streams").defaults().contenders},
 }
