@@ -92,9 +92,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     models = summary["found"]
     with figure(path, 3, (15, 4 * len(models)), rows=len(models)) as axes:
         for model, row in zip(models, axes if len(models) > 1 else [axes]):
-            for c, colour in zip(model["contenders"], COLOURS * 2):
+            for number, c in enumerate(model["contenders"]):  # dashed where the colours begin anew
+                colour = COLOURS[number % len(COLOURS)]
                 window = c["tokens"] / len(c["curve"]) / 1000
-                style = {"linewidth": 1.4}
+                style = {"linewidth": 1.4, "linestyle": "-" if number < len(COLOURS) else "--"}
                 row[0].plot([(n + 0.5) * window for n in range(len(c["curve"]))], [p["mean"] for p in c["curve"]],
                             label=c["contender"], color=colour, **style)  # fmt: skip
                 for axis, key in ((row[1], "first domain"), (row[2], "harms")):
