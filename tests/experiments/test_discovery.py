@@ -44,8 +44,6 @@ NOT_RUN = {
         "default, replay",
         "default, snapshots",
         "exact memory",
-        "exact memory's keys, linear probe",
-        "exact memory's keys, class means",
     },
     "endless": {"default"},
     "knowledge": {
@@ -68,11 +66,9 @@ NOT_RUN = {
     "needles": {c.name for c in find("needles").defaults().contenders},
     **{name: {c.name for c in find(name).defaults().contenders} for name in ("babilong", "positions")},
     "streams_200k": {
-        "one level, rank 128, nothing fades",
         "retrieval",
         "long context",
         "snapshots",
-        "slow average, sessions, half as fast",
     },
     "streams": {c.name for c in find("streams").defaults().contenders},
 }
