@@ -93,13 +93,13 @@ def test_contenders_have_equal_parameters():
 def test_a_run_and_its_table(tmp_path):
     settings = experiment.defaults().smoke()
     rows = {}
-    for name in ("Hope", "LSTM"):
+    for name in ("fourth default", "LSTM"):
         contender = settings.contender(name)
         for language in settings.languages:
             rows[name, language] = study.run(settings, contender, language, 0, None)
     assert rows["LSTM", "parity"] == study.run(settings, settings.contender("LSTM"), "parity", 0, None)
     summary = report.summarize(settings, settings.contenders, lambda job: rows.get((job.contender, job.language)))
-    assert [c["contender"] for c in summary["contenders"]] == ["Hope", "LSTM"]
+    assert [c["contender"] for c in summary["contenders"]] == ["fourth default", "LSTM"]
     assert report.table(summary).count("| LSTM |") == 2
     report.plot(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
