@@ -2,7 +2,7 @@
 
 import torch
 
-from nestling.training import Trainer, checkpoint
+from nestling.training import Trainer, checkpoint, train
 from nestling.training.build import load_saved
 
 
@@ -13,6 +13,16 @@ def run_with_stops(config, *stops):
         while trainer.step < stop:
             trainer.train_step()
         trainer.save()
+
+
+def goes_on(config, folder, *stops):
+    """Train whole, and in another folder with stops: both end alike. The second run's configuration."""
+    train(config)
+    other = config.changed(out=str(folder))
+    run_with_stops(other, *stops)
+    Trainer(other, resume=True).run()
+    assert_same_end(config, other)
+    return other
 
 
 def assert_same_end(config, other):

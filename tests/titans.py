@@ -1,6 +1,7 @@
 """Settings of the self-modifying Titans layer that tests go through, and small layers with them."""
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from nestling.layers.titans import SelfModifyingTitans
 
@@ -128,3 +129,19 @@ def possible(o):
     numbers = o["self_targets"]
     learns = {"eta": numbers and o["rate"] != "one", "alpha": numbers and o["decay"] != "none"}
     return o | {"adaptive": tuple(name for name in o["adaptive"] if learns.get(name, True))}
+
+
+def close(a, b, tolerance=1e-9):
+    """All tensors of two structures agree."""
+    for s, t in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        torch.testing.assert_close(s, t, rtol=tolerance, atol=tolerance)
+
+
+def in_pieces(layer, x, cuts):
+    """Outputs of x read in pieces, the state carried, and the last state."""
+    state, outputs = None, []
+    ends = [*sorted({c for c in cuts if 0 < c < x.shape[1]}), x.shape[1]]
+    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+        y, state = layer(x[:, start:stop], state)
+        outputs.append(y)
+    return torch.cat(outputs, 1), state

@@ -15,6 +15,7 @@ from nestling.layers.titans_state import TitansState
 from nestling.ops import compiled
 from nestling.utils.likeness import check_like
 from slowly import examples
+from titans import close, in_pieces
 
 DIM = 8
 TWO_KINDS = dict(tied_write=False, erase_heads="half")
@@ -43,20 +44,6 @@ def build(name="two kinds", seed=0, **options):
 
 def tokens(*shape):
     return torch.randn(*shape, DIM, dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-9):
-    for s, t in zip(tree_leaves(a), tree_leaves(b), strict=True):
-        torch.testing.assert_close(s, t, rtol=tolerance, atol=tolerance)
-
-
-def in_pieces(layer, x, cuts):
-    state, outputs = None, []
-    ends = [*sorted({c for c in cuts if 0 < c < x.shape[1]}), x.shape[1]]
-    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-        y, state = layer(x[:, start:stop], state)
-        outputs.append(y)
-    return torch.cat(outputs, 1), state
 
 
 drawn = dict(

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nestling.layers.mixers import MIXERS, build_mixer
 from nestling.layers.titans import SelfModifyingTitans
 from slowly import examples
+from titans import close, in_pieces
 
 DIM = 8
 OPTIONS = {
@@ -38,20 +39,6 @@ def build(seed=0, **options):
 
 def tokens(*shape):
     return torch.randn(*shape, DIM, dtype=torch.float64)
-
-
-def close(a, b, tolerance=1e-9):
-    for s, t in zip(tree_leaves(a), tree_leaves(b), strict=True):
-        torch.testing.assert_close(s, t, rtol=tolerance, atol=tolerance)
-
-
-def in_pieces(layer, x, cuts):
-    state, outputs = None, []
-    ends = [*sorted(set(cuts) - {0, x.shape[1]}), x.shape[1]]
-    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-        y, state = layer(x[:, start:stop], state)
-        outputs.append(y)
-    return torch.cat(outputs, 1), state
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nestling.training import Trainer, train
-from resumed import assert_same_end, run_with_stops
+from nestling.training import Trainer
+from resumed import goes_on
 
 
 def selfmod(config, chunk, main):
@@ -33,11 +33,7 @@ def test_chunks_are_longer_at_first(staged):
 
 def test_a_run_of_two_stages_goes_on_in_either(staged, tmp_path):
     staged = staged.changed(**{"optim.accumulate": 1})
-    train(staged)
-    other = staged.changed(out=str(tmp_path / "other"))
-    run_with_stops(other, 5, 9)
-    Trainer(other, resume=True).run()
-    assert_same_end(staged, other)
+    other = goes_on(staged, tmp_path / "other", 5, 9)
     with pytest.raises(ValueError, match=r"cannot change schedule.chunk_factor \(was 3, now 1\)"):
         Trainer(other.changed(**{"schedule.chunk_factor": 1}), resume=True)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from nestling.training import Trainer, train
+from nestling.training import Trainer
 from nestling.training.config import ScheduleConfig
 from nestling.training.schedules import window_limit
-from resumed import assert_same_end, run_with_stops
+from resumed import goes_on
 
 HOPE = {"mixer": "hope", "mixer_options": {"window": 6}}
 
@@ -48,11 +48,7 @@ def test_windows_are_short_in_those_steps_and_never_when_judged(shortened):
 
 def test_a_run_with_short_windows_goes_on_as_if_nothing_had_happened(shortened, tmp_path):
     shortened = shortened.changed(**{"optim.accumulate": 1})
-    train(shortened)
-    other = shortened.changed(out=str(tmp_path / "other"))
-    run_with_stops(other, 5)
-    Trainer(other, resume=True).run()
-    assert_same_end(shortened, other)
+    other = goes_on(shortened, tmp_path / "other", 5)
     with pytest.raises(ValueError, match=r"cannot change schedule.short_window \(was 2, now 3\)"):
         Trainer(other.changed(**{"schedule.short_window": 3}), resume=True)
 

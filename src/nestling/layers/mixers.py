@@ -81,36 +81,27 @@ MIXERS: dict[str, tuple[type[nn.Module], dict]] = {
     "window_attention": (Attention, dict(window=128)),
 }
 
+_WINDOW = {"mixer": "window_attention", "window": 256}
+_TWO_KINDS = {"mixer": "memory_and_attention", "tied_write": False, "erase_heads": "half"}
+
 # names that stand for one sequence layer after another, by decoder layer, again and again; the last decoder layer has
 # the last of them (decision D24)
 PATTERNS: dict[str, tuple[dict, ...]] = {
     # half of the memory's heads erase, which tracks a state; the others only add, which counts and holds more pairs
-    "hope": (
-        {"mixer": "window_attention", "window": 256},
-        {"mixer": "memory_and_attention", "tied_write": False, "erase_heads": "half", "norm_limit": 1e4},
-    ),
+    "hope": (_WINDOW, _TWO_KINDS | {"norm_limit": 1e4}),
     # queries, keys and values of single tokens: reflections along keys that vary with their neighbours turn a state out
     # of its plane, so this keeps parity for longer; language would rather have the convolutions (experiment `choice`)
-    "hope_tracking": (
-        {"mixer": "window_attention", "window": 256},
-        {"mixer": "memory_and_attention", "qkv_conv": 0},
-    ),
+    "hope_tracking": (_WINDOW, {"mixer": "memory_and_attention", "qkv_conv": 0}),
     # the default with such keys: what follows its neighbours adds up to no count (experiment `languages`)
-    "hope_counting": (
-        {"mixer": "window_attention", "window": 256},
-        {
-            "mixer": "memory_and_attention", "qkv_conv": 0, "tied_write": False, "erase_heads": "half",
-            "norm_limit": 1e4,
-        },
-    ),
-}  # fmt: skip
+    "hope_counting": (_WINDOW, _TWO_KINDS | {"norm_limit": 1e4, "qkv_conv": 0}),
+}
 
 # what a pattern stood for in configurations saved with earlier defaults
-_ALTERNATING = ({"mixer": "hope_memory"}, {"mixer": "window_attention", "window": 256})
-_ONE_KIND = ({"mixer": "window_attention", "window": 256}, {"mixer": "memory_and_attention"})
+_ALTERNATING = ({"mixer": "hope_memory"}, _WINDOW)
+_ONE_KIND = (_WINDOW, {"mixer": "memory_and_attention"})
 FORMER_PATTERNS: dict[int, dict[str, tuple[dict, ...]]] = {
     2: {"hope": _ALTERNATING}, 3: {"hope": _ALTERNATING}, 4: {"hope": _ONE_KIND},
-    5: {"hope": (_ONE_KIND[0], {"mixer": "memory_and_attention", "tied_write": False, "erase_heads": "half"})},
+    5: {"hope": (_WINDOW, _TWO_KINDS)},
 }  # fmt: skip
 # the same of a sequence layer, as changes of its options
 _BOUNDED = {"linear_attention": {"norm_limit": 8.0}, "retnet": {"norm_limit": 8.0}}
